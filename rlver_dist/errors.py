@@ -1,0 +1,53 @@
+"""One error family, and the helper that names where an outside call failed.
+
+Vocabulary: an error that the user can mend (`UserError` and its kinds) is one line that names the file, field and value and
+the way out, and entry points print it without a traceback. Everything else is a defect or a failed machine and keeps its
+traceback. A failed dialogue is data, not an error: see `dialogue.EndReason.INFRASTRUCTURE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class RlverError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UserError(RlverError):
+    """The user can mend it: the message is one line that names what is wrong and the way out."""
+
+
+class ConfigError(UserError):
+    """A configuration value is refused; the message names the key, the value and the way out."""
+
+
+class DataError(UserError):
+    """A data file is refused; the message names the file, the line and the field."""
+
+
+class ResourceError(UserError):
+    """The machine or cluster lacks what the run needs; the message says what is needed and what is there."""
+
+
+class BoundaryError(RlverError):
+    """A call that left this package failed (an engine, an endpoint, a file system); chained to its cause."""
+
+
+class WeightSyncError(RlverError):
+    """After a weight sync an engine does not compute what the learner computes; training on would be wrong."""
+
+
+@contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Attribute any foreign exception inside the block to `what`.
+
+    Errors of this package pass through unchanged; others are re-raised as `BoundaryError` with the original chained.
+    """
+    try:
+        yield
+    except RlverError:
+        raise
+    except Exception as error:
+        raise BoundaryError(f"{what}: {type(error).__name__}: {error}") from error
