@@ -1,0 +1,109 @@
+"""Per-token losses of the policy, as parts that sum over micro-batches and ranks to the loss of an update.
+
+Tokens with zero weight contribute exactly 0 to loss and gradient, whatever their log-probs hold: inputs are replaced before any
+function that could overflow, since a `where` after it would still send 0 * inf = nan backwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlver_dist.algorithms import kl
+from rlver_dist.algorithms.reduce import global_mean, require_same_shape
+
+TokenSums = dict[str, tuple[float, float]]
+"""Metric name to (sum, number of tokens) over a part's trained tokens; pooled by adding both, then dividing."""
+
+
+def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Token weights min(exp(old_logprob - rollout_logprob), cap) that correct for an engine whose numbers differ from the learner's.
+
+    Truncated importance sampling (Ionides 2008; for rollout engines: Yao et al. 2025, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training").
+
+    Args:
+        old_logprobs: `[T]` the learner's log-probs before the update, nats.
+        rollout_logprobs: `[T]` the engine's, as sampled.
+        mask: `[T]` bool, True on trained tokens.
+        cap: largest weight; 0 switches the correction off, so that every trained token weighs 1.
+
+    Returns:
+        `[T]` float32 without gradient, exactly 0 outside the mask.
+
+    Raises:
+        ValueError: shapes differ, or the cap is negative.
+    """
+    require_same_shape(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
+    if cap < 0:
+        raise ValueError(f"cap={cap}: use 0 (off) or a positive number")
+    if cap == 0:
+        return mask.float()
+    weights = (old_logprobs.detach().float() - rollout_logprobs.float()).exp().clamp(max=cap)
+    return torch.where(mask, weights, 0.0)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float, global_count: int
+) -> tuple[Tensor, TokenSums]:
+    """Clipped surrogate: -sum(weight * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)) / global_count.
+
+    PPO, arXiv:1707.06347, eq. 7, with the two clip ranges of DAPO, arXiv:2503.14476, section 3.1 (equal ranges give PPO's).
+
+    Args:
+        logprobs: `[T]` log-probs with gradient, nats.
+        old_logprobs: `[T]` before the update; no gradient flows into them, so passing `logprobs` itself gives ratio 1.
+        advantages: `[T]`.
+        weights: `[T]` mask times importance weight; 0 excludes a token.
+        clip_low: lower clip range.
+        clip_high: upper clip range.
+        global_count: trained tokens of the whole update, over all micro-batches and ranks.
+
+    Returns:
+        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off), `ratio` and `tis_weight`.
+
+    Raises:
+        ValueError: shapes differ, or the count is not positive.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
+    active = weights > 0
+    ratio = torch.where(active, logprobs - old_logprobs.detach(), 0.0).exp()
+    advantages = torch.where(active, advantages, 0.0)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -global_mean(weights * torch.minimum(unclipped, clipped), active, global_count)
+    with torch.no_grad():
+        rows = torch.stack([(clipped < unclipped).float(), ratio, weights])
+        clip_sum, ratio_sum, weight_sum, count = [*torch.where(active, rows, 0.0).sum(dim=1).tolist(), float(active.sum())]
+    return loss, {"clip_fraction": (clip_sum, count), "ratio": (ratio_sum, count), "tis_weight": (weight_sum, count)}
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: str, global_count: int) -> Tensor:
+    """This part's share of the mean KL(policy || reference) over trained tokens, nats; see `kl.estimate` for the gradient.
+
+    Args:
+        logprobs: `[T]` log-probs with gradient, nats.
+        ref_logprobs: `[T]` the reference's.
+        mask: `[T]` bool, True on trained tokens.
+        kind: `k1`, `k2` or `k3`.
+        global_count: trained tokens of the whole update.
+
+    Raises:
+        ValueError: unknown kind, shapes differ, or the count is not positive.
+    """
+    require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    per_token = kl.estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kind)
+    return global_mean(per_token, mask, global_count)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Exact entropy in nats of each token's distribution, from logits already divided by the sampling temperature.
+
+    Args:
+        logits: `[..., V]` finite, any float type; computed in float32.
+
+    Returns:
+        `[...]` float32.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -1,0 +1,43 @@
+"""`check=true`: the resolved arithmetic of a run, printed without importing torch, ray or vllm."""
+
+from __future__ import annotations
+
+import os
+
+from rlver_dist.cluster.layout import resolve_layout
+from rlver_dist.config import Device, RunConfig
+from rlver_dist.data.persona import Persona
+
+
+def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> str:
+    """Dialogues, turns, token budgets, optimizer steps and placement of `config`, as text."""
+    rollout, algorithm, model = config.rollout, config.algorithm, config.model
+    dialogues = rollout.batch_size * algorithm.group_size
+    turns = dialogues * rollout.max_turns
+    evaluated, steps = min(config.evaluation.num_personas, len(evaluation)), algorithm.updates_per_iteration
+    lines = [
+        f"model                 {model.path} ({model.dtype.value}), context {model.max_context_tokens} tokens",
+        f"personas              {len(train)} training, {evaluated} of {len(evaluation)} evaluation",
+        f"users                 preset {config.simulator.preset.value}",
+        f"an iteration          {rollout.batch_size} personas x {algorithm.group_size} dialogues = {dialogues} dialogues, "
+        f"up to {turns} turns of up to {rollout.max_reply_tokens} tokens",
+        f"tokens an iteration   at most {turns * rollout.max_reply_tokens} sampled; a dialogue at most {model.max_context_tokens}",
+        f"optimizer steps       {steps} an iteration, {steps * config.num_iterations} in all, "
+        f"lr {config.learner.lr:g} after {config.learner.warmup_steps} warm-up steps",
+        f"micro-batches         packed rows of up to {config.learner.micro_batch_tokens} tokens, ZeRO {config.learner.zero_stage}",
+        f"evaluation            {config.evaluation.num_personas} dialogues of up to {config.evaluation.max_turns} turns, before and after",
+        f"iterations            {config.num_iterations}, checkpoint every {config.save_every or config.num_iterations}",
+        f"output                {config.output_dir}",
+    ]
+    return "\n".join(lines + [f"placement             {row}" for row in _placement(config)])
+
+
+def _placement(config: RunConfig) -> list[str]:
+    cluster = config.cluster
+    if cluster.device is Device.auto:
+        return ["derived at launch from the GPUs that Ray sees: half for engines, half for the learner"]
+    cores = os.cpu_count() or 1
+    # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
+    layout = resolve_layout(cluster, reward_replicas=config.simulator.replicas, num_gpus=1_000_000, num_cpus=cores)
+    needs = f"{layout.num_gpus:g} GPUs" if layout.device == "gpu" else f"{cores} CPU cores of this machine"
+    return [f"needs {needs}", *layout.rows()]

@@ -1,0 +1,101 @@
+"""Checkpoint folders: written aside, renamed when complete, found again, pruned.
+
+`checkpoints/step_<n>/` holds the learner's own files and `manifest.json`: the number of finished iterations and everything that the
+driver needs to go on. A folder without a manifest does not exist for `latest`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlver_dist.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What a run has done so far, without the learner's tensors.
+
+    Attributes:
+        iteration: finished iterations.
+        sampler: the persona sampler's state.
+        totals: running sums for `progress/` metrics.
+        curve: mean final emotion of each iteration's dialogues.
+        before: results of the evaluation before training; empty until it has run.
+    """
+
+    iteration: int
+    sampler: dict[str, Any]
+    totals: dict[str, float]
+    curve: list[float]
+    before: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one output folder."""
+
+    def __init__(self, output_dir: Path, keep: int) -> None:
+        self._root = output_dir / "checkpoints"
+        self._keep = keep
+
+    def begin(self, iteration: int) -> Path:
+        """An empty folder aside, for the learner's files."""
+        aside = self._root / f"step_{iteration}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        return aside
+
+    def commit(self, aside: Path, progress: Progress) -> Path:
+        """Add the manifest, rename into place, and drop all but the newest checkpoints."""
+        (aside / MANIFEST).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        final = aside.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in self._complete()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        complete = self._complete()
+        return complete[-1] if complete else None
+
+    def _complete(self) -> list[Path]:
+        found = [path.parent for path in self._root.glob(f"step_*/{MANIFEST}") if path.parent.name.removeprefix("step_").isdigit()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+    @staticmethod
+    def read(checkpoint: Path) -> Progress:
+        """The manifest of a checkpoint.
+
+        Raises:
+            DataError: there is none, or it is not of this format.
+        """
+        manifest = checkpoint / MANIFEST
+        try:
+            return Progress(**json.loads(manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"resume={checkpoint}: {manifest} is not a checkpoint's manifest ({error}); name a folder step_<n>") from error
+
+
+def choose(store: CheckpointStore, resume: str) -> Path | None:
+    """The checkpoint to go on from under `resume` (see `RunConfig.resume`), None to start anew.
+
+    Raises:
+        DataError: `never`, but the folder has a checkpoint; or the named folder is none.
+    """
+    newest = store.latest()
+    if resume == "auto":
+        return newest
+    if resume == "never":
+        if newest is not None:
+            raise DataError(f"resume=never: {newest} exists; use resume=auto to go on from it, or another output_dir")
+        return None
+    if not (Path(resume) / MANIFEST).is_file():
+        raise DataError(f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>")
+    return Path(resume)

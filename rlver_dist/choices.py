@@ -1,0 +1,65 @@
+"""The options of a run that are one of a few names; `config.py` says where each is used."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Precision(str, Enum):
+    """Number format of the model's weights in the learner and the engines."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class AlgorithmName(str, Enum):
+    """How advantages are made from rewards."""
+
+    grpo = "grpo"
+
+
+class KLEstimator(str, Enum):
+    """Estimator of KL(policy || reference) from sampled tokens (Schulman 2020, "Approximating KL divergence")."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlacement(str, Enum):
+    """Where the KL term enters: as a loss term, or subtracted from the reward."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class EndReward(str, Enum):
+    """What a dialogue is paid when the policy itself ended it."""
+
+    emotion = "emotion"
+    zero = "zero"
+
+
+class Preset(str, Enum):
+    """Named sets of emotion rules; see `simulator/presets.py`."""
+
+    sage = "sage"
+    rlver_vanilla = "rlver_vanilla"
+    rlver_challenging = "rlver_challenging"
+
+
+class Device(str, Enum):
+    """What engines and learners compute on; `auto` is resolved from the GPUs that Ray sees."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class WandbMode(str, Enum):
+    """`auto` is online where an API key is set, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"

@@ -1,0 +1,99 @@
+"""Starting or joining Ray, and waiting for what a layout needs, with a word on what is being waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+
+from rlver_dist.cluster.layout import Layout
+from rlver_dist.config import ClusterConfig
+from rlver_dist.errors import BoundaryError, ResourceError, RlverError
+
+PLACEMENT_TIMEOUT_S = 600
+NAMESPACE = "rlver_dist"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Session:
+    """A Ray cluster as this run sees it.
+
+    Attributes:
+        num_gpus: GPUs of all nodes.
+        num_cpus: cores of all nodes.
+        dashboard: address of the Ray dashboard; empty where there is none.
+    """
+
+    num_gpus: int
+    num_cpus: int
+    dashboard: str
+
+
+def open_session(cluster: ClusterConfig) -> Session:
+    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, listening on loopback."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        context = ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+    else:
+        # Ray turns token authentication on by itself where an old token file lies about; a private cluster needs none.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        context = ray.init(
+            namespace=NAMESPACE,
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    have = ray.cluster_resources()
+    return Session(num_gpus=int(have.get("GPU", 0)), num_cpus=int(have.get("CPU", 1)), dashboard=context.dashboard_url or "")
+
+
+def close_session() -> None:
+    """Leave the cluster; ends it where this process started it."""
+    ray.shutdown()
+
+
+def bundles(layout: Layout) -> list[dict[str, float]]:
+    """One bundle a GPU worker: first the engines' workers, engine by engine, then the learner ranks."""
+    engine = {"GPU": layout.gpus_per_engine_rank, "CPU": 1.0}
+    learner = {"GPU": layout.gpus_per_learner_rank, "CPU": 1.0}
+    return [engine] * (layout.engines * layout.tensor_parallel) + [learner] * layout.learner_ranks
+
+
+async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup | None:
+    """Reserve every GPU of the layout at once; None on CPUs, where actors share the cores.
+
+    Raises:
+        ResourceError: Ray cannot place it in time; says what is needed and what is free.
+    """
+    if layout.device == "cpu":
+        return None
+    group = placement_group(bundles(layout), strategy="PACK")
+    ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
+    for waited in range(0, PLACEMENT_TIMEOUT_S, 10):
+        done, _ = await asyncio.wait([ready], timeout=10)
+        if done:
+            return group
+        free, have = ray.available_resources().get("GPU", 0), ray.cluster_resources().get("GPU", 0)
+        note(f"waiting {waited + 10} s for {layout.num_gpus:g} GPUs: {free:g} of {have:g} free")
+    raise ResourceError(f"Ray placed no {layout.num_gpus:g} GPUs within {PLACEMENT_TIMEOUT_S} s; see `ray status` for who holds them")
+
+
+@contextmanager
+def causes() -> Iterator[None]:
+    """Let an error that an actor raised on purpose surface as itself, and any other failure of Ray as one line."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, RlverError) else BoundaryError(str(error)) from error
+    except RayError as error:
+        raise BoundaryError(f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}") from error

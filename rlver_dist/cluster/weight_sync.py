@@ -1,0 +1,78 @@
+"""Carrying the learner's weights to every engine, and proving that they arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+
+from rlver_dist.cluster.learners import LearnerGroup
+from rlver_dist.cluster.pools import EnginePool
+from rlver_dist.config import Precision
+from rlver_dist.rollout.probe import compare_logprobs
+from rlver_dist.tracking.metrics import Metric, Reduction
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WeightSync:
+    """One call a policy version. Engines stay paused while weights travel; replies in flight go on under the new ones.
+
+    After each sync the log-probs of a fixed prompt are compared between the learner and every engine.
+    """
+
+    def __init__(
+        self, learner: LearnerGroup, engines: EnginePool, *, backend: str, workers_per_engine: int, dtype: Precision, probe: list[int]
+    ) -> None:
+        """`backend` is `shared_file` or `nccl`; `probe` is the fixed prompt's token ids."""
+        self._learner, self._engines = learner, engines
+        self._backend, self._workers_per_engine = backend, workers_per_engine
+        self._dtype, self._probe = dtype, probe
+        self._folder: Path | None = None
+
+    async def open(self) -> None:
+        """Prepare the way: a folder in shared memory, or the NCCL group."""
+        if self._backend == "nccl":
+            await self._learner.connect_engines(self._engines.engines, self._workers_per_engine)
+        else:
+            base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+            self._folder = Path(tempfile.mkdtemp(prefix="rlver_dist_", dir=base))
+
+    def close(self) -> None:
+        """Remove what `open` made."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def __call__(self, version: int) -> list[Metric]:
+        """Bring every engine to the learner's weights, labelled `version`.
+
+        Raises:
+            WeightSyncError: an engine does not compute what the learner computes.
+        """
+        if self._backend == "nccl":
+            await self._broadcast(version)
+        else:
+            await self._by_file(version)
+        self._engines.forget_homes()
+        return await self._compare(version)
+
+    async def _by_file(self, version: int) -> None:
+        assert self._folder is not None, "open() comes first"
+        path = self._folder / "weights.safetensors"
+        await self._learner.write_weights(path)
+        await asyncio.gather(*(engine.update_from_file.remote(str(path), version) for engine in self._engines.engines))
+        path.unlink()
+
+    async def _broadcast(self, version: int) -> None:
+        await asyncio.gather(*(engine.pause.remote() for engine in self._engines.engines))
+        await self._learner.send_weights(version)
+        await asyncio.gather(*(engine.resume.remote() for engine in self._engines.engines))
+
+    async def _compare(self, version: int) -> list[Metric]:
+        ours, theirs = await asyncio.gather(self._learner.probe(self._probe), self._engines.score(self._probe))
+        results = [compare_logprobs(ours, logprobs, self._dtype, engine_index=index, step=version) for index, logprobs in enumerate(theirs)]
+        return [
+            Metric("sync/probe_mean_abs", max(result.mean_abs for result in results), Reduction.max),
+            Metric("sync/probe_max_abs", max(result.max_abs for result in results), Reduction.max),
+        ]

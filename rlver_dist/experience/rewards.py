@@ -1,0 +1,64 @@
+"""What a dialogue is paid, and which dialogues are trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rlver_dist.config import EndReward, EndRewardConfig
+from rlver_dist.dialogue import Dialogue, EndReason
+
+MAX_EMOTION = 100.0
+"""Top of the emotion scale, points."""
+
+
+def dialogue_reward(dialogue: Dialogue, end_rewards: EndRewardConfig) -> float:
+    """Reward of a finished dialogue, 0 to 1: final emotion / 100 (RLVER, verl/environments/url_environment.py).
+
+    Where the policy itself ended the dialogue, the rule for that end in `end_rewards` decides between this and 0.
+
+    Raises:
+        ValueError: an infrastructure failure, which has no reward.
+    """
+    if dialogue.end_reason is EndReason.INFRASTRUCTURE:
+        raise ValueError(f"dialogue {dialogue.id}: an infrastructure failure is never scored ({dialogue.error})")
+    rules = {
+        EndReason.MALFORMED: end_rewards.malformed,
+        EndReason.OVER_LONG: end_rewards.over_long,
+        EndReason.CONTEXT_OVERFLOW: end_rewards.context_overflow,
+    }
+    if rules.get(dialogue.end_reason) is EndReward.zero:
+        return 0.0
+    return dialogue.final_emotion / MAX_EMOTION
+
+
+@dataclass(kw_only=True, slots=True)
+class Selection:
+    """Which dialogues of an iteration are trained on.
+
+    Attributes:
+        kept: sorted by id, so that training does not depend on the order in which dialogues finished.
+        num_failed: infrastructure failures and dialogues without a sampled token.
+        num_dropped_groups: groups that failures left with one dialogue.
+        num_dropped: sound dialogues lost with those groups.
+    """
+
+    kept: list[Dialogue]
+    num_failed: int
+    num_dropped_groups: int
+    num_dropped: int
+
+
+def select_trainable(dialogues: Iterable[Dialogue]) -> Selection:
+    """Exclude what cannot be trained on: failed dialogues, then dialogues left alone in their group. The only such place."""
+    finished = sorted(dialogues, key=lambda dialogue: dialogue.id)
+    sound = [dialogue for dialogue in finished if _is_sound(dialogue)]
+    group_sizes = Counter(dialogue.group_id for dialogue in sound)
+    kept = [dialogue for dialogue in sound if group_sizes[dialogue.group_id] > 1]
+    num_alone = len(sound) - len(kept)
+    return Selection(kept=kept, num_failed=len(finished) - len(sound), num_dropped_groups=num_alone, num_dropped=num_alone)
+
+
+def _is_sound(dialogue: Dialogue) -> bool:
+    return dialogue.end_reason is not EndReason.INFRASTRUCTURE and any(turn.reply_ids for turn in dialogue.turns)

@@ -1,0 +1,106 @@
+"""The entry point: compose, check, save the resolved configuration, build the cluster, run the driver.
+
+    python -m rlver_dist.launch +exp=grpo_no_think +on=cpu
+    python -m rlver_dist.launch +exp=grpo_no_think +on=node8 check=true
+
+Heavy packages are imported only after the configuration has been checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from rlver_dist.check import describe
+from rlver_dist.config import RunConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.data.personas import load_split
+from rlver_dist.errors import ConfigError, RlverError, UserError
+
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def order_overrides(arguments: list[str]) -> list[str]:
+    """Put recipes (`+exp=`) before placements (`+on=`), whatever the order given: later groups win, and a placement scales a recipe."""
+
+    def rank(argument: str) -> int:
+        key = argument.lstrip("+").split("=", 1)[0]
+        return {"exp": 0, "on": 1}.get(key, 2)
+
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    return flags + sorted((argument for argument in arguments if not argument.startswith("-")), key=rank)
+
+
+def to_config(composed: DictConfig) -> RunConfig:
+    """The single hand-over from Hydra to dataclasses; runs every check.
+
+    Raises:
+        ConfigError: a value is refused.
+    """
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    aside.rename(path)
+
+
+def run(config: RunConfig) -> int:
+    """Check everything cheap, then train. Returns the exit code."""
+    train = load_split(config.data.train, "train")
+    evaluation = load_split(config.data.evaluation, "evaluation")
+    if config.evaluation.num_personas > len(evaluation):
+        raise ConfigError(
+            f"evaluation.num_personas={config.evaluation.num_personas}: data.evaluation={config.data.evaluation} has {len(evaluation)}; "
+            "use at most that many"
+        )
+    if config.check:
+        print(describe(config, train, evaluation))
+        return 0
+    return _train(config, train, evaluation)
+
+
+def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> int:
+    from rlver_dist.run import run_on_cluster
+
+    output = Path(config.output_dir)
+    return asyncio.run(run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml")))
+
+
+def _job(composed: DictConfig) -> None:
+    try:
+        code = run(to_config(composed))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_REFUSED
+    except RlverError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    if code:
+        sys.exit(code)
+
+
+def main() -> None:
+    """Console script `rlver-dist`, the same as `python -m rlver_dist.launch`."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    sys.argv[1:] = order_overrides(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()
+
+
+if __name__ == "__main__":
+    main()

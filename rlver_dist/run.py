@@ -1,0 +1,166 @@
+"""From a checked configuration to a finished run: build the parts on Ray, drive them, report, and take everything down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlver_dist.checkpoints import CheckpointStore, choose
+from rlver_dist.cluster.build import Built, build
+from rlver_dist.cluster.layout import resolve_layout
+from rlver_dist.cluster.metrics import RayMetrics
+from rlver_dist.cluster.session import causes, close_session, open_session
+from rlver_dist.config import Preset, RunConfig, SimulatorConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.driver import Driver, Parts
+from rlver_dist.evaluation.held_out import HeldOut, compare
+from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
+from rlver_dist.ledger.records import Phase
+from rlver_dist.simulator.lexical import LexicalAppraiser
+from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
+from rlver_dist.tracking.wandb import WandbTracker, start_wandb
+
+EXIT_INTERRUPTED = 130
+NUM_PAIRS_SHOWN = 2
+
+
+async def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]) -> int:
+    """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large enough."""
+    console = Console(config.num_iterations)
+    choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume)  # refuse a bad `resume` before anything starts
+    with _interruptible() as interrupted:
+        try:
+            await _run(config, train, evaluation, on_accepted, console)
+            return 0
+        except asyncio.CancelledError:
+            if not interrupted():
+                raise
+            console.note(f"interrupted; go on with: python -m rlver_dist.launch {_resume_command(config)}")
+            return EXIT_INTERRUPTED
+
+
+async def _run(
+    config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None], console: Console
+) -> None:
+    started = time.monotonic()
+    output = Path(config.output_dir)
+    built: Built | None = None
+    trackers: list[Tracker] = []
+    try:
+        with console.phase("starting Ray", 1) as advance:
+            session = await asyncio.to_thread(open_session, config.cluster)
+            advance(1)
+        layout = resolve_layout(
+            config.cluster, reward_replicas=config.simulator.replicas, num_gpus=session.num_gpus, num_cpus=session.num_cpus
+        )
+        on_accepted()
+        if session.dashboard:
+            console.note(f"Ray dashboard: http://{session.dashboard}")
+        start = choose(CheckpointStore(output, config.keep_checkpoints), config.resume)
+        trackers += _trackers(config, output, 0 if start is None else CheckpointStore.read(start).iteration)
+        with causes():
+            built = await build(config, layout, console)
+            driver = Driver(config, _parts(built, console, trackers), train, evaluation)
+            if start is not None:
+                await driver.resume(start)
+            before, after = await driver.run()
+        _report(config, console, driver, trackers, before, after, time.monotonic() - started)
+    finally:
+        with contextlib.suppress(Exception):
+            if built is not None:
+                await built.close()
+        for tracker in trackers:
+            tracker.close()
+        await asyncio.to_thread(close_session)
+
+
+def _trackers(config: RunConfig, output: Path, finished: int) -> list[Tracker]:
+    trackers: list[Tracker] = [JsonlTracker(output / "metrics.jsonl", first_iteration=finished + 1), RayMetrics(output.name)]
+    wandb = start_wandb(config.tracking, output, asdict(config))
+    return trackers if wandb is None else [*trackers, wandb]
+
+
+def _parts(built: Built, console: Console, trackers: list[Tracker]) -> Parts:
+    return Parts(
+        generate=built.engines.generate,
+        users=built.users.respond,
+        evaluation_users=built.evaluation_users.respond,
+        second_appraiser=LexicalAppraiser(),
+        evaluation_rules=resolve_rules(SimulatorConfig(preset=Preset.sage)).emotion,
+        learner=built.learner,
+        sync=built.sync,
+        service_metrics=built.metrics,
+        renderer=built.renderer,
+        trackers=trackers,
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a cancellation of this task; yields whether there was one."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    received: list[int] = []
+
+    def interrupt(number: int) -> None:
+        if not received:
+            received.append(number)
+            print("\nstopping; this takes a few seconds", file=sys.stderr, flush=True)
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _resume_command(config: RunConfig) -> str:
+    """The arguments of this process with its output folder pinned."""
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("output_dir=", "resume="))]
+    return " ".join([*kept, f"output_dir={config.output_dir}"])
+
+
+def _report(
+    config: RunConfig,
+    console: Console,
+    driver: Driver,
+    trackers: list[Tracker],
+    before: HeldOut | None,
+    after: HeldOut | None,
+    wall_s: float,
+) -> None:
+    output = Path(config.output_dir)
+    summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": wall_s}
+    pairs = []
+    if before is not None and after is not None:
+        summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
+        first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
+        second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
+        pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]
+    aside = output / "summary.json.tmp"
+    aside.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    os.replace(aside, output / "summary.json")
+    for tracker in trackers:
+        if isinstance(tracker, WandbTracker):
+            tracker.summarize(summary)
+    console.finish(driver.progress.curve, output, summary, pairs)
+
+
+def _by_persona(path: Path) -> dict[str, Dialogue]:
+    return {dialogue.persona_id: dialogue for dialogue in read_dialogues(path)}

@@ -1,0 +1,100 @@
+"""The house rules, read off the syntax tree: import order, owners of heavy packages, sizes, documented options."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "rlver_dist"
+ORDER = (
+    "errors choices config dialogue data algorithms experience simulator ledger tracking models rollout learner evaluation report "
+    "checkpoints cluster check driver run launch"
+).split()
+OWNERS = {
+    "ray": ["cluster/"],
+    "vllm": ["rollout/engine.py", "rollout/weight_transfer.py"],
+    "deepspeed": ["learner/engine.py"],
+    "wandb": ["tracking/wandb.py"],
+    "hydra": ["launch.py"],
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+MAX_FILE_LINES = 305
+MAX_FUNCTION_LINES = 60
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _rank(module: str) -> int:
+    """Place of a dotted module name below rlver_dist in the import order."""
+    return ORDER.index(module.split(".")[0])
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{_name(path)}: relative import; write the whole name"
+            found.append(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_imports_only_from_lower_modules(path):
+    own = _name(path).removesuffix(".py").replace("/", ".")
+    if path.name == "__init__.py":
+        return
+    for module in _imports(path):
+        if module.startswith("rlver_dist."):
+            other = module.removeprefix("rlver_dist.")
+            same_package = other.split(".")[0] == own.split(".")[0]
+            assert same_package or _rank(other) < _rank(own), f"{own} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_heavy_packages_have_one_owner(path):
+    for module in _imports(path):
+        owners = OWNERS.get(module.split(".")[0])
+        assert owners is None or any(_name(path).startswith(owner) for owner in owners), f"{_name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def test_init_files_are_empty():
+    assert [_name(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
+
+
+def test_algorithms_know_no_configuration():
+    for path in (PACKAGE / "algorithms").glob("*.py"):
+        assert not any(module.startswith("rlver_dist.config") for module in _imports(path)), path.name
+
+
+def test_every_option_is_documented_where_it_is_defined():
+    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        assert ast.get_docstring(group), group.name
+        for field, after in zip(group.body, group.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+                assert documented, f"{group.name}.{ast.unparse(field.target)} has no docstring below it"
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    missing = []
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if not ast.get_docstring(node) and node.name != "main":
+                    missing.append(f"{_name(path)}: {node.name}")
+    assert missing == []

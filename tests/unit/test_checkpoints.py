@@ -1,0 +1,59 @@
+"""Checkpoint folders: complete or absent."""
+
+import pytest
+
+from rlver_dist.checkpoints import CheckpointStore, Progress, choose
+from rlver_dist.errors import DataError
+
+
+def progress(iteration: int) -> Progress:
+    return Progress(iteration=iteration, sampler={"epoch": 1}, totals={"dialogues_total": 8.0}, curve=[30.0, 31.5], before={"emotion": [1.0]})
+
+
+def write(store: CheckpointStore, iteration: int):
+    aside = store.begin(iteration)
+    (aside / "weights").write_text(str(iteration))
+    return store.commit(aside, progress(iteration))
+
+
+def test_round_trip_and_newest_wins(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for iteration in (2, 10):
+        write(store, iteration)
+    newest = store.latest()
+    assert newest is not None and newest.name == "step_10"
+    assert CheckpointStore.read(newest) == progress(10)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for iteration in (1, 2, 3):
+        write(store, iteration)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_3"]
+
+
+def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    write(store, 1)
+    (store.begin(2) / "weights").write_text("half")
+    assert store.latest() == tmp_path / "checkpoints" / "step_1"
+
+
+def test_choose(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    assert choose(store, "auto") is None and choose(store, "never") is None
+    first = write(store, 1)
+    assert choose(store, "auto") == first
+    assert choose(store, str(first)) == first
+    with pytest.raises(DataError, match="resume=auto"):
+        choose(store, "never")
+    with pytest.raises(DataError, match=r"no manifest\.json there"):
+        choose(store, str(tmp_path))
+
+
+def test_a_broken_manifest_is_named(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    path = write(store, 1)
+    (path / "manifest.json").write_text('{"iteration": 1}')
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        CheckpointStore.read(path)

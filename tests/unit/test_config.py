@@ -1,0 +1,118 @@
+"""Composition: every recipe on every placement, in either order, with one clear line for what is refused."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from rlver_dist.config import AlgorithmConfig, RunConfig
+from rlver_dist.errors import ConfigError
+from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
+
+RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
+PLACEMENTS = sorted(path.stem for path in (CONFIG_DIR / "on").glob("*.yaml"))
+PAIRS = list(itertools.product(RECIPES, [None, *PLACEMENTS]))
+
+
+def composed(*overrides: str) -> RunConfig:
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        return to_config(compose("config", overrides=order_overrides(["output_dir=out", *overrides])))
+
+
+def test_recipes_and_placements_exist():
+    assert RECIPES == ["grpo_no_think"]
+    assert PLACEMENTS == ["cpu", "gpu1", "node8", "nodes4x8", "tiny"]
+
+
+@pytest.mark.parametrize(("recipe", "placement"), PAIRS)
+def test_every_pair_composes_in_either_order(recipe, placement):
+    overrides = [f"+exp={recipe}"] + ([f"+on={placement}"] if placement else [])
+    assert composed(*overrides) == composed(*reversed(overrides))
+
+
+def test_recipe_carries_the_papers_values():
+    config = composed("+exp=grpo_no_think")
+    assert config.model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert (config.rollout.batch_size, config.algorithm.group_size, config.rollout.max_turns) == (32, 4, 8)
+    assert (config.learner.lr, config.rollout.temperature, config.num_iterations) == (1e-6, 1.0, 1000)
+
+
+def test_a_placement_scales_the_recipe_whatever_the_order():
+    config = composed("+on=cpu", "+exp=grpo_no_think")
+    assert config.model.path == "smollm2-135m-instruct"
+    assert config.rollout.batch_size < 32
+
+
+def test_command_line_wins_over_recipe_and_placement():
+    assert composed("learner.lr=0.5", "+on=cpu", "+exp=grpo_no_think").learner.lr == 0.5
+
+
+def test_flags_come_first_and_groups_in_order():
+    assert order_overrides(["a=1", "+on=cpu", "--cfg", "+exp=x"]) == ["--cfg", "+exp=x", "+on=cpu", "a=1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.lr=-1", "learner.lr=-1"),
+        ("algorithm.group_size=1", "algorithm.group_size=1"),
+        ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5"),
+        ("rollout.temperature=0", "rollout.temperature=0"),
+        ("simulator.acceptance=2", "simulator.acceptance=2"),
+        ("rollout.max_reply_tokens=20000", "model.max_context_tokens="),
+        ("algorithm.updates_per_iteration=64", "rollout.batch_size=32"),
+        ("learner.zero_stage=0", "model.dtype=float32"),
+        ("cluster.engines=2", "cluster.learner_ranks=0"),
+        ("num_iterations=0", "num_iterations=0"),
+    ],
+)
+def test_a_bad_value_is_named_with_the_way_out(override, words):
+    with pytest.raises(ConfigError) as caught:
+        composed("+exp=grpo_no_think", override)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "use" in str(caught.value) or "set" in str(caught.value)
+
+
+def test_a_misspelt_key_is_refused():
+    with pytest.raises(Exception, match="group_sise"):
+        composed("+algorithm.group_sise=4")
+
+
+def test_defaults_are_valid():
+    assert AlgorithmConfig().group_size == 4
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rlver_dist.launch", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
+    done = launch("+exp=grpo_no_think", "+on=node8", "check=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "32 personas x 4 dialogues = 128 dialogues, up to 1024 turns" in done.stdout
+    assert "needs 8 GPUs" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys; sys.argv = ['launch', '+exp=grpo_no_think', '+on=cpu', 'check=true'];"
+        "from rlver_dist.launch import main; main();"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'wandb'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_refused_value_exits_with_one_line(tmp_path):
+    done = launch("+exp=grpo_no_think", "+on=cpu", "learner.lr=0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: learner.lr=0.0: use a number above 0"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,124 @@
+"""Policy loss, importance weights, KL loss and entropy: numbers by hand, and the same gradient however a batch is cut."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlver_dist.algorithms import losses
+from rlver_dist.algorithms.reduce import global_mean
+
+INF, NAN = math.inf, math.nan
+
+
+def test_clipped_surrogate_by_hand():
+    # ratio, A, clip to [0.8, 1.3]:   1.5, 2 -> 2.6 | 0.5, 1 -> 0.5 | 0.5, -1 -> -0.8 | 1.5, -2 -> -3.0 | 1.1, 1 -> 1.1
+    ratios, advantages = torch.tensor([1.5, 0.5, 0.5, 1.5, 1.1]), torch.tensor([2.0, 1.0, -1.0, -2.0, 1.0])
+    old = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0])
+    logprobs = (old + ratios.log()).requires_grad_()
+    loss, sums = losses.policy_loss(logprobs, old, advantages, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5]), 0.2, 0.3, global_count=10)
+    assert loss.item() == pytest.approx(-(2.6 + 0.5 - 0.8 - 3.0 + 0.55) / 10, rel=1e-5)
+    assert sums["clip_fraction"] == (2.0, 5.0)
+    assert sums["ratio"] == (pytest.approx(5.1), 5.0)
+    assert sums["tis_weight"] == (4.5, 5.0)
+    loss.backward()
+    # Where the clip binds there is no gradient; elsewhere it is -weight * A * ratio / count.
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -0.05, 0.0, 0.3, -0.055], abs=1e-6)
+
+
+def test_on_policy_gradient_is_minus_advantage_and_old_logprobs_get_none():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, sums = losses.policy_loss(logprobs, logprobs, torch.tensor([3.0, -1.0]), torch.ones(2), 0.2, 0.2, global_count=2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.0)
+    assert logprobs.grad.tolist() == pytest.approx([-1.5, 0.5])
+    assert sums["clip_fraction"] == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("garbage", [INF, -INF, NAN])
+def test_masked_tokens_contribute_exactly_nothing(garbage: float):
+    mask = torch.tensor([True, False])
+    logprobs = torch.tensor([-1.0, garbage], requires_grad=True)
+    other = torch.tensor([-1.2, -garbage])
+    weights = losses.truncated_importance_weights(other, torch.tensor([-1.2, garbage]), mask, cap=2.0)
+    assert weights.tolist() == [1.0, 0.0]
+    loss, sums = losses.policy_loss(logprobs, other, torch.tensor([1.0, garbage]), weights, 0.5, 0.5, global_count=1)
+    for kind in ("k1", "k2", "k3"):
+        loss = loss + losses.kl_loss(logprobs, other, mask, kind, global_count=1)
+    loss.backward()
+    d = 0.2
+    assert loss.item() == pytest.approx(-math.exp(d) + d + d * d / 2 + math.exp(-d) - 1 + d, rel=1e-5)
+    assert logprobs.grad[1].item() == 0.0
+    assert logprobs.grad[0].item() == pytest.approx(-math.exp(d) + 1 + d - math.exp(-d) + 1, rel=1e-4)
+    assert sums["ratio"] == (pytest.approx(math.exp(d)), 1.0)
+
+
+def test_truncated_importance_weights_by_hand():
+    old = torch.tensor([-1.0, -1.0, -1.0, 5.0], requires_grad=True)
+    rollout = torch.tensor([-1.0 - math.log(1.5), -1.0 - math.log(4), -1.0 + math.log(4), 0.0])
+    mask = torch.tensor([True, True, True, False])
+    weights = losses.truncated_importance_weights(old, rollout, mask, cap=2.0)
+    assert weights.tolist() == pytest.approx([1.5, 2.0, 0.25, 0.0])
+    assert not weights.requires_grad
+    assert losses.truncated_importance_weights(old, rollout, mask, cap=0.0).tolist() == [1.0, 1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match="cap=-1"):
+        losses.truncated_importance_weights(old, rollout, mask, cap=-1.0)
+
+
+def test_entropy_by_hand():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -1e4, -1e4]], dtype=torch.float64)
+    expected = [math.log(4), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))]
+    assert losses.token_entropy(logits).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_entropy_gradient_matches_differences():
+    logits = torch.tensor([0.3, -1.0, 2.0], requires_grad=True)
+    losses.token_entropy(logits).backward()
+    step = 1e-2
+    for index in range(3):
+        moved = [losses.token_entropy(logits.detach() + sign * step * torch.eye(3)[index]).item() for sign in (1, -1)]
+        assert logits.grad[index].item() == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-4)
+
+
+def test_shapes_and_counts_are_checked():
+    ones = torch.ones(2)
+    with pytest.raises(ValueError, match="one shape"):
+        losses.policy_loss(ones, ones, torch.ones(1), ones, 0.2, 0.2, global_count=2)
+    with pytest.raises(ValueError, match="global_count=0"):
+        losses.policy_loss(ones, ones, ones, ones, 0.2, 0.2, global_count=0)
+    with pytest.raises(ValueError, match="one shape"):
+        global_mean(ones, torch.ones(2, 1, dtype=torch.bool), 1)
+
+
+def total_loss(logprobs: Tensor, columns: Tensor, parts: list[list[int]]) -> Tensor:
+    """Policy loss + KL loss + entropy share, summed over the parts that a batch is cut into."""
+    old, rollout, reference, advantages, keep = columns
+    count = max(int(keep.sum()), 1)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        mask = keep[part] > 0
+        weights = losses.truncated_importance_weights(old[part], rollout[part], mask, cap=1.5)
+        loss, _ = losses.policy_loss(logprobs[part], old[part], advantages[part], weights, 0.2, 0.2, count)
+        total = total + loss + 0.1 * losses.kl_loss(logprobs[part], reference[part], mask, "k3", count)
+        total = total - 0.01 * global_mean(logprobs[part].square(), mask, count)
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**31), st.randoms(use_true_random=False))
+def test_loss_and_gradient_do_not_depend_on_the_cut(num_tokens: int, num_parts: int, seed: int, random):
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randn(5, num_tokens, generator=generator, dtype=torch.float64) * 0.5
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for token in random.sample(range(num_tokens), num_tokens):
+        parts[random.randrange(num_parts)].append(token)
+    results = []
+    for cut in ([list(range(num_tokens))], parts):
+        logprobs = (torch.randn(num_tokens, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) * 0.5).requires_grad_()
+        loss = total_loss(logprobs, columns, cut)
+        loss.backward()
+        results.append([loss.item(), *logprobs.grad.tolist()])
+    assert results[0] == pytest.approx(results[1], rel=1e-6, abs=1e-9)

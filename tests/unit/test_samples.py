@@ -1,0 +1,136 @@
+"""Dialogues to rows of tokens, rewards, and the selection of what is trained on."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlver_dist.config import EndReward, EndRewardConfig
+from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.experience.rewards import dialogue_reward, select_trainable
+from rlver_dist.experience.samples import to_samples
+
+
+def make_turn(index: int, prompt_ids: list[int], reply_ids: list[int], logprobs: list[float] | None = None) -> Turn:
+    return Turn(
+        index=index, prompt_ids=prompt_ids, reply_ids=reply_ids, reply="hm", thinking="", truncated=False, emotion_before=30.0,
+        emotion_after=35.0, appraisal=None, user_message=None, policy_version=(0, 0),
+        logprobs=[-float(token) for token in reply_ids] if logprobs is None else logprobs,
+    )  # fmt: skip
+
+
+def make_dialogue(turns: Sequence[Turn], end: EndReason = EndReason.MAX_TURNS, name: str = "d", group: str = "g") -> Dialogue:
+    return Dialogue(
+        id=name, persona_id="p", group_id=group, seed=1, opening="hi", start_emotion=30.0, turns=list(turns), end_reason=end,
+        final_emotion=45.0, error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
+    )  # fmt: skip
+
+
+def test_turns_that_extend_the_history_merge_into_one_row():
+    dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 3, 4, 5], [6])])
+    (sample,) = to_samples(dialogue, reward=0.45)
+    assert sample.token_ids == [1, 2, 3, 4, 5, 6]
+    assert sample.loss_mask == [False, False, True, True, False, True]
+    assert sample.rollout_logprobs == [0.0, 0.0, -3.0, -4.0, 0.0, -6.0]
+    assert (sample.reward, sample.dialogue_id, sample.group_id, sample.turn_index) == (0.45, "d", "g", 0)
+
+
+def test_an_edited_history_opens_a_new_row():
+    # Turn 1's prompt leaves out token 3 (say, thinking); turn 2 extends turn 1.
+    dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 4, 5], [6]), make_turn(2, [1, 2, 4, 5, 6, 7], [8])])
+    first, second = to_samples(dialogue, reward=0.0)
+    assert (first.token_ids, first.loss_mask, first.turn_index) == ([1, 2, 3, 4], [False, False, True, True], 0)
+    assert (second.token_ids, second.turn_index) == ([1, 2, 4, 5, 6, 7, 8], 1)
+    assert second.loss_mask == [False, False, False, False, True, False, True]
+
+
+def test_a_prompt_shorter_than_the_history_opens_a_new_row():
+    samples = to_samples(make_dialogue([make_turn(0, [1, 2], [3]), make_turn(1, [1, 2], [4])]), reward=0.0)
+    assert [sample.token_ids for sample in samples] == [[1, 2, 3], [1, 2, 4]]
+
+
+def test_an_empty_reply_trains_nothing_and_breaks_nothing():
+    assert to_samples(make_dialogue([make_turn(0, [1, 2], [])]), reward=0.0) == []
+    (sample,) = to_samples(make_dialogue([make_turn(0, [1, 2], []), make_turn(1, [1, 2, 3], [4])]), reward=0.0)
+    assert (sample.token_ids, sample.loss_mask) == ([1, 2, 3, 4], [False, False, False, True])
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), max_size=4), st.booleans()), max_size=6
+    )
+)
+def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn: list[tuple[list[int], list[int], bool]]):
+    turns, history, serial = [], [], 0
+    for index, (context, reply, keeps_history) in enumerate(drawn):
+        prompt = (history if keeps_history else []) + context
+        turns.append(make_turn(index, prompt, reply, [-float(serial + offset) for offset in range(len(reply))]))
+        serial += len(reply)
+        history = prompt + reply
+    before = [(list(turn.prompt_ids), list(turn.reply_ids)) for turn in turns]
+    trained = []
+    for sample in to_samples(make_dialogue(turns), reward=0.5):
+        assert len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs)
+        for position, is_trained in enumerate(sample.loss_mask):
+            if is_trained:
+                trained.append((sample.token_ids[:position], sample.token_ids[position], sample.rollout_logprobs[position]))
+            else:
+                assert sample.rollout_logprobs[position] == 0.0
+    expected = [
+        (turn.prompt_ids + turn.reply_ids[:offset], token, turn.logprobs[offset])
+        for turn in turns
+        for offset, token in enumerate(turn.reply_ids)
+    ]
+    assert trained == expected
+    assert before == [(turn.prompt_ids, turn.reply_ids) for turn in turns]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (make_turn(2, [], [1]), "d, turn 2: no prompt"),
+        (make_turn(0, [1], [1, 2], [-1.0]), "1 log-probs for 2"),
+        (make_turn(0, [1], [1], [math.nan]), "not finite"),
+    ],
+)
+def test_a_broken_turn_is_refused(turn: Turn, message: str):
+    with pytest.raises(ValueError, match=message):
+        to_samples(make_dialogue([turn]), reward=0.0)
+
+
+@pytest.mark.parametrize("end", [EndReason.EMOTION_HIGH, EndReason.EMOTION_LOW, EndReason.GOODBYE, EndReason.MAX_TURNS])
+def test_ends_that_are_not_the_policys_are_paid_by_emotion(end: EndReason):
+    nothing = EndRewardConfig(malformed=EndReward.zero, over_long=EndReward.zero, context_overflow=EndReward.zero)
+    assert dialogue_reward(make_dialogue([], end), nothing) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("end", [end for end in EndReason if end.is_policy_fault])
+def test_ends_that_the_policy_caused_follow_their_own_rule(end: EndReason):
+    for paid in (EndReward.emotion, EndReward.zero):
+        unlike = EndReward.zero if paid is EndReward.emotion else EndReward.emotion
+        rules = EndRewardConfig(**{other.value: unlike for other in EndReason if other.is_policy_fault} | {end.value: paid})
+        assert dialogue_reward(make_dialogue([], end), rules) == pytest.approx(0.45 if paid is EndReward.emotion else 0.0)
+
+
+def test_an_infrastructure_failure_is_never_scored():
+    with pytest.raises(ValueError, match=r"never scored \(engine lost\)"):
+        dialogue_reward(make_dialogue([], EndReason.INFRASTRUCTURE), EndRewardConfig())
+
+
+def test_selection_drops_failures_then_lonely_dialogues():
+    turns = [make_turn(0, [1], [2])]
+    dialogues = [
+        make_dialogue(turns, name="b1", group="b"),
+        make_dialogue(turns, name="a2", group="a"),
+        make_dialogue(turns, EndReason.INFRASTRUCTURE, name="b2", group="b"),
+        make_dialogue(turns, EndReason.MALFORMED, name="a0", group="a"),
+        make_dialogue([], EndReason.CONTEXT_OVERFLOW, name="a1", group="a"),
+        make_dialogue([make_turn(0, [1], [])], EndReason.MALFORMED, name="b0", group="b"),
+        make_dialogue(turns, EndReason.INFRASTRUCTURE, name="c1", group="c"),
+    ]
+    selection = select_trainable(dialogues)
+    assert [dialogue.id for dialogue in selection.kept] == ["a0", "a2"]
+    assert (selection.num_failed, selection.num_dropped_groups, selection.num_dropped) == (4, 1, 1)
+    assert select_trainable(reversed(dialogues)) == selection
