@@ -32,9 +32,9 @@ setup(
         "accelerate",
         "gguf",
         "numpy",
-        "pyarrow",
+        "pyarrow==26.0.1",
         "pyyaml",
-        "rich",
+        "rich==15.0.0",
         "safetensors",
     ],
     extras_require={

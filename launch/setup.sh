@@ -43,7 +43,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     install_packages
     prepare_models
     step "compiling DeepSpeed's CPU extension"
-    .venv/bin/python -m rlver_dist.learner.engine >.venv/ops.log 2>&1 \
+    .venv/bin/python -m rlver_dist.learner.engine --build-ops >.venv/ops.log 2>&1 \
         || { tail -n 5 .venv/ops.log >&2; fail "compiling DeepSpeed's extension failed (whole log: .venv/ops.log)"; }
     printf '%s\n' "$want" >"$stamp"
     step "ready"

@@ -31,7 +31,7 @@ from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect, derive_seed
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.appraisal import Appraiser
 from rlver_dist.simulator.emotion import EmotionRules
@@ -119,43 +119,34 @@ class Driver:
         return HeldOut(**self.progress.before)
 
     async def _iterate(self, iteration: int) -> None:
-        started = time.monotonic()
+        clock = _Clock()
         tasks = self._tasks(iteration)
         limits = self._limits(self._config.rollout.max_turns, self._config.rollout.temperature)
         dialogues = await self._collect(f"iteration {iteration + 1}: rollout", tasks, self._parts.users, limits)
-        collected = time.monotonic()
-        metrics, rewards = await self._learn(iteration, dialogues)
-        learned = time.monotonic()
+        clock.lap("rollout")
+        rewards, advantages, metrics = await self._learn(iteration, dialogues)
+        clock.lap("learner")
         metrics += await self._parts.sync(iteration + 1)
+        clock.lap("sync")
         metrics += await self._parts.service_metrics()
-        synced = time.monotonic()
-        self._record(
-            iteration + 1,
-            dialogues,
-            rewards,
-            metrics,
-            [
-                ("time/rollout_s", collected - started),
-                ("time/learner_s", learned - collected),
-                ("time/sync_s", synced - learned),
-            ],
-        )
+        path = dialogues_path(self._output, phase=Phase.train, iteration=iteration + 1)
+        write_dialogues(path, dialogues, iteration=iteration + 1, phase=Phase.train, rewards=rewards, advantages=advantages)
+        self._record(iteration + 1, dialogues, [*metrics, *dialogue_metrics(dialogues, rewards)], clock)
         self.progress.iteration = iteration + 1
         self.progress.sampler = self._sampler.state()
         await self._maybe_save()
 
     def _tasks(self, iteration: int) -> list[DialogueTask]:
         personas = self._sampler.next(self._config.rollout.batch_size)
-        size = self._config.algorithm.group_size
         return [
             DialogueTask(
                 id=f"train-{iteration:06d}-{group:04d}-{member:02d}",
                 group_id=f"{iteration:06d}-{group:04d}",
                 persona=persona,
-                seed=((self._config.seed * 1_000_003 + iteration) * 10_007 + group) * 101 + member,
+                seed=derive_seed(self._config.seed, iteration, group, member),
             )
             for group, persona in enumerate(personas)
-            for member in range(size)
+            for member in range(self._config.algorithm.group_size)
         ]
 
     def _limits(self, max_turns: int, temperature: float) -> CollectLimits:
@@ -171,7 +162,8 @@ class Driver:
         )
 
     async def _collect(self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits) -> list[Dialogue]:
-        with self._parts.console.phase(name, len(tasks)) as advance:
+        parts = self._parts
+        with parts.console.phase(name, len(tasks)) as advance:
             seen = 0
 
             def progress(done: int, total: int, replies: int) -> None:
@@ -180,10 +172,11 @@ class Driver:
                 seen = done
 
             return await collect(
-                tasks, generate=self._parts.generate, respond=users, renderer=self._parts.renderer, limits=limits, on_progress=progress
+                tasks, generate=parts.generate, respond=users, renderer=parts.renderer, limits=limits, on_progress=progress
             )
 
-    async def _learn(self, iteration: int, dialogues: list[Dialogue]) -> tuple[list[Metric], dict[str, float]]:
+    async def _learn(self, iteration: int, dialogues: list[Dialogue]) -> tuple[dict[str, float], dict[str, float], list[Metric]]:
+        """Rewards and advantages by dialogue id, and metrics."""
         selection = select_trainable(dialogues)
         algorithm = self._config.algorithm
         rewards = {dialogue.id: dialogue_reward(dialogue, algorithm.end_rewards) for dialogue in selection.kept}
@@ -191,35 +184,33 @@ class Driver:
         samples = samples_of(selection.kept, rewards)
         if not samples:
             self._parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
-            return metrics, rewards
+            return rewards, {}, metrics
         with self._parts.console.phase(f"iteration {iteration + 1}: update", 1) as advance:
             in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
             credited = assign_credit(samples, algorithm, await self._parts.learner.kl_sums(samples) if in_reward else None)
-            metrics += await self._parts.learner.update(credited.samples, credited.advantages)
+            metrics += await self._parts.learner.update(samples, [credited[sample.dialogue_id] for sample in samples])
             advance(1)
-        return metrics, rewards
+        return rewards, credited, metrics
 
-    def _record(
-        self, number: int, dialogues: list[Dialogue], rewards: dict[str, float], metrics: list[Metric], times: list[tuple[str, float]]
-    ) -> None:
-        parts = self._parts
-        path = dialogues_path(self._output, phase=Phase.train, iteration=number)
-        write_dialogues(path, dialogues, iteration=number, phase=Phase.train, rewards=rewards)
-        metrics = [*metrics, *dialogue_metrics(dialogues, rewards)]
-        metrics += [Metric(key, seconds, Reduction.last) for key, seconds in times]
-        metrics.append(Metric("time/iteration_s", sum(seconds for _, seconds in times), Reduction.last))
+    def _record(self, number: int, dialogues: list[Dialogue], metrics: list[Metric], clock: _Clock) -> None:
         sampled = sum(len(turn.reply_ids) for dialogue in dialogues for turn in dialogue.turns)
-        metrics.append(Metric("perf/rollout_tokens_per_s", sampled / max(times[0][1], 1e-9), Reduction.last))
         totals = self.progress.totals
-        metrics.append(Metric("progress/iteration", number, Reduction.last))
         for key, more in (("dialogues_total", len(dialogues)), ("sampled_tokens_total", sampled)):
             totals[key] = totals.get(key, 0) + more
-            metrics.append(Metric(f"progress/{key}", totals[key], Reduction.last))
-        values = reduce_metrics(metrics)
-        self.progress.curve.append(values.get("reward/emotion_final", math.nan))
-        for tracker in parts.trackers:
+        values = reduce_metrics(
+            [
+                *metrics,
+                *(Metric(f"time/{name}_s", seconds, Reduction.last) for name, seconds in clock.laps.items()),
+                Metric("time/iteration_s", sum(clock.laps.values()), Reduction.last),
+                Metric("perf/rollout_tokens_per_s", sampled / clock.laps["rollout"], Reduction.last),
+                Metric("progress/iteration", number, Reduction.last),
+                *(Metric(f"progress/{key}", total, Reduction.last) for key, total in totals.items()),
+            ]
+        )
+        self.progress.curve.append(values["reward/emotion_final"])
+        for tracker in self._parts.trackers:
             tracker.log(number, values)
-        parts.console.iteration(values)
+        self._parts.console.iteration(values)
 
     async def _maybe_save(self) -> None:
         done, every = self.progress.iteration, self._config.save_every
@@ -252,3 +243,17 @@ class Driver:
         path = dialogues_path(self._output, phase=phase, iteration=iteration)
         write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
         return results
+
+
+class _Clock:
+    """Seconds of an iteration's phases, one after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """End the phase `name`."""
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now

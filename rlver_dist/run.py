@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -154,7 +155,7 @@ def _report(
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
         pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]
     aside = output / "summary.json.tmp"
-    aside.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    aside.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False), encoding="utf-8")
     os.replace(aside, output / "summary.json")
     for tracker in trackers:
         if isinstance(tracker, WandbTracker):
@@ -164,3 +165,12 @@ def _report(
 
 def _by_persona(path: Path) -> dict[str, Dialogue]:
     return {dialogue.persona_id: dialogue for dialogue in read_dialogues(path)}
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -94,16 +94,3 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: str, glo
     require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     per_token = kl.estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kind)
     return global_mean(per_token, mask, global_count)
-
-
-def token_entropy(logits: Tensor) -> Tensor:
-    """Exact entropy in nats of each token's distribution, from logits already divided by the sampling temperature.
-
-    Args:
-        logits: `[..., V]` finite, any float type; computed in float32.
-
-    Returns:
-        `[...]` float32.
-    """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -18,6 +18,7 @@ from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600
 NAMESPACE = "rlver_dist"
+LOGS = "/tmp/ray/session_latest/logs"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -92,8 +93,10 @@ def causes() -> Iterator[None]:
     """Let an error that an actor raised on purpose surface as itself, and any other failure of Ray as one line."""
     try:
         yield
-    except RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, RlverError) else BoundaryError(str(error)) from error
     except RayError as error:
-        raise BoundaryError(f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, RlverError):
+            raise cause from error
+        # Ray's text is a whole remote traceback: its first line says which actor, its last one what happened.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BoundaryError(f"{lines[0]} ... {lines[-1]} (actors' logs: {LOGS})") from error

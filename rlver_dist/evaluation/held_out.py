@@ -12,10 +12,11 @@ from typing import Any
 
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, EndReason, Message, Role
-from rlver_dist.evaluation.statistics import distinct_n, paired_bootstrap
-from rlver_dist.rollout.collector import DialogueTask
+from rlver_dist.evaluation.statistics import paired_bootstrap
+from rlver_dist.rollout.collector import DialogueTask, derive_seed
 from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser
 from rlver_dist.simulator.emotion import EmotionRules, move
+from rlver_dist.tracking.dialogue_metrics import distinct_n
 
 BOOTSTRAP_SEED = 0
 
@@ -44,7 +45,7 @@ class HeldOut:
 def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> list[DialogueTask]:
     """One dialogue a persona; ids carry the phase, seeds do not, so that before and after differ by the weights alone."""
     return [
-        DialogueTask(id=f"{phase}-{index:04d}", group_id=persona.id, persona=persona, seed=seed * 1_000_003 + index)
+        DialogueTask(id=f"{phase}-{index:04d}", group_id=persona.id, persona=persona, seed=derive_seed(seed, index))
         for index, persona in enumerate(personas)
     ]
 

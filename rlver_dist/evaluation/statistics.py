@@ -1,8 +1,8 @@
-"""Statistics of paired evaluations and of texts."""
+"""Statistics of paired evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,16 +34,3 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], num_sample
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(differences[drawn].mean(axis=1), (tail, 1 - tail))
     return float(low), float(high)
-
-
-def distinct_n(texts: Iterable[str], n: int = 2) -> float:
-    """Distinct n-grams / all n-grams of a corpus (Li et al. 2016, arXiv:1510.03055), 0 where there is no n-gram.
-
-    Words are lower-cased and split at white space; no n-gram spans two texts. The value falls as a corpus grows, so compare
-    corpora of like size.
-    """
-    grams: list[tuple[str, ...]] = []
-    for text in texts:
-        words = text.lower().split()
-        grams += zip(*(words[start:] for start in range(n)), strict=False)
-    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,9 +1,8 @@
-"""From kept dialogues to training samples with their advantages."""
+"""From kept dialogues to training samples and their dialogues' advantages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -13,21 +12,13 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.samples import TurnSample, to_samples
 
 
-@dataclass(kw_only=True, slots=True)
-class CreditedSamples:
-    """What the learner trains on: samples and one advantage for each."""
-
-    samples: list[TurnSample]
-    advantages: list[float]
-
-
 def samples_of(dialogues: Sequence[Dialogue], rewards: dict[str, float]) -> list[TurnSample]:
     """Rows of all dialogues, in the dialogues' order; `rewards` is keyed by dialogue id."""
     return [sample for dialogue in dialogues for sample in to_samples(dialogue, rewards[dialogue.id])]
 
 
-def assign_credit(samples: list[TurnSample], algorithm: AlgorithmConfig, kl_sums: Sequence[float] | None = None) -> CreditedSamples:
-    """GRPO advantages over the dialogues of each group, broadcast to each dialogue's samples.
+def assign_credit(samples: list[TurnSample], algorithm: AlgorithmConfig, kl_sums: Sequence[float] | None = None) -> dict[str, float]:
+    """GRPO advantages over the dialogues of each group, by dialogue id; each holds for all of its dialogue's samples.
 
     Args:
         samples: rows of whole groups.
@@ -44,5 +35,4 @@ def assign_credit(samples: list[TurnSample], algorithm: AlgorithmConfig, kl_sums
     if kl_sums is not None:
         per_dialogue = kl_penalised_rewards(per_dialogue, torch.tensor([kl[key] for key in order]), algorithm.kl_coef)
     advantages = grpo(per_dialogue, [groups[key] for key in order], algorithm.normalize_by_std)
-    by_dialogue = dict(zip(order, advantages.tolist(), strict=True))
-    return CreditedSamples(samples=samples, advantages=[by_dialogue[sample.dialogue_id] for sample in samples])
+    return dict(zip(order, advantages.tolist(), strict=True))

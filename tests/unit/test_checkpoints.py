@@ -7,7 +7,9 @@ from rlver_dist.errors import DataError
 
 
 def progress(iteration: int) -> Progress:
-    return Progress(iteration=iteration, sampler={"epoch": 1}, totals={"dialogues_total": 8.0}, curve=[30.0, 31.5], before={"emotion": [1.0]})
+    return Progress(
+        iteration=iteration, sampler={"epoch": 1}, totals={"dialogues_total": 8.0}, curve=[30.0, 31.5], before={"emotion": [1.0]}
+    )
 
 
 def write(store: CheckpointStore, iteration: int):

@@ -68,21 +68,6 @@ def test_truncated_importance_weights_by_hand():
         losses.truncated_importance_weights(old, rollout, mask, cap=-1.0)
 
 
-def test_entropy_by_hand():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -1e4, -1e4]], dtype=torch.float64)
-    expected = [math.log(4), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))]
-    assert losses.token_entropy(logits).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_entropy_gradient_matches_differences():
-    logits = torch.tensor([0.3, -1.0, 2.0], requires_grad=True)
-    losses.token_entropy(logits).backward()
-    step = 1e-2
-    for index in range(3):
-        moved = [losses.token_entropy(logits.detach() + sign * step * torch.eye(3)[index]).item() for sign in (1, -1)]
-        assert logits.grad[index].item() == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-4)
-
-
 def test_shapes_and_counts_are_checked():
     ones = torch.ones(2)
     with pytest.raises(ValueError, match="one shape"):

@@ -1,11 +1,11 @@
-"""Paired bootstrap and distinct-n, against values worked out by hand."""
+"""Paired bootstrap, against values worked out by hand."""
 
 import math
 
 import numpy as np
 import pytest
 
-from rlver_dist.evaluation.statistics import distinct_n, paired_bootstrap
+from rlver_dist.evaluation.statistics import paired_bootstrap
 
 
 def test_a_constant_difference_has_a_point_interval():
@@ -41,13 +41,3 @@ def test_bad_pairs_are_refused():
         paired_bootstrap([], [], 100, seed=1)
     with pytest.raises(ValueError, match="num_samples=0"):
         paired_bootstrap([1.0], [1.0], 0, seed=1)
-
-
-def test_distinct_n_by_hand():
-    # Bigrams: (i am) (am so) (so sorry) | (i am) (am here): 4 distinct of 5.
-    texts = ["I am so sorry", "i AM here", "alone", ""]
-    assert distinct_n(texts) == pytest.approx(4 / 5)
-    # Words: i am so sorry i am here alone: 6 distinct of 8.
-    assert distinct_n(texts, n=1) == pytest.approx(6 / 8)
-    assert distinct_n(["no no no no"]) == pytest.approx(1 / 3)
-    assert distinct_n(["alone", ""]) == 0.0

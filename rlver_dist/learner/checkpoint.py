@@ -1,0 +1,57 @@
+"""What the learner writes for others: a weight file for the rollout engines, and a Hugging Face folder.
+
+Both are written aside and renamed, so that a reader never sees half of one. The learner's own state (optimizer, schedule,
+counters) is DeepSpeed's checkpoint: `TrainingEngine.save` and `load`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from rlver_dist.learner import weights
+from rlver_dist.learner.engine import TrainingEngine
+
+
+def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
+    """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls, rank 0 writes."""
+    tensors = _collect(engine, rank)
+    if rank == 0:
+        from safetensors.torch import save_file
+
+        aside = f"{path}.partial"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside)
+        os.replace(aside, path)
+    engine.barrier()
+
+
+def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: int) -> None:
+    """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every rank calls."""
+    tensors = _collect(engine, rank)
+    if rank == 0:
+        from transformers import AutoTokenizer
+
+        aside = Path(f"{directory}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        engine.module.model.save_pretrained(aside, state_dict=tensors)
+        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(aside, directory)
+    engine.barrier()
+
+
+def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
+    """Full tensors in host memory on rank 0; other ranks take part in gathering and keep nothing."""
+    tensors: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in weights.iter_full_tensors(engine):
+        if rank == 0:
+            # safetensors refuses two names for one tensor, as a tied head has.
+            shared = tensor.data_ptr() in addresses
+            addresses.add(tensor.data_ptr())
+            tensors[name] = tensor.clone() if shared else tensor.cpu()
+    return tensors

@@ -1,0 +1,231 @@
+"""The one importer of DeepSpeed: starting a rank, and an engine with exact gradients.
+
+DeepSpeed divides gradients by accumulation steps and by ranks. Losses here are already divided by global counts, so the first is
+switched off (`managed_gradient_accumulation: false`: `backward` accumulates, `step` is the boundary) and the second is undone by
+multiplying the loss by the number of ranks.
+
+    python -m rlver_dist.learner.engine --build-ops     # compile DeepSpeed's shared-memory op ahead of the first start
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlver_dist.config import LearnerConfig, Precision
+from rlver_dist.errors import RlverError
+
+TAG = "policy"
+"""Name of DeepSpeed's sub-folder in a checkpoint."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def _prepare_environment(device: str) -> None:
+    """Settings that DeepSpeed reads when it is imported."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # The op is built with ninja, which may be installed beside this interpreter without being on the PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """Drop what DeepSpeed prints (memory figures, build notices); errors are raised, and warnings go to its logger."""
+    return redirect_stdout(io.StringIO())
+
+
+def build_ops() -> None:
+    """Compile the op that DeepSpeed loads at its first start on CPUs, so that the first run does not wait for it."""
+    _prepare_environment("cpu")
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()
+
+
+def start_rank(*, rank: int, world_size: int, master_address: str, master_port: int, device: str, num_threads: int) -> torch.device:
+    """Join the learner's process group; call once a process, before anything else here.
+
+    Args:
+        rank: 0 to world_size - 1.
+        world_size: learner processes.
+        master_address: host of rank 0.
+        master_port: free TCP port there.
+        device: `cpu` or `gpu`; a GPU rank sees exactly one GPU.
+        num_threads: torch's compute threads on a CPU; 0 leaves torch's choice.
+
+    Returns:
+        The device that the rank computes on.
+    """
+    _prepare_environment(device)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    settings = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": master_address, "MASTER_PORT": master_port, "LOCAL_RANK": 0}
+    if device == "cpu":
+        settings["LOCAL_SIZE"] = world_size
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    backend = "gloo" if device == "cpu" else "nccl"
+    with _quiet():
+        deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=world_size, verbose=False)
+    return torch.device("cpu" if device == "cpu" else "cuda:0")
+
+
+def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
+    """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Without ZeRO, DeepSpeed clips but does not report the norm; TrainingEngine does both then.
+        "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
+        "bf16": {"enabled": dtype is Precision.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def sharded_construction(settings: dict[str, Any]) -> object | None:
+    """Under ZeRO-3, make transformers load weights straight into shards for as long as the returned object lives."""
+    if settings["zero_optimization"]["stage"] < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(settings)
+
+
+@contextmanager
+def plain_construction(sharded: object | None) -> Iterator[None]:
+    """Inside the block models load whole, although `sharded_construction` (its result is passed here) is in force."""
+    if sharded is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(sharded)
+
+
+class TrainingEngine:
+    """A DeepSpeed engine with AdamW and linear warm-up, whose gradient is exactly the sum of the losses' gradients over ranks."""
+
+    def __init__(self, model: torch.nn.Module, *, config: LearnerConfig, settings: dict[str, Any], world_size: int) -> None:
+        """Wrap `model`; every rank calls it with the same arguments."""
+        import deepspeed
+
+        self.world_size = world_size
+        self.zero_stage = config.zero_stage
+        self._grad_clip = config.grad_clip
+        self._plain_norm = math.nan
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+        )
+        warmup = max(1, config.warmup_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        if config.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The wrapped model; under ZeRO-3 its parameters are shards outside of `gathered`."""
+        return self._engine.module
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken since the start of training, over resumes."""
+        return self._engine.global_steps
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._engine.optimizer.param_groups[0]["lr"]
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward pass, collective under ZeRO-3; in training mode exactly where gradients are on."""
+        self._engine.train(torch.is_grad_enabled())
+        return self._engine(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, this rank's part of a global sum, to what the next `step` applies."""
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, apply and clear the gradient. Returns its global norm before clipping.
+
+        Raises:
+            RlverError: the norm is not finite.
+        """
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if self.zero_stage else self._plain_norm
+        if not math.isfinite(norm):
+            raise RlverError(
+                f"learner: the gradient's norm is {norm} at optimizer step {self.num_steps}; lower learner.lr and resume the last checkpoint"
+            )
+        return float(norm)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._plain_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._grad_clip))
+
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside the block the parameters are whole on every rank; collective under ZeRO-3."""
+        if self.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        torch.distributed.barrier()
+
+    def save(self, directory: str) -> None:
+        """Write model, optimizer, schedule and step counter under `directory`; every rank calls."""
+        with _quiet():
+            self._engine.save_checkpoint(directory, tag=TAG, save_latest=False)
+
+    def load(self, directory: str) -> None:
+        """Restore what `save` wrote; every rank calls, with as many ranks as saved.
+
+        Raises:
+            RlverError: there is no such checkpoint in `directory`.
+        """
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
+        if path is None:
+            raise RlverError(f"learner: no checkpoint {TAG} in {directory}")
+
+    def close(self) -> None:
+        """Free the engine and leave the process group."""
+        self._engine.destroy()
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Command line: build the op."""
+    parser = argparse.ArgumentParser(description="Prepare DeepSpeed for CPU learners.")
+    parser.add_argument("--build-ops", action="store_true", required=True, help="compile the shared-memory op ahead of the first start")
+    parser.parse_args()
+    build_ops()
+
+
+if __name__ == "__main__":
+    main()

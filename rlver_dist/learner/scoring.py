@@ -1,0 +1,114 @@
+"""The policy as the learner sees it: token ids of a packed row in, log-probs and entropies of chosen tokens out.
+
+The vocabulary projection runs only where a token is scored, and log-softmax and entropy are computed from its output in float32 a
+few rows at a time, so that no float32 copy of the logits ever exists as a whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from rlver_dist.learner.attention import ATTENTION_NAME, register
+
+ROWS_AT_ONCE = 32
+"""Rows of logits that are held in float32 at a time; 32 rows of a 49k vocabulary stay in a CPU's cache."""
+HEAD_TOKENS = 2048
+"""Scored tokens that share one recomputed vocabulary projection under gradient checkpointing."""
+
+
+class LogprobAndEntropy(torch.autograd.Function):
+    """Log-prob of a target and entropy of the whole distribution, softmax(logits / temperature), per row, in float32.
+
+    With p = softmax(z), z = logits / temperature and H = -sum p log p:
+    d log p_t / dz = onehot(t) - p, and dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logits` [S, V], `targets` [S] -> log-probs [S] and entropies [S], float32, in nats."""
+        logprobs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+        entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for start in range(0, len(targets), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            scaled = logits[rows].float() / temperature
+            normaliser = scaled.logsumexp(dim=-1)
+            logprobs[rows] = scaled.gather(-1, targets[rows, None]).squeeze(-1) - normaliser
+            probs = (scaled - normaliser[:, None]).exp_()
+            entropies[rows] = normaliser - torch.linalg.vecdot(probs, scaled)
+            normalisers[rows] = normaliser
+        ctx.save_for_backward(logits, targets, normalisers, entropies)
+        ctx.temperature = temperature
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Gradient with respect to `logits`, in their dtype."""
+        logits, targets, normalisers, entropies = ctx.saved_tensors
+        grad_logits = torch.empty_like(logits)
+        for start in range(0, len(targets), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            log_softmax = (logits[rows].float() / ctx.temperature).sub_(normalisers[rows, None])
+            probs = log_softmax.exp()
+            weight = log_softmax.add_(entropies[rows, None]).mul_(-grad_entropies[rows, None]).sub_(grad_logprobs[rows, None])
+            grad = probs.mul_(weight)
+            grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+            grad_logits[rows] = grad.div_(ctx.temperature)
+        return grad_logits, None, None
+
+
+class PolicyModel(torch.nn.Module):
+    """A Hugging Face causal language model with a scoring forward pass over packed rows.
+
+    Works for any model whose `base_model` hands keyword arguments through to its attention function and whose output embeddings
+    are a linear layer (Llama, Qwen2 and their kin).
+    """
+
+    def __init__(self, model: torch.nn.Module, *, recompute: bool) -> None:
+        """`recompute` trades activations for time in the backbone and in the vocabulary projection."""
+        super().__init__()
+        self.model = model
+        self.recompute = recompute
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, segment_lengths: list[int], scored: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score chosen tokens of one packed row.
+
+        Args:
+            token_ids: `[T]`.
+            position_ids: `[T]`, restarting at each segment.
+            segment_lengths: tokens of each segment.
+            scored: `[S]` indices into the row of the tokens to score; none is the first of its segment.
+            temperature: divides the logits.
+
+        Returns:
+            Log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored tokens were drawn from.
+        """
+        hidden = self.model.base_model(
+            input_ids=token_ids[None], attention_mask=None, position_ids=position_ids[None], use_cache=False, segment_lengths=segment_lengths
+        ).last_hidden_state[0]
+        before, targets = hidden[scored - 1], token_ids[scored]
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._head(before, targets, temperature)
+        chunks = [
+            checkpoint(self._head, some_hidden, some_targets, temperature, use_reentrant=False)
+            for some_hidden, some_targets in zip(before.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+        ]
+        logprobs, entropies = zip(*chunks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return LogprobAndEntropy.apply(self.model.get_output_embeddings()(hidden), targets, temperature)
+
+
+def load_model(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a causal language model from a Hugging Face folder or hub id, with packed attention."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    register()
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)

@@ -1,0 +1,233 @@
+"""`PolicyEngine`: one vLLM engine that samples the policy's replies and takes new weights while requests are in flight."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlver_dist.config import Device, Precision
+from rlver_dist.errors import BoundaryError, WeightSyncError
+from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+GIB = 1024**3
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EngineSettings:
+    """What one engine is built from.
+
+    Attributes:
+        model_path: Hugging Face folder or hub id.
+        dtype: format of weights and arithmetic.
+        device: `cpu` or `gpu`, never `auto`.
+        seed: of the engine; each request brings its own.
+        max_context_tokens: longest prompt and reply together.
+        stop_token_ids: end tokens besides the model's own, such as the chat template's.
+        weight_transfer: `shared_file` or `nccl`.
+        max_concurrent: requests in one batch.
+        tensor_parallel: GPUs the engine spans.
+        gpu_memory_fraction: share of each GPU's memory.
+        kv_cache_gib: on CPUs: memory of the key-value cache, GiB.
+        cpu_cores: on CPUs: cores that the engine's threads are bound to; empty leaves `cpu_threads` threads unbound.
+        cpu_threads: on CPUs: threads where `cpu_cores` is empty.
+        distributed_executor: vLLM's executor for several GPUs, such as `ray`; None lets vLLM choose.
+    """
+
+    model_path: str
+    dtype: Precision
+    device: Device
+    seed: int
+    max_context_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    weight_transfer: str = "shared_file"
+    max_concurrent: int = 256
+    tensor_parallel: int = 1
+    gpu_memory_fraction: float = 0.85
+    kv_cache_gib: float = 2
+    cpu_cores: tuple[int, ...] = ()
+    cpu_threads: int = 1
+    distributed_executor: str | None = None
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """Process environment that vLLM reads at import; it must be set before."""
+    variables = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_NO_USAGE_STATS": "1"}
+    if settings.device is Device.cpu:
+        # vLLM's "auto" binds one core and reserves the other of two, which halves the speed on a laptop.
+        cores = ",".join(map(str, settings.cpu_cores))
+        threads = len(settings.cpu_cores) or settings.cpu_threads
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": cores or "nobind", "OMP_NUM_THREADS": str(threads)}
+    return variables
+
+
+def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": settings.model_path,
+        "dtype": settings.dtype.value,
+        "seed": settings.seed,
+        "max_model_len": settings.max_context_tokens,
+        "max_num_seqs": settings.max_concurrent,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "distributed_executor_backend": settings.distributed_executor,
+        "weight_transfer_config": {"backend": settings.weight_transfer},
+        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any temperature.
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if settings.device is Device.cpu:
+        return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB)}
+    return arguments | {"gpu_memory_utilization": settings.gpu_memory_fraction}
+
+
+class PolicyEngine:
+    """Samples replies, scores token lists, and takes the learner's weights.
+
+    A plain class over vLLM's `AsyncLLM`; all methods belong to the event loop in which `start` ran.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._llm: AsyncLLM | None = None
+        self._counter = itertools.count()
+        self._prompt_tokens = self._cached_tokens = self._reply_tokens = 0
+
+    async def start(self, version: int = 0) -> None:
+        """Load the model and label its weights `version`; 15 to 20 s on CPUs.
+
+        Raises:
+            BoundaryError: vLLM does not start.
+        """
+        os.environ.update(_environment(self._settings))
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._settings)))
+            await self._llm.update_weight_version(str(version))
+        except Exception as error:
+            raise BoundaryError(f"vLLM engine for {self._settings.model_path}: {type(error).__name__}: {error}") from error
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample one reply from softmax(logits / temperature), neither top-p nor top-k; equal seeds give equal replies.
+
+        Raises:
+            BoundaryError: vLLM ended the request otherwise than at an end token or the token limit.
+        """
+        output = await self._run(
+            request.prompt_ids, f"{request.dialogue_id}/{request.turn_index}", max_tokens=request.max_tokens,
+            temperature=request.temperature, seed=request.seed, logprobs=0, stop_token_ids=list(self._settings.stop_token_ids),
+        )  # fmt: skip
+        reply = output.outputs[0]
+        if reply.finish_reason not in ("stop", "length"):
+            raise BoundaryError(f"vLLM engine: the request ended as {reply.finish_reason!r}")
+        assert reply.logprobs is not None and reply.weight_versions
+        self._prompt_tokens += len(request.prompt_ids)
+        self._cached_tokens += output.num_cached_tokens or 0
+        self._reply_tokens += len(reply.token_ids)
+        finish_reason: FinishReason = "stop" if reply.finish_reason == "stop" else "length"
+        return Generation(
+            token_ids=list(reply.token_ids),
+            logprobs=[at[token].logprob for at, token in zip(reply.logprobs, reply.token_ids, strict=True) if at is not None],
+            finish_reason=finish_reason,
+            policy_version=(int(reply.weight_versions[0].version), int(reply.weight_versions[-1].version)),
+        )
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs `[L - 1]` in nats at temperature 1 of `token_ids[1:]`, each given all tokens before it."""
+        output = await self._run(token_ids, "score", max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0)
+        assert output.prompt_logprobs is not None
+        pairs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return [at[token].logprob for at, token in pairs if at is not None]
+
+    async def pause(self) -> None:
+        """Freeze requests in flight and drop their keys and values and the prefix cache; new requests queue up."""
+        await self._started.pause_generation(mode="keep", clear_cache=True)
+
+    async def resume(self) -> None:
+        """Go on with frozen and queued requests; keys and values are computed again, by the weights of now."""
+        await self._started.resume_generation()
+
+    async def update_from_file(self, path: str, version: int) -> None:
+        """Take all weights from a safetensors file with Hugging Face names and label them `version`.
+
+        Requests in flight are frozen meanwhile and go on under the new weights. After an error the engine stays paused, since its
+        weights are neither the old nor the new ones; a later complete update heals it.
+
+        Raises:
+            WeightSyncError: the file cannot be read, or misses a layer's weights (a tied `lm_head.weight` has to be in it).
+        """
+        try:
+            await self.pause()
+            await self.start_update()
+            await self.receive_update({"path": path})
+            await self.finish_update(version)
+        except Exception as error:
+            raise WeightSyncError(f"weights {path}, version {version}: {type(error).__name__}: {error}") from error
+        await self.resume()
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the learner's transfer group (`nccl`); returns when the group is complete."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._started.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_update(self) -> None:
+        """First of the three steps of an update that the learner drives; the engine has to be paused."""
+        await self._started.start_weight_update()
+
+    async def receive_update(self, update_info: dict[str, Any]) -> None:
+        """Second step: receive all weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._started.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_update(self, version: int) -> None:
+        """Third step: compute with the new weights, labelled `version`, from now on; no prefix of the old ones is reused."""
+        await self._started.finish_weight_update(weight_version=str(version))
+        await self._started.reset_prefix_cache()
+
+    def stats(self) -> dict[str, int]:
+        """Requests not finished now, and tokens since the start: of prompts, of prompts found in the prefix cache, of replies."""
+        return {
+            "unfinished": self._started.get_num_unfinished_requests(),
+            "prompt_tokens": self._prompt_tokens,
+            "cached_tokens": self._cached_tokens,
+            "reply_tokens": self._reply_tokens,
+        }
+
+    def close(self) -> None:
+        """End vLLM's processes; harmless when called again."""
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+
+    async def _run(self, prompt_ids: Sequence[int], name: str, **sampling: Any) -> RequestOutput:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # The counter keeps ids unique where a failed request is sent again.
+        request_id = f"{name}#{next(self._counter)}"
+        parameters = SamplingParams(
+            top_p=1.0, top_k=0, min_p=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
+        )
+        last: RequestOutput | None = None
+        async for output in self._started.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
+            last = output
+        if last is None:
+            raise BoundaryError("vLLM engine: the request ended without an output")
+        return last
+
+    @property
+    def _started(self) -> AsyncLLM:
+        if self._llm is None:
+            raise RuntimeError("PolicyEngine is used before start() or after close()")
+        return self._llm

@@ -1,0 +1,162 @@
+"""What an appraiser is, and the embedded one: rules on sentence embeddings, without a language model.
+
+The change in emotion is made from the recorded features alone (`change_from`):
+
+    merit  = 1 - (1 - WANT * want) * prod over strategies with positive fit of (1 - fit * activation)
+    harm   = 1 - prod over strategies with negative fit of (1 - |fit| * activation)
+    gain   = acceptance * GAIN * merit * (UNGROUNDED + (1 - UNGROUNDED) * grounding) * fluency * freshness
+    change = clip(gain - UNMET - HARM * harm - penalties, -max_change, max_change)
+
+So a reply that does nothing costs `UNMET` points, kindness that could be said to anybody earns little, and what is not language or has
+been said before earns nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+
+from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import Appraisal, Message, Role
+from rlver_dist.simulator import grounding, narration, penalties
+from rlver_dist.simulator.embedding import SentenceEncoder, similarities
+from rlver_dist.simulator.fluency import reply_fluency
+from rlver_dist.simulator.heads import load_heads
+from rlver_dist.simulator.sentences import ramp, sentences
+from rlver_dist.simulator.strategies import Strategy, StrategyRecognizer, fit
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AppraisalContext:
+    """Everything that an appraisal may depend on.
+
+    Attributes:
+        persona: who hears the reply.
+        messages: the dialogue so far, opening first; the last one is the policy's reply.
+        emotion: emotion (0 to 100) before the reply.
+        acceptance: difficulty, 0 to 1: share of the reply's positive merit that counts.
+        max_change: the change is clipped to plus or minus so many points.
+        truncated: the reply was cut at the token limit.
+    """
+
+    persona: Persona
+    messages: tuple[Message, ...]
+    emotion: float
+    acceptance: float
+    max_change: float
+    truncated: bool
+
+
+class Appraiser(Protocol):
+    """Must be deterministic: equal contexts give equal appraisals, in any order and in any process."""
+
+    def appraise(self, context: AppraisalContext) -> Appraisal:
+        """Appraise the last message of `context`."""
+        ...
+
+
+GAIN = 13.0
+"""Points of a reply that meets the hidden intent fully and speaks of this user."""
+UNMET = 2.0
+"""Points that a turn costs in which nothing is met."""
+HARM = 9.0
+"""Points that a fully harmful reply costs."""
+UNGROUNDED = 0.25
+"""Share of merit that counts where nothing in the reply is about this user."""
+WANT = 0.5
+"""Share of full merit that nearness to the user's own want can earn alone."""
+GIBBERISH = 9.0
+"""Points that a reply without any fluency costs."""
+OFF_TOPIC = 6.0
+"""Points that a reply costs that is not about the user's matter and supports nothing."""
+SUPPORTIVE = 0.3
+"""Positive merit from which a reply counts as support even if it names nothing of the user's."""
+
+
+def change_from(features: dict[str, float], acceptance: float, max_change: float) -> float:
+    """Change in points (2 decimals) that follows from the recorded features; see the module's head."""
+    share = UNGROUNDED + (1.0 - UNGROUNDED) * features["grounding"]
+    gain = acceptance * GAIN * features["merit"] * share * features["fluency"] * features["freshness"]
+    stray = (1.0 - features["relevance"]) * (1.0 - min(1.0, features["merit"] / SUPPORTIVE))
+    cost = UNMET + HARM * features["harm"] + OFF_TOPIC * stray + GIBBERISH * (1.0 - features["fluency"])
+    cost += sum(weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items())
+    return round(min(max_change, max(-max_change, gain - cost)), 2)
+
+
+class EmbeddedAppraiser:
+    """The appraiser of training and evaluation: strategies, grounding, fluency and penalties on MiniLM embeddings."""
+
+    def __init__(self) -> None:
+        self._encoder = SentenceEncoder()
+        self._fluency, strategy_head = load_heads(len(Strategy) + 1)
+        self._recognizer = StrategyRecognizer(self._encoder, strategy_head)
+
+    def appraise(self, context: AppraisalContext) -> Appraisal:
+        """Appraise the last message of `context`; an empty reply gets the largest negative change."""
+        reply = context.messages[-1].text
+        if not any(c.isalnum() for c in reply):
+            return silence(context)
+        features = self._features(context)
+        change = change_from(features, context.acceptance, context.max_change)
+        persona = context.persona
+        used = sorted((s for s in Strategy if features[f"strategy_{s.value}"] >= 0.25), key=lambda s: -features[f"strategy_{s.value}"])
+        costs = {name: weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items()}
+        costs["gibberish"] = GIBBERISH * (1.0 - features["fluency"])
+        faults = sorted((name for name, cost in costs.items() if cost >= 1.5), key=lambda name: -costs[name])
+        return Appraisal(
+            content=narration.content(used, features["grounding"]),
+            fit=narration.fit(persona.hidden_intent, features["merit"], faults),
+            activity=narration.activity(persona.temperament, change),
+            feeling=narration.feeling(change),
+            change=change,
+            features=features,
+        )
+
+    def _features(self, context: AppraisalContext) -> dict[str, float]:
+        """Every number that the change follows from."""
+        reply = context.messages[-1].text
+        earlier = [message.text for message in context.messages[:-1] if message.role is Role.ASSISTANT]
+        heard = [message.text for message in context.messages[:-1] if message.role is Role.USER]
+        parts = sentences(reply) or [reply]
+        encoded = [self._encoder.encode(part) for part in parts]
+        fresh = self._freshness([one.vector for one in encoded], earlier)
+        found = [self._recognizer.activations(one) for one in encoded]
+        strategy = {s: max(one[s] for one in found) for s in Strategy}
+        worth = {s: fit(s, context.persona.hidden_intent, context.persona.temperament) * strategy[s] for s in Strategy}
+        ground = grounding.measure(self._encoder, context.persona, context.messages)
+        want = ramp(ground.want, 0.30, 0.62)
+        features = {
+            "merit": 1.0 - (1.0 - WANT * want) * math.prod(1.0 - value for value in worth.values() if value > 0),
+            "harm": 1.0 - math.prod(1.0 - min(1.0, -value) for value in worth.values() if value < 0),
+            "grounding": ground.level,
+            "relevance": ground.relevance,
+            "fluency": reply_fluency(self._fluency, encoded),
+            "freshness": fresh,
+        }
+        features |= {f"strategy_{s.value}": value for s, value in strategy.items()}
+        features |= {f"grounding_{name}": value for name, value in asdict(ground).items()}
+        features |= {f"penalty_{name}": value for name, value in penalties.measure(reply, earlier, heard, context.truncated).items()}
+        return {name: round(value, 4) for name, value in features.items()}
+
+    def _freshness(self, own: list[torch.Tensor], earlier: list[str]) -> float:
+        """Share of the reply's sentences that no earlier reply has said already, paraphrases included."""
+        past = self._encoder.vectors([part for text in earlier for part in sentences(text)])
+        if not len(past):
+            return 1.0
+        nearest = similarities(torch.stack(own), past).max(dim=1).values.tolist()
+        return sum(1.0 - ramp(value, 0.70, 0.92) for value in nearest) / len(nearest)
+
+
+def silence(context: AppraisalContext) -> Appraisal:
+    """The appraisal of a reply without a word."""
+    return Appraisal(
+        content="They say nothing.",
+        fit=narration.fit(context.persona.hidden_intent, 0.0, []),
+        activity=narration.activity(context.persona.temperament, -context.max_change),
+        feeling=narration.feeling(-context.max_change),
+        change=-context.max_change,
+        features={"empty": 1.0},
+    )

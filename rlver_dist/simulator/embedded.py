@@ -1,0 +1,83 @@
+"""The `embedded` backend: simulated users without a language model.
+
+A reply is appraised by rules (see `appraisal.py`), emotion moves by `emotion.py`, and the answer is put together by `messages.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import EndReason, Role
+from rlver_dist.errors import DataError
+from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser, EmbeddedAppraiser
+from rlver_dist.simulator.emotion import clip_change, end_reason, move
+from rlver_dist.simulator.messages import MessageContext, next_message
+from rlver_dist.simulator.presets import DifficultyRules, resolve_rules
+from rlver_dist.simulator.protocol import UserRequest, UserResponse
+
+LANGUAGE = "en"
+
+
+def check_personas(personas: Iterable[Persona]) -> None:
+    """Refuse personas that this backend cannot speak for.
+
+    Raises:
+        DataError: names the first such persona, the field and the way out.
+    """
+    way_out = "the embedded users need English personas with an opening and facts, such as the bank; others need an LLM simulator"
+    for persona in personas:
+        if persona.language != LANGUAGE:
+            raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")
+        for field, value in (("opening", persona.opening), ("facts", persona.facts)):
+            if not value:
+                raise DataError(f"persona {persona.id}: {field} is empty: {way_out}")
+
+
+class EmbeddedSimulator:
+    """A `UserSimulator`: holds the rules and the appraiser, and no dialogue."""
+
+    def __init__(self, *, rules: DifficultyRules, appraiser: Appraiser) -> None:
+        self.rules = rules
+        self._appraiser = appraiser
+
+    def respond(self, request: UserRequest) -> UserResponse:
+        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or end.
+
+        Raises:
+            DataError: at the opening, if the persona is not one that this backend can speak for.
+            ValueError: the last message is not the policy's.
+        """
+        if request.turn_index < 0:
+            check_personas([request.persona])
+            return UserResponse(appraisal=None, emotion=self.rules.emotion.start, message=request.persona.opening, end_reason=None)
+        if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
+            raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
+        emotion_rules = self.rules.emotion
+        context = AppraisalContext(
+            persona=request.persona, messages=request.messages, emotion=request.emotion, acceptance=self.rules.acceptance,
+            max_change=emotion_rules.max_change, truncated=request.truncated,
+        )
+        appraisal = self._appraiser.appraise(context)
+        appraisal = replace(appraisal, change=clip_change(appraisal.change, emotion_rules.max_change))
+        emotion = move(request.emotion, appraisal.change, emotion_rules)
+        ending = end_reason(emotion, rules=emotion_rules, num_replies=request.turn_index + 1, max_turns=request.max_turns)
+        if ending is not None:
+            return UserResponse(appraisal=appraisal, emotion=emotion, message=None, end_reason=ending)
+        message = next_message(
+            MessageContext(
+                persona=request.persona, messages=request.messages, emotion=emotion, change=appraisal.change,
+                truncated=request.truncated, rules=self.rules, seed=request.seed,
+            )
+        )
+        return UserResponse(
+            appraisal=appraisal, emotion=emotion, message=message, end_reason=EndReason.GOODBYE if message is None else None
+        )
+
+
+def build_simulator(simulator: SimulatorConfig | Preset) -> EmbeddedSimulator:
+    """The embedded users of a configuration, or of a bare preset, with the appraiser that training uses."""
+    config = SimulatorConfig(preset=simulator) if isinstance(simulator, Preset) else simulator
+    return EmbeddedSimulator(rules=resolve_rules(config), appraiser=EmbeddedAppraiser())

@@ -1,0 +1,134 @@
+"""What costs a reply emotion whatever else it says: repetition, gibberish's company, and tricks.
+
+Each measure is 0 (clean) to 1 (as bad as it gets); `WEIGHTS` gives the points that 1 costs.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+
+from rlver_dist.simulator.sentences import FUNCTION_WORDS, ngrams, overlap, plain, ramp, words
+
+WEIGHTS: dict[str, float] = {
+    "repetition": 10.0,
+    "echo": 8.0,
+    "apologies": 7.0,
+    "feeling_density": 12.0,
+    "superlatives": 7.0,
+    "foreign": 14.0,
+    "word_salad": 12.0,
+    "symbols": 12.0,
+    "listing": 9.0,
+    "questions": 4.0,
+    "over_length": 4.0,
+    "truncated": 1.0,
+    "score_talk": 14.0,
+    "copied": 9.0,
+    "too_short": 4.0,
+}
+"""Points of emotion that each penalty costs at its full strength."""
+
+_APOLOGY = re.compile(r"\b(?:sorry|apolog\w*|forgive me|my condolences|pardon)\b")
+_SCORE = re.compile(
+    r"\b(?:emotions?|mood|feelings?|happiness|satisfaction|empathy|score|rating|reward|points?)\b[^.!?]{0,40}\b(?:\d+|hundred|max\w*|full|highest)\b"
+    r"|\b(?:\d{2,3}|hundred|max\w*|highest|full)\b[^.!?]{0,16}\b(?:emotion|mood|happiness|score|rating|reward|points?|marks)\b"
+    r"|\bemotion[_ -]?(?:score|change|level|state|value)\b|\brate (?:me|this|my)\b|\bset (?:your|my|the|user) \w*\s?(?:emotion|mood|score)\b"
+    r"|[+]\s?10\b|\b(?:system|ignore) (?:prompt|override|all|previous)\b|\b100\s?/\s?100\b"
+)
+_SUPERLATIVES = frozenset("""
+amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous marvelous phenomenal exceptional
+outstanding gorgeous beautiful legendary legend hero heroic inspiring inspiration special superb unbelievable stunning flawless angel star
+best greatest smartest kindest strongest bravest
+""".split())
+FEELING_WORDS = frozenset("""
+pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak heartbreaking anger angry fear afraid
+scared anxious anxiety shame ashamed guilt guilty tears cry crying love loved empathy compassion understand understanding understood feel
+feeling feelings felt emotion emotions emotional suffering suffer despair hope hopeless comfort care caring overwhelmed overwhelming
+frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle tender soul broken ache aching validate
+validated valid support supported hug hugs listen listening hear heard sympathy sympathetic sorry tough hard difficult worry worried
+""".split())
+_LIST_LINE = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
+_INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
+_ORDINAL = re.compile(r"\b(?:first(?:ly)?|second(?:ly)?|third(?:ly)?|fourth(?:ly)?|fifth(?:ly)?|next|also|furthermore|moreover|additionally)\b,")
+_MARKUP = re.compile(r"\*\*|^#{1,6}\s|```|</?\w+>|\|.*\|", re.MULTILINE)
+
+SPOKEN_WORDS, LONG_WORDS = 80, 170
+"""Words up to which a reply is spoken, and from which it is a lecture."""
+
+
+def apologies(text: str) -> int:
+    """Number of apologies in `text`."""
+    return len(_APOLOGY.findall(plain(text).lower()))
+
+
+def _symbol_share(text: str) -> float:
+    seen = [c for c in text if not c.isspace()]
+    odd = sum(unicodedata.category(c) in ("So", "Sk", "Cs", "Co", "Sm", "Cn") for c in seen)
+    return odd / max(1, len(seen)) + 0.01 * max(0, odd - 2)
+
+
+def _foreign(text: str, tokens: list[str]) -> float:
+    letters = [c for c in text if c.isalpha()]
+    latin = sum(c.isascii() for c in letters) / max(1, len(letters))
+    if len(tokens) < 5:
+        return 1.0 - ramp(latin, 0.6, 0.95)
+    grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
+    return max(1.0 - ramp(latin, 0.75, 0.97), 1.0 - ramp(grammar, 0.10, 0.26))
+
+
+def _repetition(tokens: list[str]) -> float:
+    if len(tokens) < 6:
+        return 1.0 if len(tokens) >= 4 and len(set(tokens)) <= len(tokens) // 2 else 0.0
+    pairs, triples = ngrams(tokens, 2), ngrams(tokens, 3)
+    twice = 1.0 - len(set(pairs)) / len(pairs)
+    thrice = 1.0 - len(set(triples)) / len(triples)
+    matter = Counter(token for token in tokens if token not in FUNCTION_WORDS)
+    most = max(matter.values(), default=0)
+    return max(ramp(twice, 0.12, 0.45), ramp(thrice, 0.04, 0.30), ramp(most, 3.5, 7.0) if most / len(tokens) > 0.06 else 0.0)
+
+
+def _word_salad(tokens: list[str]) -> float:
+    """Too few words of grammar, or too many, for the text's length; long texts only."""
+    if len(tokens) < 8:
+        return 0.0
+    grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
+    return max(1.0 - ramp(grammar, 0.22, 0.34), ramp(grammar, 0.82, 0.95))
+
+
+def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -> dict[str, float]:
+    """Strength (0 to 1, rounded) of every penalty.
+
+    Args:
+        reply: the policy's reply, not empty.
+        earlier: its earlier replies in this dialogue.
+        heard: the user's messages so far.
+        truncated: the reply was cut at the token limit.
+    """
+    text = plain(reply)
+    tokens, past = words(text), [words(one) for one in earlier]
+    count = max(1, len(tokens))
+    sorry_before = sum(apologies(one) for one in earlier)
+    feelings = sum(token in FEELING_WORDS for token in tokens)
+    numbered = len(_LIST_LINE.findall(text)) + len(_INLINE_NUMBER.findall(text)) + max(0, len(_ORDINAL.findall(text.lower())) - 1)
+    heard_words = set().union(*(words(one) for one in heard)) if heard else set()
+    superlatives = sum(token in _SUPERLATIVES and token not in heard_words for token in tokens)
+    strengths = {
+        "repetition": _repetition(tokens),
+        "echo": max(ramp(overlap(tokens, past, 3), 0.25, 0.75), ramp(overlap(tokens, past, 2), 0.45, 0.9)) if past else 0.0,
+        "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if apologies(text) else 0.0,
+        "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
+        "superlatives": ramp(superlatives, 1.5, 4.0),
+        "foreign": _foreign(text, tokens),
+        "word_salad": _word_salad(tokens),
+        "symbols": ramp(_symbol_share(text), 0.015, 0.12),
+        "listing": max(ramp(numbered, 1.5, 4.0), ramp(len(_MARKUP.findall(text)), 0.5, 3.0)),
+        "questions": ramp(text.count("?"), 2, 5),
+        "over_length": ramp(count, SPOKEN_WORDS, LONG_WORDS),
+        "truncated": float(truncated and not text.rstrip().endswith((".", "!", "?", '"', "'"))),
+        "score_talk": float(bool(_SCORE.search(text.lower()))),
+        "copied": ramp(overlap(tokens, [words(one) for one in heard], 4), 0.25, 0.7),
+        "too_short": 1.0 - ramp(count, 2, 8),
+    }
+    return {name: round(value, 4) for name, value in strengths.items()}

@@ -1,0 +1,54 @@
+"""How hard the simulated users are: named presets, and the knobs that override them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.simulator.emotion import EmotionRules
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DifficultyRules:
+    """Everything that makes one simulated population easier or harder than another.
+
+    Attributes:
+        emotion: start, clip and thresholds.
+        acceptance: 0 to 1, share of a reply's merit that the user lets count; what is wrong with a reply always counts in full.
+        expressiveness: 0 to 1, chance that a message shows how the reply was taken, rather than only going on with the story.
+        hides_aim: the user never hints at what they want from the talk.
+    """
+
+    emotion: EmotionRules
+    acceptance: float
+    expressiveness: float
+    hides_aim: bool = False
+
+
+# Expressiveness: RLVER, table 3, emotion and need expression (78.6 % vanilla, 63.6 % challenging). Acceptance of the challenging
+# users: the ratio of the strategy acceptance rates in the same table, 33.1 % / 52.4 %.
+PRESETS: dict[Preset, DifficultyRules] = {
+    Preset.sage: DifficultyRules(
+        emotion=EmotionRules(start=40.0, max_change=10.0, max_user_messages=10), acceptance=1.0, expressiveness=0.79
+    ),
+    Preset.rlver_vanilla: DifficultyRules(emotion=EmotionRules(start=30.0, max_change=10.0), acceptance=1.0, expressiveness=0.79),
+    Preset.rlver_challenging: DifficultyRules(
+        emotion=EmotionRules(start=30.0, max_change=10.0), acceptance=0.63, expressiveness=0.64, hides_aim=True
+    ),
+}
+
+
+def resolve_rules(simulator: SimulatorConfig) -> DifficultyRules:
+    """The preset's rules with every knob of `simulator` that is not null in its place."""
+    preset = PRESETS[simulator.preset]
+    emotion = replace(
+        preset.emotion,
+        start=preset.emotion.start if simulator.start_emotion is None else simulator.start_emotion,
+        max_change=preset.emotion.max_change if simulator.max_change is None else simulator.max_change,
+    )
+    return replace(
+        preset,
+        emotion=emotion,
+        acceptance=preset.acceptance if simulator.acceptance is None else simulator.acceptance,
+        expressiveness=preset.expressiveness if simulator.expressiveness is None else simulator.expressiveness,
+    )

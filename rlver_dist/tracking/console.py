@@ -1,0 +1,238 @@
+"""What a person sees of a run: progress bars, a line an iteration, and the results at the end.
+
+On a terminal each phase has a bar that vanishes when it ends. Elsewhere (a file, a pipe, a job's log) there are plain lines and no
+control codes. Text from models is printed without its control characters, so that a reply cannot steer the terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.tracking.curve import draw_curve
+
+SIDE_BY_SIDE_COLUMNS = 100
+"""Narrowest terminal that shows two dialogues beside each other."""
+MIN_CURVE_COLUMNS = 10
+ITERATION_FIELDS = (
+    ("reward", "reward/mean", ".3f"),
+    ("success", "reward/success_share", ".2f"),
+    ("len", "rollout/reply_tokens", ".0f"),
+    ("kl", "learner/kl_ref", ".4f"),
+)
+ITERATION_PHASES = (("rollout", "time/rollout_s"), ("learner", "time/learner_s"), ("sync", "time/sync_s"))
+RESULT_FILES = (
+    ("summary.json", "results"),
+    ("metrics.jsonl", "metrics of every iteration"),
+    ("dialogues", "every dialogue and reward, as Parquet"),
+    ("policy", "the trained model, as a Hugging Face folder"),
+)
+
+
+class Advance(Protocol):
+    """Moves a phase's bar on by `amount` and shows `fields` beside it."""
+
+    def __call__(self, amount: int = 1, **fields: object) -> None: ...
+
+
+class Console:
+    """Everything that a run prints; to be used from one thread."""
+
+    def __init__(self, num_iterations: int, *, file: TextIO | None = None) -> None:
+        """
+        Args:
+            num_iterations: iterations of the whole run.
+            file: where to write; None takes standard output.
+        """
+        self._num_iterations = num_iterations
+        self._file = file or sys.stdout
+        self._rich = rich.console.Console(file=file, force_terminal=self._file.isatty(), highlight=False, markup=False, emoji=False)
+        self._animated = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._encoding = getattr(self._file, "encoding", None) or "utf-8"
+        self._ascii_only = self._encoding.lower().replace("-", "") != "utf8"
+        self._progress: Progress | None = None
+        self._last_emotion = math.nan
+
+    def note(self, text: str) -> None:
+        """Print one message."""
+        self._print(text)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None, *, keep: bool = False) -> Iterator[Advance]:
+        """Show a long phase while the block runs.
+
+        Args:
+            name: what is being done.
+            total: steps until the end; None where nobody knows.
+            keep: on a terminal, leave a line with the seconds that it took (elsewhere there always is one).
+
+        Yields:
+            A function that reports progress; see `Advance`.
+        """
+        started = time.monotonic()
+        if not self._animated:
+            self._print(f"{name} ..." if total is None else f"{name}: {total} ...")
+        done = 0
+        with self._bar(name, total) as show:
+
+            def advance(amount: int = 1, **fields: object) -> None:
+                nonlocal done
+                done += amount
+                show(done, "  ".join(f"{key} {value}" for key, value in fields.items()))
+
+            try:
+                yield advance
+            except BaseException as error:
+                verb = "failed" if isinstance(error, Exception) else "stopped"
+                self._print(f"{name}: {verb} after {_seconds(time.monotonic() - started)}")
+                raise
+        if keep or not self._animated:
+            count = f"{done} of {total}, " if total is not None and done != total else ""
+            self._print(f"{name}: {count}done in {_seconds(time.monotonic() - started)}")
+
+    def iteration(self, summary: Mapping[str, float]) -> None:
+        """Print the line of one iteration from its reduced metrics; keys that are absent are left out.
+
+        `progress/iteration` has to be there and counts finished iterations: it is 1 after the first.
+        """
+        emotion = summary.get("reward/emotion_final", math.nan)
+        change = emotion - self._last_emotion
+        self._last_emotion = emotion
+        parts = [f"iteration {summary['progress/iteration']:.0f}/{self._num_iterations}"]
+        parts.append(f"emotion {emotion:.1f}" + (f" ({change:+.1f})" if math.isfinite(change) else ""))
+        parts += [f"{name} {summary[key]:{form}}" for name, key, form in ITERATION_FIELDS if key in summary]
+        if "time/iteration_s" in summary:
+            phases = ", ".join(f"{name} {summary[key]:.0f}" for name, key in ITERATION_PHASES if key in summary)
+            parts.append(_seconds(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
+        self._print("  ".join(parts))
+
+    def finish(
+        self,
+        curve: Sequence[float],
+        output_dir: str | Path,
+        summary: Mapping[str, Any],
+        pairs: Sequence[tuple[Dialogue, Dialogue]],
+    ) -> None:
+        """Print the end of a run.
+
+        Args:
+            curve: mean final emotion (0 to 100) of each training iteration.
+            output_dir: the run's folder; what it holds of `RESULT_FILES` is listed.
+            summary: the content of `summary.json`; empty where there was no evaluation.
+            pairs: dialogues with one persona, before and after training.
+        """
+        for before, after in pairs:
+            self._print(f"\nThe same user ({before.persona_id}), before and after training")
+            self._print_pair(before, after)
+        if drawn := draw_curve(curve, width=max(MIN_CURVE_COLUMNS, min(60, self._rich.width - 12)), ascii_only=self._ascii_only):
+            self._print("\nMean final emotion of the training dialogues (0 to 100)")
+            self._print("\n".join(drawn))
+        if lines := _result_lines(summary):
+            self._print("\nHeld-out users, before -> after training")
+            self._print("\n".join(lines))
+        folder = Path(output_dir)
+        wall = f" after {_seconds(summary['wall_s'])}" if "wall_s" in summary else ""
+        self._print(f"\nResults{wall} in {folder.resolve()}")
+        for name, what in RESULT_FILES:
+            if (folder / name).exists():
+                self._print(f"  {name:<14} {what}")
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        """A bar where the output is animated; yields a function of (steps done, text beside the bar)."""
+        if not self._animated:
+            yield lambda done, beside: None
+            return
+        outermost = self._progress is None
+        # Phases may nest, and a terminal has one live area: they share the outermost phase's.
+        progress = self._progress or self._start_progress()
+        task = progress.add_task(self._clean(name), total=total, beside="")
+        try:
+            yield lambda done, beside: progress.update(task, completed=done, beside=self._clean(beside))
+        finally:
+            progress.remove_task(task)
+            if outermost:
+                progress.stop()
+                self._progress = None
+
+    def _start_progress(self) -> Progress:
+        bar = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        beside = TextColumn("{task.fields[beside]}", markup=False)
+        self._progress = Progress(*bar, *times, beside, console=self._rich, transient=True)
+        self._progress.start()
+        return self._progress
+
+    def _print_pair(self, before: Dialogue, after: Dialogue) -> None:
+        texts = [self._clean("\n".join(_dialogue_lines(dialogue))) for dialogue in (before, after)]
+        if self._animated and self._rich.width >= SIDE_BY_SIDE_COLUMNS:
+            table = Table.grid(padding=(0, 2), expand=True)
+            table.add_column(ratio=1)
+            table.add_column(ratio=1)
+            table.add_row(Text("before", style="bold"), Text("after", style="bold"))
+            table.add_row(Text(texts[0]), Text(texts[1]))
+            self._rich.print(table)
+            return
+        for when, text in zip(("before", "after"), texts, strict=True):
+            self._print(f"-- {when}")
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._rich.print(Text(self._clean(text)), soft_wrap=True)
+
+    def _clean(self, text: str) -> str:
+        """Printable text in the file's encoding: control characters become spaces, foreign characters question marks."""
+        printable = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+        return printable.encode(self._encoding, "replace").decode(self._encoding)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def _dialogue_lines(dialogue: Dialogue) -> list[str]:
+    """The talk as both sides heard it, with the emotion that each reply led to."""
+    lines = [f"user [{dialogue.start_emotion:.0f}]: {_one_line(dialogue.opening)}"]
+    for turn in dialogue.turns:
+        lines.append(f"policy [{turn.emotion_before:.0f} -> {turn.emotion_after:.0f}]: {_one_line(turn.reply)}")
+        if turn.user_message is not None:
+            lines.append(f"user [{turn.emotion_after:.0f}]: {_one_line(turn.user_message)}")
+    return [*lines, f"end: {dialogue.end_reason.value}, emotion {dialogue.final_emotion:.0f}"]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _result_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What `summary.json` says, for people; keys that are absent are left out."""
+    lines = [
+        f"  {name:<26} {_comparison(result)}"
+        for name, result in (("emotion", summary), ("emotion, second appraiser", summary.get("second_appraiser", {})))
+        if result.get("difference") is not None
+    ]
+    for name in ("distinct2", "perplexity"):
+        if name in summary:
+            lines.append(f"  {name:<26} {summary[name]['before']:.3g} -> {summary[name]['after']:.3g}")
+    if "num_eval_personas" in summary:
+        lines.append(f"  {'users':<26} {summary['num_eval_personas']}")
+    return lines
+
+
+def _comparison(result: Mapping[str, Any]) -> str:
+    low, high = result["interval95"]
+    change = f"{result['difference']:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
+    return f"{result['before']:.1f} -> {result['after']:.1f} ({change})"

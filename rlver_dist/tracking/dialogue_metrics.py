@@ -1,0 +1,70 @@
+"""Metrics of one iteration's dialogues: the `rollout/` and `reward/` keys of docs/metrics.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from rlver_dist.dialogue import Dialogue, EndReason
+from rlver_dist.tracking.metrics import Metric, Reduction
+
+SUCCESS_EMOTION = 100.0
+FAILURE_EMOTION = 10.0
+
+
+def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]) -> list[Metric]:
+    """Describe one iteration's dialogues.
+
+    Args:
+        dialogues: all of them; infrastructure failures are counted and enter no mean.
+        rewards: 0 to 1 by dialogue id, of those dialogues that were scored.
+
+    Returns:
+        Metrics of all dialogues at once; their means carry the number of dialogues, turns or rewards as weight. The standard
+        deviation is the population's and does not combine over shards.
+
+    Raises:
+        ValueError: a reward belongs to none of the dialogues.
+    """
+    if strangers := sorted(rewards.keys() - {dialogue.id for dialogue in dialogues}):
+        raise ValueError(f"rewards for dialogues that are not there: {', '.join(strangers[:3])}")
+    held = [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+    turns = [turn for dialogue in held for turn in dialogue.turns]
+    return [
+        Metric("rollout/dialogues", len(dialogues), Reduction.sum),
+        Metric("rollout/failed", len(dialogues) - len(held), Reduction.sum),
+        _mean("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in held]),
+        _mean("rollout/reply_tokens", [len(turn.reply_ids) for turn in turns]),
+        _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
+        Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
+        *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),
+        *_reward_metrics(held, list(rewards.values())),
+    ]
+
+
+def distinct_n(texts: Iterable[str], n: int = 2) -> float:
+    """Distinct n-grams over all n-grams of lower-cased words split at white space (after Li et al., arXiv:1510.03055, section 5.1).
+
+    No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora of about one size.
+    """
+    ngrams: list[tuple[str, ...]] = []
+    for text in texts:
+        words = text.lower().split()
+        ngrams += zip(*(words[start:] for start in range(n)), strict=False)
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def _reward_metrics(held: list[Dialogue], rewards: list[float]) -> list[Metric]:
+    appraised = [turn for dialogue in held for turn in dialogue.turns if turn.appraisal is not None]
+    return [
+        _mean("reward/mean", rewards),
+        Metric("reward/std", statistics.pstdev(rewards) if rewards else 0.0, Reduction.last),
+        _mean("reward/emotion_final", [dialogue.final_emotion for dialogue in held]),
+        _mean("reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]),
+        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in held]),
+        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in held]),
+    ]
+
+
+def _mean(key: str, values: Sequence[float]) -> Metric:
+    return Metric(key, statistics.fmean(values) if values else 0.0, Reduction.mean, weight=len(values))

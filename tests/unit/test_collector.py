@@ -1,0 +1,204 @@
+"""The dialogue loop: order of events, ends, and failures as data. Engine and user are small functions over real dialogue types."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+from transformers import AutoTokenizer
+
+from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
+from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role
+from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect, derive_seed
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.simulator.protocol import UserRequest, UserResponse
+
+LIMITS = CollectLimits(
+    max_turns=3, max_reply_tokens=8, max_context_tokens=1000, end_on_truncation=False, temperature=1.0, max_concurrent=4,
+    request_timeout_s=5.0,
+)  # fmt: skip
+PERSONA = Persona(
+    id="p", name="Ada", profile="", scene="", temperament=Temperament.PASSIVE, traits=("shy", "warm", "proud"),
+    hidden_intent=HiddenIntent.BE_HEARD, want="", hides="", language="en", topic="", situation_id="s", opening="Hello", facts=(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+
+
+def task(name: str = "d0", seed: int = 1) -> DialogueTask:
+    return DialogueTask(id=name, group_id="g", persona=PERSONA, seed=seed)
+
+
+def replying(renderer: Renderer, text: str = "I see.", finish_reason: str = "stop") -> Callable[[GenerateRequest], Awaitable[Generation]]:
+    async def generate(request: GenerateRequest) -> Generation:
+        ids = renderer._encode_text(text)
+        ids = [*ids, renderer.end_token_id] if finish_reason == "stop" else ids
+        return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=finish_reason, policy_version=(4, 5))
+
+    return generate
+
+
+async def respond(request: UserRequest) -> UserResponse:
+    """A user who gains 5 points a reply and leaves after the last one."""
+    if request.turn_index < 0:
+        return UserResponse(appraisal=None, emotion=30.0, message="My day was bad.", end_reason=None)
+    appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
+    if request.turn_index == request.max_turns - 1:
+        return UserResponse(appraisal=appraisal, emotion=request.emotion + 5, message=None, end_reason=EndReason.MAX_TURNS)
+    return UserResponse(appraisal=appraisal, emotion=request.emotion + 5, message=f"Go on {request.turn_index}.", end_reason=None)
+
+
+def hold(renderer: Renderer, *, generate=None, respond=respond, limits: CollectLimits = LIMITS) -> Dialogue:
+    generate = generate or replying(renderer)
+    [dialogue] = asyncio.run(collect([task()], generate=generate, respond=respond, renderer=renderer, limits=limits))
+    return dialogue
+
+
+def test_whole_dialogue_is_recorded(renderer: Renderer) -> None:
+    asked: list[GenerateRequest] = []
+    heard: list[UserRequest] = []
+    reply = replying(renderer)
+
+    async def generate(request: GenerateRequest) -> Generation:
+        asked.append(request)
+        return await reply(request)
+
+    async def listen(request: UserRequest) -> UserResponse:
+        heard.append(request)
+        return await respond(request)
+
+    dialogue = hold(renderer, generate=generate, respond=listen)
+    assert dialogue.end_reason is EndReason.MAX_TURNS and dialogue.error is None
+    assert (dialogue.opening, dialogue.start_emotion, dialogue.final_emotion) == ("My day was bad.", 30.0, 45.0)
+    assert [(turn.emotion_before, turn.emotion_after) for turn in dialogue.turns] == [(30, 35), (35, 40), (40, 45)]
+    assert [turn.user_message for turn in dialogue.turns] == ["Go on 0.", "Go on 1.", None]
+    assert dialogue.turns[0].reply == "I see." and dialogue.turns[0].policy_version == (4, 5)
+    assert asked[0].prompt_ids == renderer.opening_prompt("My day was bad.")
+    for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
+        assert turn.prompt_ids == renderer.next_prompt(previous.prompt_ids, previous.reply_ids, previous.user_message)
+    assert [request.seed for request in asked] == [derive_seed(1, index) for index in range(3)]
+    assert [len(request.messages) for request in heard] == [0, 2, 4, 6]
+    assert all(request.messages[-1].role is Role.ASSISTANT for request in heard[1:])
+
+
+def test_derive_seeds_are_distinct_and_fixed() -> None:
+    assert derive_seed(1, 0) == 894933081445914327
+    assert len({derive_seed(seed, index) for seed in range(50) for index in range(8)}) == 400
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_empty_reply_is_malformed_and_recorded(renderer: Renderer, text: str) -> None:
+    dialogue = hold(renderer, generate=replying(renderer, text))
+    assert dialogue.end_reason is EndReason.MALFORMED and dialogue.final_emotion == 30.0
+    [turn] = dialogue.turns
+    assert turn.reply == "" and turn.appraisal is None and turn.emotion_after == turn.emotion_before == 30.0
+    assert turn.reply_ids[-1] == renderer.end_token_id
+
+
+def test_truncated_reply_ends_or_is_heard_as_it_is(renderer: Renderer) -> None:
+    cut = replying(renderer, "It is", finish_reason="length")
+    ended = hold(renderer, generate=cut, limits=replace(LIMITS, end_on_truncation=True))
+    assert ended.end_reason is EndReason.OVER_LONG and len(ended.turns) == 1 and ended.turns[0].appraisal is None
+    heard = hold(renderer, generate=cut)
+    assert heard.end_reason is EndReason.MAX_TURNS and all(turn.truncated for turn in heard.turns)
+
+
+def test_context_overflow_counts_prompt_and_a_full_reply(renderer: Renderer) -> None:
+    second = len(hold(renderer).turns[1].prompt_ids)
+    fits = hold(renderer, limits=replace(LIMITS, max_context_tokens=second + LIMITS.max_reply_tokens))
+    over = hold(renderer, limits=replace(LIMITS, max_context_tokens=second + LIMITS.max_reply_tokens - 1))
+    assert fits.end_reason is over.end_reason is EndReason.CONTEXT_OVERFLOW
+    assert (len(fits.turns), len(over.turns)) == (2, 1)
+    assert over.turns[0].appraisal is not None and over.final_emotion == 35.0
+
+
+def test_user_that_never_ends_is_stopped_by_the_turn_limit(renderer: Renderer) -> None:
+    async def endless(request: UserRequest) -> UserResponse:
+        return await respond(replace(request, max_turns=99))
+
+    dialogue = hold(renderer, respond=endless)
+    assert dialogue.end_reason is EndReason.MAX_TURNS and len(dialogue.turns) == 3
+
+
+def test_failures_are_data(renderer: Renderer) -> None:
+    async def dead(request: GenerateRequest) -> Generation:
+        raise ConnectionError("engine 2\nis gone")
+
+    async def stuck(request: UserRequest) -> UserResponse:
+        if request.turn_index == 1:
+            await asyncio.sleep(10)
+        return await respond(request)
+
+    async def mute(request: UserRequest) -> UserResponse:
+        return replace(await respond(request), message=None, end_reason=None)
+
+    failed = hold(renderer, generate=dead)
+    assert failed.end_reason is EndReason.INFRASTRUCTURE and failed.turns == []
+    assert failed.error == "rollout engine: ConnectionError: engine 2 is gone"
+    late = hold(renderer, respond=stuck, limits=replace(LIMITS, request_timeout_s=0.05))
+    assert late.end_reason is EndReason.INFRASTRUCTURE and late.final_emotion == 35.0
+    assert late.error == "user simulator: no answer within 0.05 s (rollout.request_timeout_s)"
+    assert [turn.appraisal is None for turn in late.turns] == [False, True]
+    assert hold(renderer, respond=mute).error == "user simulator: gave no opening"
+
+
+def test_dialogues_run_freely_up_to_the_limit_and_come_back_sorted(renderer: Renderer) -> None:
+    """The first dialogue's engine waits until another one is over, so lock-step turns would never finish."""
+    running, most = 0, 0
+    over = asyncio.Event()
+    reply = replying(renderer)
+    progress: list[tuple[int, int, int]] = []
+
+    async def generate(request: GenerateRequest) -> Generation:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if request.dialogue_id == "d3":
+            await over.wait()
+        await asyncio.sleep(0)
+        running -= 1
+        return await reply(request)
+
+    def on_progress(done: int, total: int, replies: int) -> None:
+        progress.append((done, total, replies))
+        if done == 1:
+            over.set()
+
+    tasks = [task(f"d{index}", seed=index) for index in (3, 1, 2, 0)]
+    limits = replace(LIMITS, max_concurrent=2)
+    call = collect(tasks, generate=generate, respond=respond, renderer=renderer, limits=limits, on_progress=on_progress)
+    dialogues = asyncio.run(call)
+    assert [dialogue.id for dialogue in dialogues] == ["d0", "d1", "d2", "d3"]
+    assert all(dialogue.end_reason is EndReason.MAX_TURNS for dialogue in dialogues)
+    assert most == 2
+    assert progress[-1] == (4, 4, 12)
+
+
+def test_cancellation_propagates(renderer: Renderer) -> None:
+    started = asyncio.Event()
+    cancelled: list[str] = []
+
+    async def hang(request: GenerateRequest) -> Generation:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(request.dialogue_id)
+            raise
+        raise AssertionError("unreachable")
+
+    async def interrupt() -> None:
+        call = collect([task("a"), task("b")], generate=hang, respond=respond, renderer=renderer, limits=LIMITS)
+        collecting = asyncio.create_task(call)
+        await started.wait()
+        await asyncio.sleep(0)
+        collecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await collecting
+
+    asyncio.run(interrupt())
+    assert sorted(cancelled) == ["a", "b"]

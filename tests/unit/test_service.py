@@ -1,0 +1,189 @@
+"""The embedded simulator behind the reward service."""
+
+import asyncio
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
+from rlver_dist.errors import DataError, RlverError
+from rlver_dist.simulator.appraisal import AppraisalContext
+from rlver_dist.simulator.embedded import EmbeddedSimulator, build_simulator, check_personas
+from rlver_dist.simulator.presets import PRESETS
+from rlver_dist.simulator.protocol import UserRequest, UserResponse
+from rlver_dist.simulator.service import RewardService, nearest_rank
+from tests.unit.test_messages import FACTS, OPENING, persona
+
+
+class NumberAppraiser:
+    """Takes a reply at its word: the text is the change in points. For tests of everything around the appraisal."""
+
+    def appraise(self, context: AppraisalContext) -> Appraisal:
+        return Appraisal(content="", fit="", activity="", feeling="", change=float(context.messages[-1].text))
+
+
+SIMULATOR = EmbeddedSimulator(rules=PRESETS[Preset.rlver_vanilla], appraiser=NumberAppraiser())
+
+
+def request(*replies: str, dialogue_id: str = "d1", emotion: float = 30.0, max_turns: int = 8, who: Persona | None = None) -> UserRequest:
+    """The request after the last of `replies`; between them the user told their facts."""
+    messages = [Message(role=Role.USER, text=OPENING)]
+    for turn, reply in enumerate(replies):
+        messages.append(Message(role=Role.ASSISTANT, text=reply))
+        if turn < len(replies) - 1:
+            messages.append(Message(role=Role.USER, text=FACTS[turn]))
+    return UserRequest(dialogue_id=dialogue_id, turn_index=len(replies) - 1, persona=who or persona(),
+                       messages=tuple(messages) if replies else (), emotion=emotion, seed=3, max_turns=max_turns)
+
+
+def test_opening() -> None:
+    assert SIMULATOR.respond(request()) == UserResponse(appraisal=None, emotion=30.0, message=OPENING, end_reason=None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "before", "turns", "after", "reason"),
+    [
+        ("4.5", 30.0, 8, 34.5, None), ("25", 95.0, 8, 100.0, EndReason.EMOTION_HIGH), ("-25", 19.9, 8, 9.9, EndReason.EMOTION_LOW),
+        ("-25", 20.0, 8, 10.0, None), ("2", 30.0, 1, 32.0, EndReason.MAX_TURNS),
+    ],
+)
+def test_emotion_and_end(reply: str, before: float, turns: int, after: float, reason: EndReason | None) -> None:
+    answer = SIMULATOR.respond(request(reply, emotion=before, max_turns=turns))
+    assert (answer.emotion, answer.end_reason) == (after, reason)
+    assert (answer.message is None) == (reason is not None)
+    assert answer.appraisal is not None and abs(answer.appraisal.change) <= 10.0
+
+
+def test_goodbye_is_an_end() -> None:
+    who = replace(persona(), facts=FACTS[:1])
+    messages = [OPENING, "1", FACTS[0], "0", "That's everything, really.", "0"]
+    asked = replace(request("0", who=who, emotion=50.0), turn_index=2, messages=tuple(
+        Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(messages)))
+    answer = SIMULATOR.respond(asked)
+    assert (answer.message, answer.end_reason) == (None, EndReason.GOODBYE)
+
+
+@pytest.mark.parametrize(("change", "field"), [({"language": "zh"}, "language=zh"), ({"opening": ""}, "opening"), ({"facts": ()}, "facts")])
+def test_personas_that_rules_cannot_voice_are_refused(change: dict, field: str) -> None:
+    strange = replace(persona(), id="p9", **change)
+    with pytest.raises(DataError, match=rf"persona p9: {field}.*LLM simulator"):
+        check_personas([persona(), strange])
+    with pytest.raises(DataError, match="p9"):
+        SIMULATOR.respond(request(who=strange))
+    check_personas([persona()])
+
+
+def test_a_request_without_a_reply_is_refused() -> None:
+    with pytest.raises(ValueError, match="d1, turn 0"):
+        SIMULATOR.respond(replace(request("1"), messages=(Message(role=Role.USER, text=OPENING),)))
+
+
+def test_real_appraiser_end_to_end() -> None:
+    """Same request, same response; no word at all costs the most; whatever is said, the rules of emotion hold."""
+    simulator = build_simulator(SimulatorConfig(preset=Preset.sage))
+    assert simulator.respond(request()).emotion == 40.0
+    asked = request("That is a lot of trouble for one yard. What happened with the axe?", emotion=40.0)
+    first = simulator.respond(asked)
+    assert first == simulator.respond(asked)
+    assert first.appraisal is not None and first.emotion == pytest.approx(40.0 + first.appraisal.change)
+    assert first.message is not None and FACTS[0] in first.message
+    assert simulator.respond(request("", emotion=40.0)).emotion == 30.0
+
+
+class SlowSimulator:
+    """Answers after `seconds`, one call at a time, and fails for dialogues named "broken"."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.threads, self.inside = seconds, set(), 0
+
+    def respond(self, asked: UserRequest) -> UserResponse:
+        self.inside += 1
+        assert self.inside == 1
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        self.inside -= 1
+        if asked.dialogue_id == "broken":
+            raise RlverError("no such yard")
+        return SIMULATOR.respond(asked)
+
+
+def test_service_answers_as_the_simulator_does_and_a_retry_changes_nothing() -> None:
+    async def ask() -> None:
+        service = RewardService(SIMULATOR)
+        asked = request("3")
+        assert await service.respond(asked) == SIMULATOR.respond(asked) == await service.respond(asked)
+        with pytest.raises(RlverError, match=r"dialogue d1, turn 0.*other content"):
+            await service.respond(request("4"))
+        assert await service.respond(request("3", "4")) == SIMULATOR.respond(request("3", "4"))
+        metrics = service.metrics()
+        assert (metrics["requests"], metrics["retries"], metrics["failures"]) == (3.0, 1.0, 0.0)
+        service.close()
+
+    asyncio.run(ask())
+
+
+def test_one_error_fails_one_request() -> None:
+    async def ask() -> None:
+        service = RewardService(SlowSimulator())
+        asked = [request("1", dialogue_id=name) for name in ("a", "broken", "b")]
+        answers = await asyncio.gather(*map(service.respond, asked), return_exceptions=True)
+        assert isinstance(answers[1], RlverError)
+        assert [answers[0], answers[2]] == [SIMULATOR.respond(asked[0]), SIMULATOR.respond(asked[2])]
+        assert service.metrics()["failures"] == 1.0
+        service.close()
+
+    asyncio.run(ask())
+
+
+def test_many_at_once_use_one_thread_and_leave_the_loop_free() -> None:
+    async def ask() -> None:
+        simulator = SlowSimulator(seconds=0.005)
+        service = RewardService(simulator, max_batch=8)
+        asking = asyncio.gather(*(service.respond(request("1", dialogue_id=f"d{i}")) for i in range(40)))
+        ticks = 0
+        while not asking.done():
+            await asyncio.sleep(0.002)
+            ticks += 1
+        assert len(await asking) == 40 and ticks > 20
+        assert len(simulator.threads) == 1 and threading.get_ident() not in simulator.threads
+        metrics = service.metrics()
+        assert metrics["queue_depth_max"] == 40.0 and metrics["batch_size_mean"] == 8.0
+        assert 0.004 < metrics["latency_p50_s"] <= metrics["latency_p95_s"] <= metrics["latency_max_s"]
+        assert service.metrics() == {"requests": 0.0, "retries": 0.0, "failures": 0.0, "queue_depth_max": 0.0}
+        service.close()
+
+    asyncio.run(ask())
+
+
+def test_a_caller_that_gave_up_harms_nobody() -> None:
+    async def ask() -> None:
+        service = RewardService(SlowSimulator(seconds=0.02))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(service.respond(request("1")), timeout=0.005)
+        assert await service.respond(request("1")) == SIMULATOR.respond(request("1"))
+        assert service.metrics()["retries"] == 1.0
+        service.close()
+
+    asyncio.run(ask())
+
+
+def test_the_memory_of_keys_is_bounded() -> None:
+    async def ask() -> None:
+        service = RewardService(SIMULATOR, max_remembered=2)
+        for name in ("a", "b", "c"):
+            await service.respond(request("1", dialogue_id=name))
+        await service.respond(request("2", dialogue_id="a"))
+        with pytest.raises(RlverError):
+            await service.respond(request("2", dialogue_id="c"))
+        service.close()
+
+    asyncio.run(ask())
+
+
+def test_nearest_rank_by_hand() -> None:
+    values = [1.0, 2.0, 3.0, 4.0]
+    assert [nearest_rank(values, q) for q in (0.25, 0.5, 0.51, 0.95)] == [1.0, 2.0, 3.0, 4.0]
