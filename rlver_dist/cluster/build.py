@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoTokenizer
@@ -42,7 +41,7 @@ class Built:
     learner: LearnerGroup
     sync: WeightSync
     renderer: Renderer
-    replicas: list[ActorHandle]
+    replicas: list[Any]
     group: PlacementGroup | None
 
     async def metrics(self) -> list[Metric]:
@@ -59,7 +58,9 @@ class Built:
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
         self.sync.close()
-        closing = [engine.close.remote() for engine in self.engines.engines] + [rank.close.remote() for rank in self.learner.ranks]
+        closing: list[Any] = [engine.close.remote() for engine in self.engines.engines] + [
+            rank.close.remote() for rank in self.learner.ranks
+        ]
         await asyncio.wait([asyncio.wrap_future(call.future()) for call in closing], timeout=20)
         for actor in [*self.engines.engines, *self.learner.ranks, *self.replicas]:
             ray.kill(actor)
@@ -87,8 +88,8 @@ def _options(name: str, layout: Layout, group: PlacementGroup | None, bundle: in
     return options
 
 
-def _engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, end_token_id: int) -> list[ActorHandle]:
-    engine_class = ray.remote(PolicyEngine)
+def _engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, end_token_id: int) -> list[Any]:
+    engine_class: Any = ray.remote(PolicyEngine)
     spans_gpus = layout.tensor_parallel > 1
     engines = []
     for index in range(layout.engines):
@@ -119,7 +120,7 @@ def _engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, en
 
 
 def _learners(config: RunConfig, layout: Layout, group: PlacementGroup | None) -> LearnerGroup:
-    learner_class = ray.remote(PolicyLearnerActor)
+    learner_class: Any = ray.remote(PolicyLearnerActor)
     first = layout.engines * layout.tensor_parallel
     return LearnerGroup(
         [
@@ -138,7 +139,7 @@ async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
     renderer = Renderer(tokenizer, config.model.system_prompt)
     engines = EnginePool(_engines(config, layout, group, renderer.end_token_id))
     learner = _learners(config, layout, group)
-    service_class = ray.remote(RewardServiceActor)
+    service_class: Any = ray.remote(RewardServiceActor)
     replicas = [
         service_class.options(
             name=f"reward_service_{index}",
@@ -168,7 +169,7 @@ async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
     )
     try:
         with console.phase("loading models", layout.engines + 1 + len(replicas)) as advance:
-            starting = [engine.start.remote() for engine in engines.engines]
+            starting: list[Any] = [engine.start.remote() for engine in engines.engines]
             waiting = [*(asyncio.wrap_future(call.future()) for call in starting), asyncio.ensure_future(learner.start())]
             waiting += [asyncio.wrap_future(replica.metrics.remote().future()) for replica in replicas]
             for part in asyncio.as_completed(waiting):

@@ -71,9 +71,11 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths
     from torch.nn.attention.varlen import varlen_attn
 
     starts = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-    parts = [part.transpose(0, 1).contiguous() for part in (query, key, value)]
+    query, key, value = (part.transpose(0, 1).contiguous() for part in (query, key, value))
     longest = max(lengths)
-    return varlen_attn(*parts, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+    output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(output, torch.Tensor)
+    return output[None]
 
 
 class BlockwiseCausalAttention(torch.autograd.Function):

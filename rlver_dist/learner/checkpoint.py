@@ -37,7 +37,7 @@ def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: in
 
         aside = Path(f"{directory}.partial")
         shutil.rmtree(aside, ignore_errors=True)
-        engine.module.model.save_pretrained(aside, state_dict=tensors)
+        engine.model.save_pretrained(aside, state_dict=tensors)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(aside, directory)

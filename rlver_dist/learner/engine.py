@@ -19,12 +19,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlver_dist.config import LearnerConfig, Precision
+from rlver_dist.choices import Precision
+from rlver_dist.config import LearnerConfig
 from rlver_dist.errors import RlverError
+from rlver_dist.learner.scoring import PolicyModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TAG = "policy"
 """Name of DeepSpeed's sub-folder in a checkpoint."""
@@ -98,34 +103,27 @@ def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
     }
 
 
-def sharded_construction(settings: dict[str, Any]) -> object | None:
-    """Under ZeRO-3, make transformers load weights straight into shards for as long as the returned object lives."""
-    if settings["zero_optimization"]["stage"] < 3:
-        return None
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(settings)
-
-
 @contextmanager
-def plain_construction(sharded: object | None) -> Iterator[None]:
-    """Inside the block models load whole, although `sharded_construction` (its result is passed here) is in force."""
-    if sharded is None:
+def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, transformers loads weights straight into shards inside the block; models loaded outside it stay whole."""
+    if settings["zero_optimization"]["stage"] < 3:
         yield
         return
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()
+    # transformers keeps a weak reference, so the name is what holds it.
+    marker = HfDeepSpeedConfig(settings)
     try:
         yield
     finally:
-        set_hf_deepspeed_config(sharded)
+        unset_hf_deepspeed_config()
+        del marker
 
 
 class TrainingEngine:
     """A DeepSpeed engine with AdamW and linear warm-up, whose gradient is exactly the sum of the losses' gradients over ranks."""
 
-    def __init__(self, model: torch.nn.Module, *, config: LearnerConfig, settings: dict[str, Any], world_size: int) -> None:
+    def __init__(self, model: PolicyModel, *, config: LearnerConfig, settings: dict[str, Any], world_size: int) -> None:
         """Wrap `model`; every rank calls it with the same arguments."""
         import deepspeed
 
@@ -144,9 +142,9 @@ class TrainingEngine:
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
 
     @property
-    def module(self) -> torch.nn.Module:
-        """The wrapped model; under ZeRO-3 its parameters are shards outside of `gathered`."""
-        return self._engine.module
+    def model(self) -> PreTrainedModel:
+        """The wrapped Hugging Face model; under ZeRO-3 its parameters are shards outside of `gathered`."""
+        return self._engine.module.model
 
     @property
     def num_steps(self) -> int:
@@ -177,7 +175,7 @@ class TrainingEngine:
         norm = self._engine.get_global_grad_norm() if self.zero_stage else self._plain_norm
         if not math.isfinite(norm):
             raise RlverError(
-                f"learner: the gradient's norm is {norm} at optimizer step {self.num_steps}; lower learner.lr and resume the last checkpoint"
+                f"learner: the gradient's norm is {norm} at optimizer step {self.num_steps}; lower learner.lr, resume the last checkpoint"
             )
         return float(norm)
 

@@ -8,14 +8,15 @@ the same deterministic plan, so nothing but gradients and metrics ever travels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from rlver_dist.algorithms import kl, losses
-from rlver_dist.config import KLPlacement, RunConfig
+from rlver_dist.choices import KLPlacement
+from rlver_dist.config import RunConfig
 from rlver_dist.experience.balance import plan_micro_batches, split_updates
 from rlver_dist.experience.packing import PackedRow, pack
 from rlver_dist.experience.samples import TurnSample
@@ -36,14 +37,12 @@ class MicroBatch:
         scored: `[S]` positions of the trained tokens in the row.
         old_logprobs: `[S]` their log-probs under the weights that the update starts from; None where the update's own forward
             pass gives them.
-        ref_logprobs: `[S]` the reference's; None without a KL term in the loss.
     """
 
     indices: list[int]
     row: PackedRow
     scored: torch.Tensor
     old_logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
 
 
 class PolicyLearner:
@@ -79,17 +78,17 @@ class PolicyLearner:
         self._device = engine.start_rank(
             rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
         )
-        dtype = self._dtype = getattr(torch, config.model.dtype.value)
-        # Before the policy: under ZeRO-3 everything loaded later is sharded, and the reference is a plain replica.
-        self._reference = self._load_reference(dtype) if config.algorithm.kl_coef > 0 else None
+        self._dtype = getattr(torch, config.model.dtype.value)
         settings = engine.deepspeed_config(config.learner, config.model.dtype)
-        self._sharded_construction = engine.sharded_construction(settings)
-        model = PolicyModel(load_model(self._path, dtype), recompute=config.learner.gradient_checkpointing)
+        with engine.sharded_construction(settings):
+            model = PolicyModel(load_model(self._path, self._dtype), recompute=config.learner.gradient_checkpointing)
         self._engine = engine.TrainingEngine(model, config=config.learner, settings=settings, world_size=world_size)
+        self._reference = self._load_base() if config.algorithm.kl_coef > 0 else None
 
-    def _load_reference(self, dtype: torch.dtype) -> PolicyModel:
-        reference = PolicyModel(load_model(self._path, dtype), recompute=False)
-        return reference.requires_grad_(False).eval().to(self._device)
+    def _load_base(self) -> PolicyModel:
+        """A whole, frozen replica of the model that training started from."""
+        base = PolicyModel(load_model(self._path, self._dtype), recompute=False)
+        return base.requires_grad_(False).eval().to(self._device)
 
     def update(self, samples: list[TurnSample], advantages: list[float]) -> list[Metric]:
         """Train on one iteration's samples, in `algorithm.updates_per_iteration` optimizer steps along whole groups.
@@ -111,7 +110,7 @@ class PolicyLearner:
         updates = [self._share(samples, advantages, part) for part in parts]
         # The first step starts from the old weights, so its own forward pass gives its old log-probs.
         for batch in (batch for update in updates[1:] for batch in update):
-            batch.old_logprobs = self._score(batch)
+            batch.old_logprobs = self._score(self._engine.forward, batch, self._temperature)
         for part, update in zip(parts, updates, strict=True):
             num_trained = sum(sum(samples[index].loss_mask) for index in part)
             for batch in update:
@@ -137,19 +136,14 @@ class PolicyLearner:
         return batches
 
     @torch.no_grad()
-    def _score(self, batch: MicroBatch, reference: bool = False) -> torch.Tensor:
-        """Log-probs `[S]` of the trained tokens under the policy as it is, or under the reference."""
+    def _score(self, forward: Callable[..., Any], batch: MicroBatch, temperature: float) -> torch.Tensor:
+        """Log-probs `[S]` of the trained tokens; `forward` is the engine's, or a model."""
         row = batch.row
-        forward = self._reference if reference else self._engine.forward
-        assert forward is not None, "no reference: algorithm.kl_coef is 0"
-        logprobs, _ = forward(row.token_ids, row.position_ids, row.lengths, batch.scored, self._temperature)
-        return logprobs
+        return forward(row.token_ids, row.position_ids, row.lengths, batch.scored, temperature)[0]
 
     def _accumulate(self, batch: MicroBatch, num_trained: int, tally: Tally) -> None:
         """Add one micro-batch's gradient; `num_trained` counts the trained tokens of the whole update over all ranks."""
         algorithm, row, scored = self._algorithm, batch.row, batch.scored
-        in_loss = algorithm.kl_coef > 0 and algorithm.kl_placement is KLPlacement.loss
-        ref_logprobs = self._score(batch, reference=True) if in_loss else None
         logprobs, entropies = self._engine.forward(row.token_ids, row.position_ids, row.lengths, scored, self._temperature)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         rollout_logprobs, trained = row.rollout_logprobs[scored], row.loss_mask[scored]
@@ -158,7 +152,8 @@ class PolicyLearner:
             logprobs, old_logprobs, row.advantages[scored], tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
-        if ref_logprobs is not None:
+        if self._reference is not None and algorithm.kl_placement is KLPlacement.loss:
+            ref_logprobs = self._score(self._reference, batch, self._temperature)
             kl_loss = losses.kl_loss(logprobs, ref_logprobs, trained, algorithm.kl_estimator.value, num_trained)
             loss = loss + algorithm.kl_coef * kl_loss
             tally.add("kl_ref", kl_loss.item() * num_trained, len(scored))
@@ -173,11 +168,15 @@ class PolicyLearner:
     def kl_sums(self, samples: list[TurnSample]) -> list[float]:
         """Sum of the per-token KL(policy || reference) estimates over each sample's trained tokens, nats; the same on every rank.
 
-        For `algorithm.kl_placement=reward`; needs `algorithm.kl_coef` > 0.
+        Raises:
+            ValueError: there is no reference, since `algorithm.kl_coef` is 0.
         """
+        if self._reference is None:
+            raise ValueError("kl_sums: no reference model is loaded where algorithm.kl_coef is 0")
         sums = torch.zeros(len(samples), dtype=torch.float64, device=self._device)
         for batch in self._share(samples, [0.0] * len(samples), list(range(len(samples)))):
-            estimates = kl.estimate(self._score(batch), self._score(batch, reference=True), self._algorithm.kl_estimator.value)
+            logprobs, ref_logprobs = (self._score(model, batch, self._temperature) for model in (self._engine.forward, self._reference))
+            estimates = kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value)
             if batch.indices:
                 lengths = torch.tensor(batch.row.lengths, device=self._device)
                 owner = torch.tensor(batch.indices, device=self._device).repeat_interleave(lengths)[batch.scored]
@@ -185,21 +184,19 @@ class PolicyLearner:
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
-    @torch.no_grad()
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all sampled tokens under the base model at temperature 1, in nats, and their number.
+        """Negative log-likelihood of all sampled tokens under the model that training started from, and their number.
 
-        The base model is the one that training started from; it is loaded for this call only, unless a KL term keeps it anyway.
+        At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank. Without a reference
+        the base model is loaded for this call alone.
         """
-        with engine.plain_construction(self._sharded_construction):
-            base = self._reference or self._load_reference(self._dtype)
-        total = torch.zeros(1, dtype=torch.float64, device=self._device)
+        base = self._reference or self._load_base()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for batch in self._share(samples, [0.0] * len(samples), list(range(len(samples)))):
-            row = batch.row
-            logprobs, _ = base(row.token_ids, row.position_ids, row.lengths, batch.scored, 1.0)
-            total -= logprobs.double().sum()
-        torch.distributed.all_reduce(total)
-        return float(total), sum(sum(sample.loss_mask) for sample in samples)
+            sums[0] -= self._score(base, batch, 1.0).double().sum()
+            sums[1] += len(batch.scored)
+        torch.distributed.all_reduce(sums)
+        return sums[0].item(), int(sums[1])
 
     @torch.no_grad()
     def probe(self, token_ids: list[int]) -> list[float]:

@@ -6,10 +6,15 @@ few rows at a time, so that no float32 copy of the logits ever exists as a whole
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlver_dist.learner.attention import ATTENTION_NAME, register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS_AT_ONCE = 32
 """Rows of logits that are held in float32 at a time; 32 rows of a 49k vocabulary stay in a CPU's cache."""
@@ -64,10 +69,10 @@ class PolicyModel(torch.nn.Module):
     are a linear layer (Llama, Qwen2 and their kin).
     """
 
-    def __init__(self, model: torch.nn.Module, *, recompute: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, recompute: bool) -> None:
         """`recompute` trades activations for time in the backbone and in the vocabulary projection."""
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self.recompute = recompute
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,7 +93,11 @@ class PolicyModel(torch.nn.Module):
             Log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored tokens were drawn from.
         """
         hidden = self.model.base_model(
-            input_ids=token_ids[None], attention_mask=None, position_ids=position_ids[None], use_cache=False, segment_lengths=segment_lengths
+            input_ids=token_ids[None],
+            attention_mask=None,
+            position_ids=position_ids[None],
+            use_cache=False,
+            segment_lengths=segment_lengths,
         ).last_hidden_state[0]
         before, targets = hidden[scored - 1], token_ids[scored]
         if not (self.recompute and torch.is_grad_enabled()):
@@ -104,7 +113,7 @@ class PolicyModel(torch.nn.Module):
         return LogprobAndEntropy.apply(self.model.get_output_embeddings()(hidden), targets, temperature)
 
 
-def load_model(path: str, dtype: torch.dtype) -> torch.nn.Module:
+def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub id, with packed attention."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from rlver_dist.learner.engine import TrainingEngine
-from rlver_dist.learner.scoring import PolicyModel
 
 GATHER_ELEMENTS = 1 << 27
 """Weights that are whole at a time under ZeRO-3: 256 MiB in bfloat16; a single larger tensor is gathered alone."""
@@ -35,9 +34,7 @@ def iter_full_tensors(engine: TrainingEngine) -> Iterator[tuple[str, torch.Tenso
 
 
 def _named_parameters(engine: TrainingEngine) -> list[tuple[str, torch.nn.Parameter]]:
-    module = engine.module
-    assert isinstance(module, PolicyModel)
-    return list(module.model.named_parameters(remove_duplicate=False))
+    return list(engine.model.named_parameters(remove_duplicate=False))
 
 
 def _buckets(named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:

@@ -84,7 +84,13 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "use_tqdm_on_load": False,
     }
     if settings.device is Device.cpu:
-        return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB)}
+        # vLLM rewinds a request's random generator after each chunk of its prompt but the last, and a CPU generator cannot rewind:
+        # one chunked prompt with a seed ends the engine.
+        return arguments | {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB),
+        }
     return arguments | {"gpu_memory_utilization": settings.gpu_memory_fraction}
 
 

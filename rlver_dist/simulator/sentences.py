@@ -41,13 +41,14 @@ def words(text: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A crude stem: the word without its inflection, at most its first six letters."""
+    """A crude stem: the word without its inflection, a final e or a doubled last letter; at most its first six letters."""
     word = word.removesuffix("'s")
     for suffix in ("ing", "ies", "ied", "ed", "es", "ly", "s"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             word = word[: -len(suffix)]
             break
-    return word[:6]
+    word = word.removesuffix("e") if len(word) > 3 else word
+    return (word[:-1] if len(word) > 3 and word[-1] == word[-2] else word)[:6]
 
 
 def content_words(text: str) -> set[str]:

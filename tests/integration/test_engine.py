@@ -1,6 +1,7 @@
 """`PolicyEngine` on a real vLLM engine, against Hugging Face's forward pass of the same weights (tiny model, float32)."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_seeded_sampling_repeats_bit_for_bit(served: Served) -> None:
         assert 3 * 128 <= stats["cached_tokens"] < stats["prompt_tokens"] == 4 * len(served.prompt_ids)
 
     served.run(sample())
+
+
+def test_seeded_prompts_beyond_one_batch_are_sampled(served: Served) -> None:
+    """More prompt tokens at once than the engine takes in a step: a prompt cut in two would end a CPU engine."""
+
+    async def flood() -> None:
+        prompts = [[first, *served.prompt_ids] for first in range(100, 116)]
+        assert sum(map(len, prompts)) > 2048
+        requests = [dataclasses.replace(served.request(max_tokens=2), prompt_ids=prompt) for prompt in prompts]
+        replies = await asyncio.gather(*map(served.engine.generate, requests))
+        assert [len(reply.token_ids) for reply in replies] == [2] * 16
+
+    served.run(flood())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

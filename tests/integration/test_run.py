@@ -1,0 +1,200 @@
+"""Whole runs on real Ray, vLLM and DeepSpeed with a tiny model, through the command line, as a user starts them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlver_dist.ledger.parquet import read_dialogues
+from rlver_dist.tracking.jsonl import read_metrics
+
+ACTORS = ("rollout_engine_0", "reward_service_0", "policy_learner_0")
+TIMEOUT_S = 420
+
+
+@dataclass
+class Finished:
+    """A run that has ended, and what an outside observer saw of it meanwhile."""
+
+    folder: Path
+    code: int
+    output: str
+    actors: set[str] = field(default_factory=set)
+    metrics: str = ""
+    left_over: list[str] = field(default_factory=list)
+
+
+class Launch:
+    """One `python -m rlver_dist.launch`, watched while it runs."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder
+        arguments = ["+exp=grpo_no_think", "+on=tiny", "tracking.wandb=offline", f"output_dir={folder}", *overrides]
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "rlver_dist.launch", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._children: dict[int, psutil.Process] = {}
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    def wait_for(self, pattern: str) -> re.Match:
+        """The first match of `pattern` in the output."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            self._remember_children()
+            if found := re.search(pattern, "".join(self.lines)):
+                return found
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.2)
+        raise AssertionError(f"no {pattern!r} in:\n{''.join(self.lines)}")
+
+    def _remember_children(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._children |= {child.pid: child for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def finish(self) -> Finished:
+        """Wait for the end; processes that outlive it by ten seconds are `left_over`."""
+        code = self.process.wait(timeout=TIMEOUT_S)
+        self._reader.join(timeout=10)
+        _, alive = psutil.wait_procs(list(self._children.values()), timeout=10)
+        left_over = [f"{child.pid} {child.name()}" for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        return Finished(self.folder, code, "".join(self.lines), left_over=left_over)
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def ray_metrics(dashboard: str) -> str:
+    """Every node's Prometheus page, found through the dashboard's own service discovery."""
+    targets = [target for group in json.loads(get(f"{dashboard}/api/prometheus/sd")) for target in group["targets"]]
+    return "\n".join(get(f"http://{target}/metrics") for target in targets)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Finished:
+    launch = Launch(tmp_path_factory.mktemp("run") / "first", "evaluation.num_personas=3", "num_iterations=4", "save_every=3")
+    dashboard = launch.wait_for(r"Ray dashboard: (\S+)").group(1)
+    launch.wait_for(r"iteration 1/4")
+    listed = json.loads(get(f"{dashboard}/api/v0/actors"))["data"]["result"]["result"]
+    seen, deadline = "", time.monotonic() + 60
+    while "ray_rlver_reward_mean" not in seen and launch.process.poll() is None and time.monotonic() < deadline:
+        seen = ray_metrics(dashboard)
+        time.sleep(0.5)
+    finished = launch.finish()
+    finished.actors = {actor["name"] for actor in listed if actor["state"] == "ALIVE"}
+    finished.metrics = seen
+    return finished
+
+
+def test_it_ends_well(first):
+    assert first.code == 0, first.output
+    assert "iteration 4/4" in first.output
+    assert first.left_over == []
+
+
+def test_the_running_job_lists_its_actors_by_name(first):
+    assert first.actors >= set(ACTORS)
+
+
+def test_the_dashboards_metrics_hold_the_runs_own(first):
+    assert re.search(r'^ray_rlver_reward_mean\{.*run="first".*\} [0-9.e-]+$', first.metrics, re.MULTILINE)
+
+
+def test_every_result_is_there(first):
+    summary = json.loads((first.folder / "summary.json").read_text())
+    assert summary["num_eval_personas"] == 3
+    assert {"before", "after", "difference", "interval95", "wall_s"} <= summary.keys()
+    assert {"before", "after", "difference", "interval95"} <= summary["second_appraiser"].keys()
+    for control in ("distinct2", "perplexity"):
+        assert summary[control]["before"] > 0 and summary[control]["after"] > 0
+    # A random model's perplexity is near the size of its vocabulary of 49,152.
+    assert 10_000 < summary["perplexity"]["before"] < 200_000
+    assert "max_turns: 2" in (first.folder / "config.yaml").read_text()
+    assert list((first.folder / "wandb").glob("offline-run-*"))
+
+
+def test_metrics_have_a_line_an_iteration(first):
+    lines = read_metrics(first.folder / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["rollout/dialogues"] == 4 and line["rollout/failed"] == 0
+        assert line["learner/optimizer_steps"] == 1 and line["learner/grad_norm"] >= 0
+        assert line["sync/probe_max_abs"] <= 1e-4
+        assert line["learner/logprob_gap"] <= 1e-3
+
+
+def test_dialogues_carry_their_policy_version(first):
+    for iteration in (1, 2, 3, 4):
+        dialogues = read_dialogues(first.folder / "dialogues" / f"train_{iteration:06d}.parquet")
+        versions = {turn.policy_version for dialogue in dialogues for turn in dialogue.turns}
+        assert versions == {(iteration - 1, iteration - 1)}
+
+
+def test_before_and_after_share_personas_and_seeds(first):
+    before, after = (read_dialogues(first.folder / "dialogues" / name) for name in ("before_000000.parquet", "after_000004.parquet"))
+    assert [(d.persona_id, d.seed, d.opening) for d in before] == [(d.persona_id, d.seed, d.opening) for d in after]
+
+
+def test_the_policy_folder_loads_in_transformers(first):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(first.folder / "policy")
+    model = AutoModelForCausalLM.from_pretrained(first.folder / "policy")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt")
+    assert model(**prompt).logits.shape[-1] == len(tokenizer)
+
+
+def test_resume_goes_on_and_keeps_the_results_before(first):
+    before = json.loads((first.folder / "summary.json").read_text())["before"]
+    again = Launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3").finish()
+    assert again.code == 0, again.output
+    assert "resumed from" in again.output and "after 4 iterations" in again.output
+    assert "iteration 5/5" in again.output and "iteration 4/5" not in again.output
+    assert "evaluation before" not in again.output
+    assert json.loads((first.folder / "summary.json").read_text())["before"] == before
+    assert [line["iteration"] for line in read_metrics(first.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_ctrl_c_ends_cleanly_says_how_to_resume_and_leaves_no_process(tmp_path):
+    launch = Launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=1")
+    launch.wait_for(r"iteration 2/500")
+    os.killpg(launch.process.pid, signal.SIGINT)
+    ended = launch.finish()
+    assert ended.code == 130, ended.output
+    assert f"output_dir={tmp_path / 'long'}" in ended.output and "Traceback" not in ended.output
+    assert ended.left_over == []
+    assert sorted((tmp_path / "long" / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_too_few_gpus_stop_before_anything_is_built(tmp_path):
+    arguments = ["+exp=grpo_no_think", f"output_dir={tmp_path / 'none'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlver_dist.launch", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: this run needs at least 1 GPU and Ray sees none")
+    assert not (tmp_path / "none").exists()
