@@ -8,7 +8,6 @@ Heavy packages are imported only after the configuration has been checked.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -
     from rlver_dist.run import run_on_cluster
 
     output = Path(config.output_dir)
-    return asyncio.run(run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml")))
+    return run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml"))
 
 
 def _job(composed: DictConfig) -> None:

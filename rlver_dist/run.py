@@ -10,14 +10,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlver_dist.checkpoints import CheckpointStore, choose
 from rlver_dist.cluster.build import Built, build
-from rlver_dist.cluster.layout import resolve_layout
+from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
 from rlver_dist.cluster.session import causes, close_session, open_session
 from rlver_dist.config import Preset, RunConfig, SimulatorConfig
@@ -37,13 +37,30 @@ EXIT_INTERRUPTED = 130
 NUM_PAIRS_SHOWN = 2
 
 
-async def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]) -> int:
+def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]) -> int:
     """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large enough."""
     console = Console(config.num_iterations)
-    choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume)  # refuse a bad `resume` before anything starts
+    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume)
+    try:
+        # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
+        with console.phase("starting Ray", 1) as advance:
+            session = open_session(config.cluster)
+            advance(1)
+        layout = resolve_layout(
+            config.cluster, reward_replicas=config.simulator.replicas, num_gpus=session.num_gpus, num_cpus=session.num_cpus
+        )
+        on_accepted()
+        if session.dashboard:
+            console.note(f"Ray dashboard: http://{session.dashboard}")
+        return asyncio.run(_until_interrupted(config, console, _run(config, layout, start, train, evaluation, console)))
+    finally:
+        close_session()
+
+
+async def _until_interrupted(config: RunConfig, console: Console, running: Coroutine[Any, Any, None]) -> int:
     with _interruptible() as interrupted:
         try:
-            await _run(config, train, evaluation, on_accepted, console)
+            await running
             return 0
         except asyncio.CancelledError:
             if not interrupted():
@@ -53,24 +70,12 @@ async def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: li
 
 
 async def _run(
-    config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None], console: Console
+    config: RunConfig, layout: Layout, start: Path | None, train: list[Persona], evaluation: list[Persona], console: Console
 ) -> None:
     started = time.monotonic()
-    output = Path(config.output_dir)
     built: Built | None = None
-    trackers: list[Tracker] = []
+    trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
     try:
-        with console.phase("starting Ray", 1) as advance:
-            session = await asyncio.to_thread(open_session, config.cluster)
-            advance(1)
-        layout = resolve_layout(
-            config.cluster, reward_replicas=config.simulator.replicas, num_gpus=session.num_gpus, num_cpus=session.num_cpus
-        )
-        on_accepted()
-        if session.dashboard:
-            console.note(f"Ray dashboard: http://{session.dashboard}")
-        start = choose(CheckpointStore(output, config.keep_checkpoints), config.resume)
-        trackers += _trackers(config, output, 0 if start is None else CheckpointStore.read(start).iteration)
         with causes():
             built = await build(config, layout, console)
             driver = Driver(config, _parts(built, console, trackers), train, evaluation)
@@ -79,15 +84,15 @@ async def _run(
             before, after = await driver.run()
         _report(config, console, driver, trackers, before, after, time.monotonic() - started)
     finally:
-        with contextlib.suppress(Exception):
-            if built is not None:
+        if built is not None:
+            with contextlib.suppress(Exception):
                 await built.close()
         for tracker in trackers:
             tracker.close()
-        await asyncio.to_thread(close_session)
 
 
-def _trackers(config: RunConfig, output: Path, finished: int) -> list[Tracker]:
+def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
+    output = Path(config.output_dir)
     trackers: list[Tracker] = [JsonlTracker(output / "metrics.jsonl", first_iteration=finished + 1), RayMetrics(output.name)]
     wandb = start_wandb(config.tracking, output, asdict(config))
     return trackers if wandb is None else [*trackers, wandb]

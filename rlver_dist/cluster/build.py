@@ -31,6 +31,13 @@ PROBE_TEXT = (
 """The fixed prompt of the post-sync probe; any ordinary text of some 60 tokens does."""
 
 
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    # Engine and learner share the cores in turn: threads that wait must sleep, not spin.
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
 @dataclass(kw_only=True, slots=True)
 class Built:
     """A run's actors, grouped."""
@@ -84,7 +91,7 @@ def _options(name: str, layout: Layout, group: PlacementGroup | None, bundle: in
             placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
         )
     if layout.device == "cpu":
-        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}}
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}}
     return options
 
 

@@ -133,7 +133,7 @@ class EmbeddedAppraiser:
             "harm": 1.0 - math.prod(1.0 - min(1.0, -value) for value in worth.values() if value < 0),
             "grounding": ground.level,
             "relevance": ground.relevance,
-            "fluency": reply_fluency(self._fluency, encoded),
+            "fluency": reply_fluency(self._fluency, encoded, context.truncated),
             "freshness": fresh,
         }
         features |= {f"strategy_{s.value}": value for s, value in strategy.items()}

@@ -14,9 +14,13 @@ SHORT_TOKENS = 4
 """A shorter sentence says too little about order to be judged."""
 
 
-def reply_fluency(head: FluencyHead, sentences: list[Encoded]) -> float:
-    """Fluency of a reply: half the mean over its sentences by length, half its worst one; 0.5 where all are too short to judge."""
-    judged = [one for one in sentences if len(one.states) >= SHORT_TOKENS]
+def reply_fluency(head: FluencyHead, sentences: list[Encoded], truncated: bool) -> float:
+    """Fluency of a reply: half the mean over its sentences by length, half its worst one; 0.5 where all are too short to judge.
+
+    The last of several sentences is not judged in a reply that was cut at the token limit.
+    """
+    whole = sentences[:-1] if truncated and len(sentences) > 1 else sentences
+    judged = [one for one in whole if len(one.states) >= SHORT_TOKENS]
     if not judged:
         return 0.5
     with one_thread(), torch.inference_mode():

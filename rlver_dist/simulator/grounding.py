@@ -62,19 +62,18 @@ def measure(encoder: SentenceEncoder, persona: Persona, messages: tuple[Message,
     parts = sentences(reply)
     if not parts or not heard:
         return Grounding(heard=0.0, last=0.0, scene=0.0, details=0.0, want=0.0, copied=0.0, parroted=0.0)
-    own = encoder.vectors([*parts, " ".join(parts)])
+    own = encoder.vectors(parts)
 
     def nearest(texts: list[str]) -> float:
         rows = encoder.vectors(texts)
         return round(float(similarities(own, rows).max()), 4) if len(rows) else 0.0
 
-    heard_sentences = [part for text in heard for part in sentences(text)]
     user_words = set().union(*(content_words(text) for text in heard))
     taken_up = content_words(reply) & user_words
     tokens, heard_tokens = words(reply), [words(text) for text in heard]
     return Grounding(
-        heard=nearest(heard + heard_sentences),
-        last=nearest([heard[-1], *sentences(heard[-1])]),
+        heard=nearest([part for text in heard for part in sentences(text)]),
+        last=nearest(sentences(heard[-1])),
         scene=nearest(sentences(persona.scene)),
         details=round(min(1.0, len(taken_up) / 3), 4),
         want=nearest([persona.want]),

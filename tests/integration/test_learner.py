@@ -10,21 +10,32 @@ import socket
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from rlver_dist.choices import Precision
 from rlver_dist.config import AlgorithmConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.models import TINY, resolve
 from rlver_dist.tracking.metrics import reduce_metrics
 
 CONFIG = RunConfig(
-    model=ModelConfig(path=TINY, dtype="float32"),
+    model=ModelConfig(dtype=Precision.float32),
     algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, updates_per_iteration=2, clip_low=0.1, clip_high=0.15),
     rollout=RolloutConfig(temperature=0.7, batch_size=4),
     learner=LearnerConfig(lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1),
 )
 ITERATIONS = 2
-PROBE = [1, 345, 6789, 42, 7, 11]
+VOCABULARY = 400
+PROBE = [1, 345, 67, 42, 7, 11]
+
+
+def make_model(folder):
+    """A random model small enough that float32 sums over all its weights keep five digits; its tokenizer is only for the export."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(resolve(TINY)).save_pretrained(folder / "model")
 
 
 def make_samples():
@@ -35,9 +46,9 @@ def make_samples():
         mask = [position > 4 and (position // 7) % 2 == 1 for position in range(length)]
         samples.append(
             TurnSample(
-                token_ids=[draw.randrange(49152) for _ in range(length)],
+                token_ids=[draw.randrange(VOCABULARY) for _ in range(length)],
                 loss_mask=mask,
-                rollout_logprobs=[-10.8 + draw.uniform(-1, 1) if trained else 0.0 for trained in mask],
+                rollout_logprobs=[-6 + draw.uniform(-1, 1) if trained else 0.0 for trained in mask],
                 reward=0.0,
                 dialogue_id=str(index),
                 group_id=str(index // 2),
@@ -48,13 +59,13 @@ def make_samples():
     return samples, advantages
 
 
-def configure(**changes):
-    """CONFIG with other learner or model fields."""
+def configure(folder, **changes):
+    """CONFIG for the model in `folder`, with other fields of its groups."""
     model = {key: changes.pop(key) for key in ("dtype",) if key in changes}
     algorithm = {key: changes.pop(key) for key in ("kl_coef",) if key in changes}
     return dataclasses.replace(
         CONFIG,
-        model=dataclasses.replace(CONFIG.model, **model),
+        model=dataclasses.replace(CONFIG.model, path=f"{folder}/model", **model),
         algorithm=dataclasses.replace(CONFIG.algorithm, **algorithm),
         learner=dataclasses.replace(CONFIG.learner, **changes),
     )
@@ -73,27 +84,27 @@ def train(learner):
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port)
     results = {
-        "plain": train(build(configure())),
-        "many_micro_batches": train(build(configure(micro_batch_tokens=128))),
-        "recompute": train(build(configure(gradient_checkpointing=True))),
-        "stage0": train(build(configure(zero_stage=0))),
-        "stage2": train(build(configure(zero_stage=2))),
-        "stage3": train(build(configure(zero_stage=3))),
-        "bfloat16": train(build(configure(dtype="bfloat16"))),
+        "plain": train(build(configure(folder))),
+        "many_micro_batches": train(build(configure(folder, micro_batch_tokens=128))),
+        "recompute": train(build(configure(folder, gradient_checkpointing=True))),
+        "stage0": train(build(configure(folder, zero_stage=0))),
+        "stage2": train(build(configure(folder, zero_stage=2))),
+        "stage3": train(build(configure(folder, zero_stage=3))),
+        "bfloat16": train(build(configure(folder, dtype=Precision.bfloat16))),
     }
     samples, advantages = make_samples()
-    uninterrupted = build(configure())
+    uninterrupted = build(configure(folder))
     uninterrupted.update(samples, advantages)
     uninterrupted.save(f"{folder}/checkpoint")
-    resumed = build(configure())
+    resumed = build(configure(folder))
     resumed.load(f"{folder}/checkpoint")
     for name, learner in (("uninterrupted", uninterrupted), ("resumed", resumed)):
         results[name] = {"metrics": [learner.update(samples, advantages)], "weights": weights_of(learner)}
     resumed.write_weights(f"{folder}/weights.safetensors")
     resumed.export(f"{folder}/policy")
     results["kl_sums"] = resumed.kl_sums(samples)
-    results["base_nll"] = build(configure(kl_coef=0.0)).base_nll(samples)
-    results["nothing"] = build(configure()).update([], [])
+    results["base_nll"] = build(configure(folder, kl_coef=0.0)).base_nll(samples)
+    results["nothing"] = build(configure(folder)).update([], [])
     resumed.close()
     torch.save(results, f"{folder}/one_rank.pt")
 
@@ -101,8 +112,8 @@ def one_rank(_, port, folder):
 def two_ranks(rank, port, folder):
     build = build_learner(rank, 2, port)
     samples, _ = make_samples()
-    results = {f"stage{stage}": train(build(configure(zero_stage=stage, micro_batch_tokens=128))) for stage in (0, 1, 2)}
-    sharded = build(configure(zero_stage=3, micro_batch_tokens=128))
+    results = {f"stage{stage}": train(build(configure(folder, zero_stage=stage, micro_batch_tokens=128))) for stage in (0, 1, 2)}
+    sharded = build(configure(folder, zero_stage=3, micro_batch_tokens=128))
     results["stage3"] = train(sharded)
     results["kl_sums"] = sharded.kl_sums(samples)
     results["metadata"] = sharded.metadata()
@@ -128,7 +139,9 @@ def spawn(target, world_size, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("learner")
+    folder = tmp_path_factory.mktemp("learner")
+    make_model(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -170,15 +183,15 @@ def plain_step_loss(model, reference, batch, old):
 
 
 @pytest.fixture(scope="module")
-def reference_run():
+def reference_run(folder):
     """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass, two steps of two groups an iteration."""
     torch.set_num_threads(1)
-    model, base = (AutoModelForCausalLM.from_pretrained(resolve(TINY), dtype=torch.float32, attn_implementation="eager") for _ in range(2))
+    model, base = (AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager") for _ in range(2))
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     learner = CONFIG.learner
     betas = (learner.beta1, learner.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learner.lr, betas=betas, weight_decay=learner.weight_decay)
-    norms, losses, clipped = [], [], 0
+    norms, clipped = [], 0
     pairs = list(zip(*make_samples(), strict=True))
     for _ in range(ITERATIONS):
         with torch.no_grad():
@@ -190,7 +203,6 @@ def reference_run():
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), learner.grad_clip)))
             optimizer.step()
-            losses.append(float(loss))
             clipped += num_clipped
     return {"model": model, "start": start, "norms": norms, "clipped": clipped}
 
@@ -276,13 +288,13 @@ def test_export_loads_in_transformers(one, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")
     assert all(torch.equal(one["resumed"]["weights"][name], tensor) for name, tensor in model.state_dict().items())
     messages = [{"role": "user", "content": "hello"}]
-    ours, original = (AutoTokenizer.from_pretrained(path) for path in (folder / "policy", resolve(TINY)))
+    ours, original = (AutoTokenizer.from_pretrained(path) for path in (folder / "policy", folder / "model"))
     assert ours.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(messages, tokenize=False)
 
 
-def test_kl_sums_and_base_nll(one, two, reference_run):
+def test_kl_sums_and_base_nll(one, two, folder):
     samples, _ = make_samples()
-    policy, base = AutoModelForCausalLM.from_pretrained(resolve(TINY)), AutoModelForCausalLM.from_pretrained(resolve(TINY))
+    policy, base = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
     with torch.no_grad():
         nll = -sum(float(score_alone(base, sample, 1.0)[0].sum()) for sample in samples)
         policy.load_state_dict(one["resumed"]["weights"])
