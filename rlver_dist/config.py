@@ -1,8 +1,7 @@
-"""Every option of a run, as dataclasses: name, unit, default, meaning and check.
+"""Every option of a run: name, unit, default, meaning and check.
 
-The YAML files under `conf/` hold only differences from the defaults here. `launch.py` composes them with Hydra and calls
-`OmegaConf.to_object` once, which runs the checks in `__post_init__`; after that a configuration never changes. Nothing heavy
-is imported here. Classes are `slots=True` so that a misspelt key is refused by the schema.
+The YAML files under `conf/` hold only differences from the defaults here. `launch.py` composes them and calls `OmegaConf.to_object`
+once, which runs the checks in `__post_init__`; after that a configuration never changes. `slots=True` refuses a misspelt key.
 """
 
 from __future__ import annotations
@@ -129,8 +128,7 @@ class SimulatorConfig:
     """Reward service actors."""
 
     def __post_init__(self) -> None:
-        tops = {"start_emotion": 100, "acceptance": 1, "expressiveness": 1}
-        for key, top in tops.items():
+        for key, top in {"start_emotion": 100, "acceptance": 1, "expressiveness": 1}.items():
             value = getattr(self, key)
             require(value is None or 0 <= value <= top, f"simulator.{key}", value, f"use null or a value from 0 to {top}")
         change = self.max_change
@@ -189,8 +187,8 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         positive("learner.", lr=self.lr, grad_clip=self.grad_clip)
         at_least(0, "learner.", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        for key, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            require(0 <= value < 1, f"learner.{key}", value, "use a value from 0 to below 1")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"learner.{key}", getattr(self, key), "use a value from 0 to below 1")
         at_least(128, "learner.", micro_batch_tokens=self.micro_batch_tokens)
         require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "use 0, 1, 2 or 3")
 
@@ -227,8 +225,8 @@ class ClusterConfig:
         at_least(1, "cluster.", tensor_parallel=self.tensor_parallel, kv_cache_gib=self.kv_cache_gib)
         for key in ("gpus_per_engine_rank", "gpus_per_learner_rank", "gpu_memory_fraction"):
             require(0 < getattr(self, key) <= 1, f"cluster.{key}", getattr(self, key), "use a share above 0, up to 1")
-        both = (self.engines == 0) == (self.learner_ranks == 0)
-        require(both, "cluster.learner_ranks", self.learner_ranks, "set both cluster.engines and cluster.learner_ranks, or neither")
+        paired = (self.engines == 0) == (self.learner_ranks == 0)
+        require(paired, "cluster.learner_ranks", self.learner_ranks, "set both cluster.engines and cluster.learner_ranks, or neither")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -294,7 +292,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least(1, "", num_iterations=self.num_iterations, keep_checkpoints=self.keep_checkpoints)
         at_least(0, "", save_every=self.save_every)
-        require(bool(self.output_dir), "output_dir", repr(self.output_dir), "name a folder")
         updates, groups = self.algorithm.updates_per_iteration, self.rollout.batch_size
         require(updates <= groups, "algorithm.updates_per_iteration", updates, f"use at most rollout.batch_size={groups}, a group a step")
         reply, longest = self.rollout.max_reply_tokens, self.model.max_context_tokens

@@ -46,6 +46,8 @@ def open_session(cluster: ClusterConfig) -> Session:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         context = ray.init(
             namespace=NAMESPACE,
             include_dashboard=cluster.dashboard,

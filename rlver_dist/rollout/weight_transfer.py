@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.weight_transfer import (
     ParamMeta,
     TrainerWeightTransferEngine,
@@ -26,12 +27,16 @@ from vllm.distributed.weight_transfer import (
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 SHARED_FILE = "shared_file"
 
 
 def register() -> None:
     """Make the shared-file backend known to vLLM in this process; harmless when called again."""
+    if current_platform.is_cpu():
+        # vLLM's processes wait for each other by spinning for up to a second, on the very cores that compute; 0 lets them sleep.
+        shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)
     if SHARED_FILE not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHARED_FILE, SharedFileWeightTransferEngine)
 

@@ -168,6 +168,28 @@ def test_the_policy_folder_loads_in_transformers(first):
     assert model(**prompt).logits.shape[-1] == len(tokenizer)
 
 
+def test_the_policy_folder_loads_in_plain_vllm(first):
+    code = (
+        "import sys; from vllm import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        "    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**28)\n"
+        "    out = llm.chat([{'role': 'user', 'content': 'Hello'}], SamplingParams(max_tokens=4), use_tqdm=False)\n"
+        "    print('sampled', len(out[0].outputs[0].token_ids))\n"
+    )
+    script = first.folder / "serve.py"
+    script.write_text(code)
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": ""}
+    done = subprocess.run(
+        [sys.executable, str(script), str(first.folder / "policy")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert "sampled 4" in done.stdout, done.stderr[-2000:]
+
+
 def test_resume_goes_on_and_keeps_the_results_before(first):
     before = json.loads((first.folder / "summary.json").read_text())["before"]
     again = Launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3").finish()

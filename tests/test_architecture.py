@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "rlver_dist"
+PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
     "errors choices config dialogue data algorithms experience simulator ledger tracking models rollout learner evaluation report "
     "checkpoints cluster check driver run launch"
@@ -18,7 +18,7 @@ OWNERS = {
     "hydra": ["launch.py"],
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
-MAX_FILE_LINES = 305
+MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 
