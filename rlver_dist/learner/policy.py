@@ -117,6 +117,7 @@ class PolicyLearner:
                 self._accumulate(batch, num_trained, tally)
             tally.add("lr", self._engine.lr, 1)
             tally.add("grad_norm", self._engine.step(), 1)
+        engine.return_freed_memory()
         tokens = sum(len(batch.row.token_ids) for update in updates for batch in update if batch.indices)
         return [
             *tally.metrics("learner/"),

@@ -13,6 +13,8 @@ from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.embedding import SentenceEncoder, similarities
 from rlver_dist.simulator.sentences import content_words, overlap, ramp, sentences, words
 
+MATTER = (0.15, 0.37)
+"""Similarity to anything of the user's from which a sentence touches their matter, and at which it is about it."""
 _SWAP = {"i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "i'm": "you're", "i've": "you've", "i'd": "you'd",
          "i'll": "you'll", "am": "are", "was": "were", "we": "you", "our": "your", "us": "you"}
 
@@ -43,12 +45,15 @@ class Grounding:
     def level(self) -> float:
         """How far the reply speaks of this user, 0 to 1."""
         meaning = max(ramp(self.heard, 0.22, 0.50), ramp(self.last, 0.20, 0.48), 0.8 * ramp(self.scene, 0.30, 0.55))
-        return round(0.5 * meaning + 0.5 * self.details, 4)
+        return round(meaning * (0.5 + 0.5 * self.details), 4)
 
-    @property
-    def relevance(self) -> float:
-        """How far the reply is about the user's matter at all, 0 to 1."""
-        return round(max(ramp(max(self.heard, self.last, self.scene, self.want), 0.12, 0.34), self.details), 4)
+
+def nearness(encoder: SentenceEncoder, persona: Persona, messages: tuple[Message, ...]) -> list[float]:
+    """How far each sentence of the last message is about the user's matter at all, 0 to 1 (rounded)."""
+    heard = [part for message in messages[:-1] if message.role is Role.USER for part in sentences(message.text)]
+    around = encoder.vectors([*heard, *sentences(persona.scene), persona.want])
+    own = encoder.vectors(sentences(messages[-1].text))
+    return [round(ramp(value, *MATTER), 4) for value in similarities(own, around).max(dim=1).values.tolist()]
 
 
 def _swapped(tokens: list[str]) -> list[str]:

@@ -44,17 +44,19 @@ UNWELCOME: dict[str, float] = {
 _PRESSING = frozenset({_I.BE_HEARD, _I.DEEP_EMPATHY, _I.PRAISE, _I.NO_FAULT})
 RECOUNT = 0.7
 """Worth of the user's own story told back, to those who want feeling rather than a solution (half to the others)."""
-GAIN, UNMET, HARM = 12.0, 2.0, 8.0
+GAIN, UNMET, HARM = 12.0, 1.0, 8.0
 """Points of full merit, of a turn in which nothing is met, and of full harm."""
 COSTS: dict[str, float] = {
     "nonsense": 13.0, "squeezable": 10.0, "echo": 8.0, "sorry": 6.0, "emotive": 10.0, "odd_characters": 13.0, "parrot": 8.0, "list": 9.0,
-    "long": 4.0, "quiz": 4.0, "stray": 6.0, "curt": 3.0, "cut": 1.0,
+    "long": 4.0, "quiz": 4.0, "stray": 4.0, "curt": 3.0, "cut": 1.0,
 }
 """Points that each fault costs at full strength."""
-ORDERED = (-0.75, -0.35)
-"""Order gain (`WordClassModel.order_gain`) of shuffled words, and from which words count as ordered."""
-_EMOTIVE = re.compile(r"(?:pain|grie[fv]|sad|hurt|sorrow|lonel|heart|ang(?:er|ry)|fear|shame|guilt|tear|cry|love|empath|compass|understand|feel|emoti|suffer"
-                      r"|despair|hope|comfort|care|caring|overwhelm|frustrat|upset|depress|joy|happ|warm|gentle|tender|soul|ach(?:e|ing)|valid|support|hug|sympath)\w*")
+ORDERED = (-1.2, -0.1)
+"""Order score (`WordClassModel.order_score`) up to which words count as shuffled, and from which as ordered."""
+_EMOTIVE = re.compile(
+    r"(?:pain|grie[fv]|sad|hurt|sorrow|lonel|heart|ang(?:er|ry)|fear|shame|guilt|tear|cry|love|empath|compass|understand|feel|emoti|suffer"
+    r"|despair|hope|comfort|care|caring|overwhelm|frustrat|upset|depress|joy|happ|warm|gentle|tender|soul|ach(?:e|ing)|valid|support|hug|sympath)\w*"
+)
 
 
 def _word_class(word: str) -> str:
@@ -92,16 +94,21 @@ class WordClassModel:
                 for n in range(3):
                     self._counts[n].update(tuple(classes[i - n : i + 1]) for i in range(2, len(classes)))
                     self._counts[n][("<s>",) * (n + 1)] += 1
-        self._contexts = tuple(Counter() for _ in range(3))
+        self._contexts: tuple[Counter, ...] = (Counter(), Counter(), Counter())
         for n in range(3):
             for gram, count in self._counts[n].items():
                 self._contexts[n][gram[:-1]] += count
 
-    def order_gain(self, tokens: list[str]) -> float:
-        """Nats a word by which order explains the word classes better than their frequencies do; near 0 for shuffled words."""
+    def order_score(self, tokens: list[str]) -> float:
+        """How surely the words stand in an order: (gain + 0.25) * sqrt(words), 0 between ordered and shuffled text.
+
+        The gain is in nats a word: by how much the two words before explain a word's class better than its frequency does. It is about
+        0.2 for prose and -0.8 for shuffled words, and its noise falls with the root of the length.
+        """
         classes = ["<s>", "<s>", *map(_word_class, tokens)]
         grams = [tuple(classes[i - 2 : i + 1]) for i in range(2, len(classes))]
-        return math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(1, len(grams))
+        gain = math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(1, len(grams))
+        return (gain + 0.25) * math.sqrt(len(grams))
 
     def _frequency(self, word_class: str) -> float:
         return max(self._counts[0][(word_class,)], 1) / self._contexts[0][()]
@@ -176,10 +183,12 @@ class LexicalAppraiser:
         sharper = 1.2 if persona.temperament is Temperament.NEGATIVE else 1.0
         cost = UNMET + sharper * HARM * harm + sum(weight * faults[name] for name, weight in COSTS.items())
         change = round(min(context.max_change, max(-context.max_change, gain - cost)), 2)
-        named = {"merit": merit, "harm": harm, **{f"move_{k}": v for k, v in moves.items()}, **{f"grounding_{k}": v for k, v in ground.items()},
-                 **{f"fault_{k}": v for k, v in faults.items()}}
+        named = {"merit": merit, "harm": harm}
+        for kind, values in (("move", moves), ("grounding", ground), ("fault", faults)):
+            named |= {f"{kind}_{name}": value for name, value in values.items()}
+        noticed = ", ".join(move.replace("_", " ") for move, value in moves.items() if value >= 0.5)
         return Appraisal(
-            content=f"Words I notice: {', '.join(move.replace('_', ' ') for move, value in moves.items() if value >= 0.5) or 'none that matter'}.",
+            content=f"Words I notice: {noticed or 'none that matter'}.",
             fit=narration.fit(persona.hidden_intent, merit, []),
             activity=narration.activity(persona.temperament, change),
             feeling=narration.feeling(change),
@@ -208,9 +217,11 @@ class LexicalAppraiser:
         quads = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
         theirs = {tuple(other[i : i + 5]) for other in map(words, heard) for i in range(len(other) - 4)}
         marks = len(re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^\s*[-*\u2022]\s|\*\*", reply, re.MULTILINE))
-        order = self._model.order_gain(tokens)
+        order = self._model.order_score(tokens)
         return {
-            "nonsense": max((1.0 - ramp(order, *ORDERED)) * ramp(len(tokens), 4, 9), (1.0 - ramp(grammar, 0.15, 0.32)) * ramp(len(tokens), 3, 7)),
+            "nonsense": max(
+                (1.0 - ramp(order, *ORDERED)) * ramp(len(tokens), 4, 9), (1.0 - ramp(grammar, 0.15, 0.32)) * ramp(len(tokens), 3, 7)
+            ),
             "squeezable": ramp(len(reply), 40, 120) * (1.0 - ramp(packed, 0.30, 0.52)),
             "echo": max((ramp(self._tfidf.cosine(reply, one), 0.45, 0.85) for one in earlier), default=0.0),
             "sorry": ramp(sorry, 1, 3),

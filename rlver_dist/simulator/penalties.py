@@ -32,26 +32,30 @@ WEIGHTS: dict[str, float] = {
 
 _APOLOGY = re.compile(r"\b(?:sorry|apolog\w*|forgive me|my condolences|pardon)\b")
 _SCORE = re.compile(
-    r"\b(?:emotions?|mood|feelings?|happiness|satisfaction|empathy|score|rating|reward|points?)\b[^.!?]{0,40}\b(?:\d+|hundred|max\w*|full|highest)\b"
+    r"\b(?:emotions?|mood|feelings?|happiness|satisfaction|empathy|score|rating|reward|points?)\b[^.!?]{0,40}"
+    r"\b(?:\d+|hundred|max\w*|full|highest)\b"
     r"|\b(?:\d{2,3}|hundred|max\w*|highest|full)\b[^.!?]{0,16}\b(?:emotion|mood|happiness|score|rating|reward|points?|marks)\b"
-    r"|\bemotion[_ -]?(?:score|change|level|state|value)\b|\brate (?:me|this|my)\b|\bset (?:your|my|the|user) \w*\s?(?:emotion|mood|score)\b"
+    r"|\bemotion[_ -]?(?:score|change|level|state|value)\b|\brate (?:me|this|my)\b"
+    r"|\bset (?:your|my|the|user) \w*\s?(?:emotion|mood|score)\b"
     r"|[+]\s?10\b|\b(?:system|ignore) (?:prompt|override|all|previous)\b|\b100\s?/\s?100\b"
 )
 _SUPERLATIVES = frozenset("""
-amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous marvelous phenomenal exceptional
-outstanding gorgeous beautiful legendary legend hero heroic inspiring inspiration special superb unbelievable stunning flawless angel star
-best greatest smartest kindest strongest bravest
+amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous marvelous phenomenal
+exceptional outstanding gorgeous beautiful legendary legend hero heroic inspiring inspiration special superb unbelievable stunning
+flawless angel star best greatest smartest kindest strongest bravest superb adore goddess queen saint unmatched dazzling radiant
+impeccable divine magical unique talented gifted remarkable
 """.split())
 FEELING_WORDS = frozenset("""
-pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak heartbreaking anger angry fear afraid
-scared anxious anxiety shame ashamed guilt guilty tears cry crying love loved empathy compassion understand understanding understood feel
-feeling feelings felt emotion emotions emotional suffering suffer despair hope hopeless comfort care caring overwhelmed overwhelming
-frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle tender soul broken ache aching validate
-validated valid support supported hug hugs listen listening hear heard sympathy sympathetic sorry tough hard difficult worry worried
+pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak heartbreaking anger angry
+fear afraid scared anxious anxiety shame ashamed guilt guilty tears cry crying love loved empathy compassion understand
+understanding understood feel feeling feelings felt emotion emotions emotional suffering suffer despair hope hopeless comfort care
+caring overwhelmed overwhelming frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle
+tender soul broken ache aching validate validated valid support supported hug hugs listen listening hear heard sympathy sympathetic
+sorry tough hard difficult worry worried
 """.split())
 _LIST_LINE = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
-_ORDINAL = re.compile(r"\b(?:first(?:ly)?|second(?:ly)?|third(?:ly)?|fourth(?:ly)?|fifth(?:ly)?|next|also|furthermore|moreover|additionally)\b,")
+_ORDINAL = re.compile(r"\b(?:(?:first|second|third|fourth|fifth)(?:ly)?|next|also|furthermore|moreover|additionally)\b,")
 _MARKUP = re.compile(r"\*\*|^#{1,6}\s|```|</?\w+>|\|.*\|", re.MULTILINE)
 
 SPOKEN_WORDS, LONG_WORDS = 80, 170
@@ -119,7 +123,7 @@ def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -
         "echo": max(ramp(overlap(tokens, past, 3), 0.25, 0.75), ramp(overlap(tokens, past, 2), 0.45, 0.9)) if past else 0.0,
         "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if apologies(text) else 0.0,
         "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
-        "superlatives": ramp(superlatives, 1.5, 4.0),
+        "superlatives": ramp(superlatives, 1.0, 4.0),
         "foreign": _foreign(text, tokens),
         "word_salad": _word_salad(tokens),
         "symbols": ramp(_symbol_share(text), 0.015, 0.12),

@@ -15,17 +15,18 @@ _BULLET = re.compile(r"^\s*(?:[-*\u2022#>]+|\d{1,2}[.)])\s+")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 FUNCTION_WORDS = frozenset("""
-a about after again against all also although always am an and another any anybody anyone anything are aren't around as at away back be
-because been before behind being between both but by came can can't cannot come could couldn't did didn't do does doesn't doing don't done
-down each either else enough even ever every everybody everyone everything few first for from get gets getting go goes going gone got had
-hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him himself his how i i'd i'll i'm i've if in into is isn't it
-it'd it'll it's its itself just last least less let let's like made make makes many may maybe me might mine more most much must my myself
-neither never no nobody none nor not nothing now of off often on once one only onto or other others our ours out over own perhaps put quite
-rather really said same say says she she'd she'll she's should shouldn't since so some somebody someone something sometimes still such take
-than that that'd that'll that's the their theirs them themselves then there there's these they they'd they'll they're they've thing things
-this those though through till to together too took toward towards two under until up upon us very was wasn't way we we'd we'll we're we've
-well went were weren't what what's when where which while who who's whole whom whose why will with within without won't would wouldn't yes
-yet you you'd you'll you're you've your yours yourself
+a about after again against all also although always am an and another any anybody anyone anything are aren't around as at away back
+be because been before behind being between both but by came can can't cannot come could couldn't did didn't do does doesn't doing
+don't done down each either else enough even ever every everybody everyone everything few first for from get gets getting go goes
+going gone got had hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him himself his how i i'd i'll i'm
+i've if in into is isn't it it'd it'll it's its itself just last least less let let's like made make makes many may maybe me might
+mine more most much must my myself neither never no nobody none nor not nothing now of off often on once one only onto or other
+others our ours out over own perhaps put quite rather really said same say says she she'd she'll she's should shouldn't since so
+some somebody someone something sometimes still such take than that that'd that'll that's the their theirs them themselves then
+there there's these they they'd they'll they're they've thing things this those though through till to together too took toward
+towards two under until up upon us very was wasn't way we we'd we'll we're we've well went were weren't what what's when where which
+while who who's whole whom whose why will with within without won't would wouldn't yes yet you you'd you'll you're you've your yours
+yourself
 """.split())
 """English words that carry grammar more than matter; about half of the words of any English prose."""
 

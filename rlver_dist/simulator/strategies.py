@@ -48,6 +48,8 @@ class Strategy(str, Enum):
 _S = Strategy
 SUPPORT = frozenset(list(Strategy)[: list(Strategy).index(_S.SELF_DISCLOSURE) + 1])
 """Strategies that help some users; the others are ways to fail."""
+COMFORT = frozenset({_S.REFLECT_FEELING, _S.VALIDATE, _S.PRAISE_EFFORT, _S.ABSOLVE, _S.PRESENCE})
+"""Support that may name nothing of the matter and still be meant for the user; the rest counts only on the user's own matter."""
 _INTENTS = (
     HiddenIntent.BALANCED_VIEW, HiddenIntent.PRACTICAL_ADVICE, HiddenIntent.UNDERSTAND_OTHERS, HiddenIntent.SELF_REFLECTION,
     HiddenIntent.PRAISE, HiddenIntent.BE_HEARD, HiddenIntent.DEEP_EMPATHY, HiddenIntent.NO_FAULT,
@@ -111,8 +113,10 @@ class StrategyRecognizer:
     sentence, which keeps a text far from all examples from exciting the head.
     """
 
-    LIKELY = {True: (0.10, 0.60), False: (0.30, 0.80)}
-    """Head probability from which a strategy counts, and at which it counts in full: for support, and, later, for ways to fail."""
+    HELPING = (0.10, 0.60)
+    """Head probability from which a supportive strategy counts, and at which it counts in full."""
+    FAILING = (0.36, 0.80)
+    """The same for the summed probability of all ways to fail, which then share the activation by their probabilities."""
     ALIKE = (0.10, 0.32)
     """The same for the similarity to the nearest example sentence."""
     OBVIOUS = (0.55, 0.80)
@@ -126,9 +130,14 @@ class StrategyRecognizer:
         """Activation of each strategy; similarities and probabilities are rounded before the rules."""
         with one_thread(), torch.inference_mode():
             chances = self._head(sentence.states[None], torch.ones(1, len(sentence.states)))[0].double().softmax(-1)
+        chance = {strategy: round(value, 4) for strategy, value in zip(Strategy, chances.tolist(), strict=False)}
+        failing = sum(value for strategy, value in chance.items() if strategy not in SUPPORT)
         found = {}
-        for chance, (strategy, rows) in zip(chances.tolist(), self._prototypes.items(), strict=False):
+        for strategy, rows in self._prototypes.items():
             alike = float(similarities(sentence.vector[None], rows).max())
-            told = ramp(round(chance, 4), *self.LIKELY[strategy in SUPPORT]) * ramp(alike, *self.ALIKE)
-            found[strategy] = max(told, ramp(alike, *self.OBVIOUS))
+            if strategy in SUPPORT:
+                told = ramp(chance[strategy], *self.HELPING)
+            else:
+                told = ramp(failing, *self.FAILING) * chance[strategy] / max(failing, 1e-4)
+            found[strategy] = max(told * ramp(alike, *self.ALIKE), ramp(alike, *self.OBVIOUS))
         return found

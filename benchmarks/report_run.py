@@ -1,0 +1,96 @@
+"""What a finished run showed, as a Markdown page and its raw data.
+
+    python -m benchmarks.report_run runs/mine docs/results/grpo_no_think_cpu
+
+Copies `config.yaml`, `summary.json` and `metrics.jsonl`, and writes `README.md` with the figures, the mean seconds of each phase and the
+first replies of the first evaluation users before and after, as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.ledger.parquet import read_dialogues
+from rlver_dist.tracking.jsonl import read_metrics
+
+NUM_REPLIES = 5
+
+
+def figures(summary: dict[str, Any]) -> list[str]:
+    """The before-and-after table."""
+    lines = ["| | before | after | difference | 95 % interval |", "|---|---|---|---|---|"]
+    for name, row in (("emotion", summary), ("emotion, second appraiser", summary["second_appraiser"])):
+        low, high = row["interval95"]
+        lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
+    for name in ("distinct2", "perplexity"):
+        before, after = summary[name]["before"], summary[name]["after"]
+        lines.append(f"| {name} | {before:.3g} | {after:.3g} | x {after / before:.2f} | |")
+    return lines
+
+
+def phases(metrics: list[dict[str, float]]) -> list[str]:
+    """Mean of each phase over the iterations, and the ends of some curves."""
+    keys = ("time/rollout_s", "time/learner_s", "time/sync_s", "time/iteration_s", "perf/rollout_tokens_per_s", "perf/learner_tokens_per_s")
+    lines = ["| metric | mean over iterations |", "|---|---|"]
+    lines += [f"| {key} | {sum(line[key] for line in metrics) / len(metrics):.1f} |" for key in keys]
+    lines += ["", "| metric | first | last |", "|---|---|---|"]
+    ends = (
+        "reward/emotion_final",
+        "learner/entropy",
+        "learner/logprob_gap",
+        "rollout/reply_tokens",
+        "rollout/truncated_share",
+        "rollout/distinct2",
+    )
+    return lines + [f"| {key} | {metrics[0][key]:.3g} | {metrics[-1][key]:.3g} |" for key in ends]
+
+
+def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
+    """First replies to the same openings."""
+    lines = []
+    for old, new in list(zip(before, after, strict=True))[:NUM_REPLIES]:
+        lines += [f"- **{old.persona_id}**: {old.opening}"]
+        for when, dialogue in (("before", old), ("after", new)):
+            turn = dialogue.turns[0]
+            lines.append(f"  - {when} ({turn.emotion_after - turn.emotion_before:+.1f}): {' '.join(turn.reply.split())}")
+    return lines
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Turn a finished run into a page of results.")
+    parser.add_argument("run", type=Path, help="a run's output_dir")
+    parser.add_argument("out", type=Path, help="where the page and the raw data go")
+    arguments = parser.parse_args()
+    summary = json.loads((arguments.run / "summary.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(arguments.run / "metrics.jsonl")
+    ledger = arguments.run / "dialogues"
+    before, after = (read_dialogues(next(ledger.glob(f"{phase}_*.parquet"))) for phase in ("before", "after"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "summary.json", "metrics.jsonl"):
+        shutil.copy(arguments.run / name, arguments.out / name)
+    length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
+    page = [
+        f"# {arguments.out.name}",
+        "",
+        f"{summary['iterations']} iterations, {summary['num_eval_personas']} held-out users, {length}; "
+        "one seed. Raw data: `config.yaml`, `summary.json`, `metrics.jsonl`. Made by `benchmarks/report_run.py`.",
+        "",
+        *figures(summary),
+        "",
+        *phases(metrics),
+        "",
+        "## First replies to the same users, as they are",
+        *replies(before, after),
+    ]
+    (arguments.out / "README.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    print(arguments.out / "README.md")
+
+
+if __name__ == "__main__":
+    main()
