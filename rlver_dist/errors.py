@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+"""Exit code of a run that the user has to mend something for."""
+EXIT_INTERRUPTED = 130
+"""Exit code after SIGINT or SIGTERM, as shells have it."""
+
 
 class RlverError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -19,12 +19,12 @@ from rlver_dist.check import describe
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import load_split
-from rlver_dist.errors import ConfigError, RlverError, UserError
+from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
+from rlver_dist.models import resolve
+from rlver_dist.simulator.suitability import check_personas
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
 
 
 def order_overrides(arguments: list[str]) -> list[str]:
@@ -61,6 +61,7 @@ def run(config: RunConfig) -> int:
     """Check everything cheap, then train. Returns the exit code."""
     train = load_split(config.data.train, "train")
     evaluation = load_split(config.data.evaluation, "evaluation")
+    check_personas([*train, *evaluation])
     if config.evaluation.num_personas > len(evaluation):
         raise ConfigError(
             f"evaluation.num_personas={config.evaluation.num_personas}: data.evaluation={config.data.evaluation} has {len(evaluation)}; "
@@ -73,6 +74,7 @@ def run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> int:
+    resolve(config.model.path)
     from rlver_dist.run import run_on_cluster
 
     output = Path(config.output_dir)
@@ -87,7 +89,7 @@ def _job(composed: DictConfig) -> None:
         code = EXIT_REFUSED
     except RlverError as error:
         print(f"failed: {error}", file=sys.stderr)
-        code = 1
+        code = EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     if code:

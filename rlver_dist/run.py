@@ -24,6 +24,7 @@ from rlver_dist.config import Preset, RunConfig, SimulatorConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.driver import Driver, Parts
+from rlver_dist.errors import EXIT_INTERRUPTED
 from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
@@ -33,7 +34,6 @@ from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
 
-EXIT_INTERRUPTED = 130
 NUM_PAIRS_SHOWN = 2
 
 

@@ -5,35 +5,16 @@ A reply is appraised by rules (see `appraisal.py`), emotion moves by `emotion.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from rlver_dist.config import Preset, SimulatorConfig
-from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import EndReason, Role
-from rlver_dist.errors import DataError
 from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser, EmbeddedAppraiser
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.messages import MessageContext, next_message
 from rlver_dist.simulator.presets import DifficultyRules, resolve_rules
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-
-LANGUAGE = "en"
-
-
-def check_personas(personas: Iterable[Persona]) -> None:
-    """Refuse personas that this backend cannot speak for.
-
-    Raises:
-        DataError: names the first such persona, the field and the way out.
-    """
-    way_out = "the embedded users need English personas with an opening and facts, such as the bank; others need an LLM simulator"
-    for persona in personas:
-        if persona.language != LANGUAGE:
-            raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")
-        for field, value in (("opening", persona.opening), ("facts", persona.facts)):
-            if not value:
-                raise DataError(f"persona {persona.id}: {field} is empty: {way_out}")
+from rlver_dist.simulator.suitability import check_personas
 
 
 class EmbeddedSimulator:

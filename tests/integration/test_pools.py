@@ -7,11 +7,11 @@ import ray
 
 from rlver_dist.cluster.actors import RewardServiceActor
 from rlver_dist.cluster.pools import EnginePool, RewardPool, gather_metrics
-from rlver_dist.cluster.session import close_session, open_session
+from rlver_dist.cluster.session import causes, close_session, open_session
 from rlver_dist.config import ClusterConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Message, Role
-from rlver_dist.errors import BoundaryError
+from rlver_dist.errors import BoundaryError, WeightSyncError
 from rlver_dist.rollout.collector import GenerateRequest
 from rlver_dist.simulator.protocol import UserRequest
 
@@ -87,3 +87,19 @@ def test_dialogues_spread_over_engines_and_stay_where_their_prefix_is():
         assert await pool.generate(ask(8, 2)) == 0
 
     asyncio.run(scenario())
+
+
+class Broken:
+    """Fails on purpose, or by accident."""
+
+    def fail(self, on_purpose: bool) -> None:
+        raise WeightSyncError("engine 1 does not hold the weights") if on_purpose else ValueError("a bad shape")
+
+
+def test_an_actors_own_error_surfaces_as_itself_and_any_other_as_one_line():
+    actor = ray.remote(Broken).options(num_cpus=0).remote()
+    with pytest.raises(WeightSyncError, match=r"^engine 1 does not hold the weights$"), causes():
+        ray.get(actor.fail.remote(True))
+    with pytest.raises(BoundaryError, match="ValueError: a bad shape") as caught, causes():
+        ray.get(actor.fail.remote(False))
+    assert "\n" not in str(caught.value) and "logs" in str(caught.value)

@@ -1,6 +1,7 @@
 """Composition: every recipe on every placement, in either order, with one clear line for what is refused."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,17 @@ def test_a_refused_value_exits_with_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: learner.lr=0.0: use a number above 0"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
+    row = {"id": "p1", "name": "A", "profile": "x", "scene": "y", "temperament": "passive", "hidden_intent": "praise", "want": "z"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    done = launch("+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: persona p1: opening is empty") and "data.train=bank" in done.stderr
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    done = launch("+exp=grpo_no_think", "+on=cpu", "model.path=./nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: model.path=./nowhere: no config.json in that folder; name a Hugging Face model folder"

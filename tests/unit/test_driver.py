@@ -117,7 +117,7 @@ class Harness:
     async def generate(self, request):
         if self._fail and request.dialogue_id.startswith(self._fail):
             raise ConnectionError("engine gone")
-        ids = self._renderer._encode_text(WORDS[request.seed % len(WORDS)]) + [self._renderer.end_token_id]
+        ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
         return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(self.version, self.version))
 
     async def sync(self, version):

@@ -12,10 +12,11 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import DataError, RlverError
 from rlver_dist.simulator.appraisal import AppraisalContext
-from rlver_dist.simulator.embedded import EmbeddedSimulator, build_simulator, check_personas
+from rlver_dist.simulator.embedded import EmbeddedSimulator, build_simulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.service import RewardService, nearest_rank
+from rlver_dist.simulator.suitability import check_personas
 from tests.unit.test_messages import FACTS, OPENING, persona
 
 
@@ -70,7 +71,7 @@ def test_goodbye_is_an_end() -> None:
 @pytest.mark.parametrize(("change", "field"), [({"language": "zh"}, "language=zh"), ({"opening": ""}, "opening"), ({"facts": ()}, "facts")])
 def test_personas_that_rules_cannot_voice_are_refused(change: dict, field: str) -> None:
     strange = replace(persona(), id="p9", **change)
-    with pytest.raises(DataError, match=rf"persona p9: {field}.*LLM simulator"):
+    with pytest.raises(DataError, match=rf"persona p9: {field}.*data.train=bank"):
         check_personas([persona(), strange])
     with pytest.raises(DataError, match="p9"):
         SIMULATOR.respond(request(who=strange))
