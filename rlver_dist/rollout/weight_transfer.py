@@ -35,8 +35,10 @@ SHARED_FILE = "shared_file"
 def register() -> None:
     """Make the shared-file backend known to vLLM in this process; harmless when called again."""
     if current_platform.is_cpu():
-        # vLLM's processes wait for each other by spinning for up to a second, on the very cores that compute; 0 lets them sleep.
+        # vLLM's processes wait for each other by spinning for up to a second, on the very cores that compute: let them sleep. Now and
+        # then a sleeper misses its wake-up call, so it looks again after 5 ms instead of 5 s.
         shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)
+        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 5
     if SHARED_FILE not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHARED_FILE, SharedFileWeightTransferEngine)
 
