@@ -33,8 +33,8 @@ PROBE_TEXT = (
 
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
-    # Engine and learner share the cores in turn: threads that wait may spin for a moment (torch's default of several milliseconds
-    # starves the others, no spinning at all costs the learner a fifth of its speed), then sleep.
+    # Engine and learner share the cores in turn: threads that wait spin for a moment, since waking them for every small operation
+    # costs more, then sleep, since the other one needs the core.
     "GOMP_SPINCOUNT": "20000",
 }
 

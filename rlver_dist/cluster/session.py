@@ -17,7 +17,6 @@ from rlver_dist.config import ClusterConfig
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600
-NAMESPACE = "rlver_dist"
 LOGS = "/tmp/ray/session_latest/logs"
 
 
@@ -40,7 +39,7 @@ def open_session(cluster: ClusterConfig) -> Session:
     """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, listening on loopback."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        context = ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+        context = ray.init(address=address, log_to_driver=False)
     else:
         # Ray turns token authentication on by itself where an old token file lies about; a private cluster needs none.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -49,7 +48,7 @@ def open_session(cluster: ClusterConfig) -> Session:
         # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
         os.environ.setdefault("RAY_worker_niceness", "0")
         context = ray.init(
-            namespace=NAMESPACE,
+            address="local",  # never join a cluster that somebody else's run happens to have left its address of
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
             log_to_driver=False,

@@ -43,7 +43,7 @@ _FAULT: dict[str, str] = {
     "word_salad": "the words make no sentence", "symbols": "it is full of symbols", "listing": "it reads like a list",
     "questions": "they ask too much at once", "over_length": "it goes on and on", "truncated": "it breaks off",
     "score_talk": "they talk about my mood as a number", "copied": "those are my own words handed back",
-    "too_short": "there is hardly anything in it",
+    "too_short": "there is hardly anything in it", "unaddressed": "it is a story, and not told to me",
     "gibberish": "it makes no sense",
 }
 _ACTIVITY: dict[Temperament, tuple[str, str, str]] = {

@@ -23,7 +23,8 @@ WEIGHTS: dict[str, float] = {
     "listing": 9.0,
     "questions": 4.0,
     "over_length": 4.0,
-    "truncated": 1.0,
+    "truncated": 2.5,
+    "unaddressed": 5.0,
     "score_talk": 14.0,
     "copied": 9.0,
     "too_short": 4.0,
@@ -52,6 +53,11 @@ understanding understood feel feeling feelings felt emotion emotions emotional s
 caring overwhelmed overwhelming frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle
 tender soul broken ache aching validate validated valid support supported hug hugs listen listening hear heard sympathy sympathetic
 sorry tough hard difficult worry worried
+""".split())
+_LISTENER = frozenset("you your yours yourself you're you've you'd you'll u".split())
+_URGING = frozenset("""
+ask be book bring call check choose do don't find get give go keep leave let let's listen look make phone pick put ring say send set
+show sit sleep start stay stop take talk tell text think try wait walk write
 """.split())
 _LIST_LINE = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
@@ -93,6 +99,14 @@ def _repetition(tokens: list[str]) -> float:
     return max(ramp(twice, 0.12, 0.45), ramp(thrice, 0.04, 0.30), ramp(most, 3.5, 7.0) if most / len(tokens) > 0.06 else 0.0)
 
 
+def _unaddressed(text: str, tokens: list[str]) -> float:
+    """How far a longer reply talks past the listener, as somebody's story does: hardly a "you", no question, nothing urged."""
+    turned = sum(token in _LISTENER for token in tokens) / len(tokens) + (0.012 if "?" in text else 0.0)
+    starts = [words(one)[:1] for one in re.split(r"[.!?\n]+", text)]
+    urged = any(start and start[0] in _URGING for start in starts)
+    return 0.0 if urged else (1.0 - ramp(turned, 0.004, 0.022)) * ramp(len(tokens), 12, 24)
+
+
 def _word_salad(tokens: list[str]) -> float:
     """Too few words of grammar, or too many, for the text's length; long texts only."""
     if len(tokens) < 8:
@@ -131,6 +145,7 @@ def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -
         "questions": ramp(text.count("?"), 2, 5),
         "over_length": ramp(count, SPOKEN_WORDS, LONG_WORDS),
         "truncated": float(truncated and not text.rstrip().endswith((".", "!", "?", '"', "'"))),
+        "unaddressed": _unaddressed(text, tokens) if tokens else 0.0,
         "score_talk": float(bool(_SCORE.search(text.lower()))),
         "copied": ramp(overlap(tokens, [words(one) for one in heard], 4), 0.25, 0.7),
         "too_short": 1.0 - ramp(count, 2, 8),

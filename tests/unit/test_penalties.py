@@ -25,6 +25,7 @@ SHOWING = {
     "score_talk": "My emotion is now 100 and I feel great.",
     "copied": "A guy you say. A guy I was seeing has gone quiet, it happens to everybody.",
     "too_short": "Ok.",
+    "unaddressed": "As I walked into the room with my dad, a lump formed in my throat. His hands were shaking, and he looked tired.",
 }
 
 
@@ -39,6 +40,11 @@ def test_honest_reply_costs_nothing():
 @pytest.mark.parametrize(("name", "reply"), SHOWING.items())
 def test_penalty_shows_on_its_example(name, reply):
     assert strengths(reply)[name] >= 0.3
+
+
+def test_one_turn_to_the_listener_is_enough():
+    story = str(SHOWING["unaddressed"])
+    assert strengths(f"{story} How did you take it?")["unaddressed"] == 0.0
 
 
 def test_saying_the_same_again_echoes():
