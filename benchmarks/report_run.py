@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,13 @@ def main() -> None:
     ledger = arguments.run / "dialogues"
     before, after = (read_dialogues(next(ledger.glob(f"{phase}_*.parquet"))) for phase in ("before", "after"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "summary.json", "metrics.jsonl"):
+    for name in ("summary.json", "metrics.jsonl"):
         shutil.copy(arguments.run / name, arguments.out / name)
+    # The folder on the machine that ran is nobody else's business.
+    config = re.sub(
+        r"(?m)^output_dir:.*$", f"output_dir: runs/{arguments.out.name}", (arguments.run / "config.yaml").read_text(encoding="utf-8")
+    )
+    (arguments.out / "config.yaml").write_text(config, encoding="utf-8")
     length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
     page = [
         f"# {arguments.out.name}",

@@ -1,6 +1,7 @@
 """Routing over real Ray actors: the reward service's replicas, and engines that only say who they are."""
 
 import asyncio
+import sys
 
 import pytest
 import ray
@@ -15,6 +16,8 @@ from rlver_dist.errors import BoundaryError, WeightSyncError
 from rlver_dist.rollout.collector import GenerateRequest
 from rlver_dist.simulator.protocol import UserRequest
 
+# Ray's workers cannot import this file, so the classes below have to travel with their code.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 PERSONA = load_split("bank", "train")[0]
 
 
