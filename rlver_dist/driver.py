@@ -24,7 +24,7 @@ from rlver_dist.checkpoints import CheckpointStore, Progress
 from rlver_dist.config import KLPlacement, RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
-from rlver_dist.dialogue import Dialogue
+from rlver_dist.dialogue import Dialogue, EndReason
 from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, summarize
 from rlver_dist.experience.credit import assign_credit, samples_of
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
@@ -233,7 +233,8 @@ class Driver:
         dialogues = await self._collect(f"evaluation {phase.value}", tasks, self._parts.evaluation_users, limits)
         scores = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
         with self._parts.console.phase(f"controls {phase.value}", 1) as advance:
-            samples = samples_of([dialogue for dialogue in dialogues if dialogue.turns], scores)
+            held = [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+            samples = samples_of(held, scores)
             nll, tokens = await self._parts.learner.base_nll(samples) if samples else (math.nan, 1)
             results = summarize(
                 dialogues, self._evaluation, self._parts.second_appraiser, self._parts.evaluation_rules, math.exp(nll / max(tokens, 1))

@@ -30,12 +30,12 @@ CONFIG_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 def order_overrides(arguments: list[str]) -> list[str]:
     """Put recipes (`+exp=`) before placements (`+on=`), whatever the order given: later groups win, and a placement scales a recipe."""
 
-    def rank(argument: str) -> int:
-        key = argument.lstrip("+").split("=", 1)[0]
-        return {"exp": 0, "on": 1}.get(key, 2)
+    def is_group(argument: str) -> bool:
+        return argument.lstrip("+").startswith(("exp=", "on="))
 
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    return flags + sorted((argument for argument in arguments if not argument.startswith("-")), key=rank)
+    # Only these two change places, among themselves: a flag such as `--cfg job` keeps the word after it.
+    groups = iter(sorted(filter(is_group, arguments), key=lambda argument: argument.lstrip("+").startswith("on=")))
+    return [next(groups) if is_group(argument) else argument for argument in arguments]
 
 
 def to_config(composed: DictConfig) -> RunConfig:

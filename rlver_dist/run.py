@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -65,7 +66,9 @@ async def _until_interrupted(config: RunConfig, console: Console, running: Corou
         except asyncio.CancelledError:
             if not interrupted():
                 raise
-            console.note(f"interrupted; go on with: python -m rlver_dist.launch {_resume_command(config)}")
+            newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
+            way_on = "go on" if newest else f"no checkpoint yet (save_every={config.save_every}); start again"
+            console.note(f"interrupted after {newest.name if newest else 'step_0'}; {way_on} with: {_resume_command(config)}")
             return EXIT_INTERRUPTED
 
 
@@ -137,9 +140,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _resume_command(config: RunConfig) -> str:
-    """The arguments of this process with its output folder pinned."""
+    """The command of this process with its output folder pinned."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(("output_dir=", "resume="))]
-    return " ".join([*kept, f"output_dir={config.output_dir}"])
+    return shlex.join([sys.executable, "-m", "rlver_dist.launch", *kept, f"output_dir={config.output_dir}"])
 
 
 def _report(
@@ -169,7 +172,8 @@ def _report(
 
 
 def _by_persona(path: Path) -> dict[str, Dialogue]:
-    return {dialogue.persona_id: dialogue for dialogue in read_dialogues(path)}
+    """Dialogues of one evaluation; none where a run goes on from another folder's checkpoint."""
+    return {} if not path.exists() else {dialogue.persona_id: dialogue for dialogue in read_dialogues(path)}
 
 
 def _finite(value: Any) -> Any:

@@ -65,7 +65,6 @@ class Built:
 
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
-        self.sync.close()
         closing: list[Any] = [engine.close.remote() for engine in self.engines.engines] + [
             rank.close.remote() for rank in self.learner.ranks
         ]
@@ -74,6 +73,7 @@ class Built:
             ray.kill(actor)
         if self.group is not None:
             remove_placement_group(self.group)
+        self.sync.close()
 
 
 def _service_metric(key: str, value: float, weight: float) -> Metric:
@@ -122,7 +122,14 @@ def _engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, en
         )
         if spans_gpus:
             bundles = ",".join(str(bundle + worker) for worker in range(layout.tensor_parallel))
-            options["runtime_env"] = {"env_vars": {"VLLM_RAY_BUNDLE_INDICES": bundles}}
+            options["runtime_env"] = {
+                "env_vars": {
+                    "VLLM_RAY_BUNDLE_INDICES": bundles,
+                    "VLLM_RAY_PER_WORKER_GPUS": str(layout.gpus_per_engine_rank),
+                    # This actor reserves no GPU itself; without this Ray would hide all of them from it.
+                    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+                }
+            }
         engines.append(engine_class.options(**options, max_concurrency=MAX_CONCURRENCY).remote(settings))
     return engines
 
@@ -178,7 +185,11 @@ async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
     try:
         with console.phase("loading models", layout.engines + 1 + len(replicas)) as advance:
             starting: list[Any] = [engine.start.remote() for engine in engines.engines]
-            waiting = [*(asyncio.wrap_future(call.future()) for call in starting), asyncio.ensure_future(learner.start())]
+            waiting = [asyncio.wrap_future(call.future()) for call in starting]
+            if 0 < layout.gpus_per_engine_rank < 1:
+                # They share a GPU: vLLM measures the free memory at its start, before the learner takes its part.
+                await asyncio.gather(*waiting)
+            waiting.append(asyncio.ensure_future(learner.start()))
             waiting += [asyncio.wrap_future(replica.metrics.remote().future()) for replica in replicas]
             for part in asyncio.as_completed(waiting):
                 await part

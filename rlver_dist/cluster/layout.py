@@ -111,10 +111,11 @@ def resolve_layout(cluster: ClusterConfig, *, reward_replicas: int, num_gpus: in
         gpus_per_learner_rank=shares[1],
         gpu_memory_fraction=shares[2],
         threads=0,
-        weight_transfer="nccl",
+        # NCCL refuses two members of a group on one GPU.
+        weight_transfer="nccl" if min(shares[:2]) == 1 else "shared_file",
     )
     if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
-        way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else "python -m rlver_dist.launch +exp=grpo_no_think (without +on)"
+        way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"
         raise ResourceError(
             f"this run needs {layout.num_gpus:g} GPUs ({engines} engines x {cluster.tensor_parallel}, {ranks} learner ranks) and Ray sees "
             f"{num_gpus}; on this machine, run: {way_out}"

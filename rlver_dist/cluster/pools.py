@@ -53,6 +53,7 @@ class RewardPool:
         self._replicas = list(replicas)
         self._suite = suite
         self._load = [0] * len(self._replicas)
+        self._dead: set[int] = set()
 
     async def respond(self, request: UserRequest) -> UserResponse:
         """Ask the least loaded replica, and another one if it has died.
@@ -60,20 +61,22 @@ class RewardPool:
         Raises:
             BoundaryError: every replica has died.
         """
-        tried: set[int] = set()
-        while len(tried) < len(self._replicas):
-            index = min((i for i in range(len(self._replicas)) if i not in tried), key=self._load.__getitem__)
-            tried.add(index)
+        while len(self._dead) < len(self._replicas):
+            index = min((i for i in range(len(self._replicas)) if i not in self._dead), key=self._load.__getitem__)
             self._load[index] += 1
             try:
                 return await self._replicas[index].respond.remote(self._suite, request)
             except RayActorError:
-                continue
+                self._dead.add(index)
             finally:
                 self._load[index] -= 1
         raise BoundaryError(f"reward service: all {len(self._replicas)} replicas have died")
 
 
 async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, Any]]:
-    """`metrics` of each replica since the last call."""
-    return await asyncio.gather(*(replica.metrics.remote() for replica in replicas))
+    """`metrics` since the last call, of each replica that lives."""
+    answers = await asyncio.gather(*(replica.metrics.remote() for replica in replicas), return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
+            raise answer
+    return [answer for answer in answers if isinstance(answer, dict)]

@@ -44,7 +44,6 @@ def open_session(cluster: ClusterConfig) -> Session:
         # Ray turns token authentication on by itself where an old token file lies about; a private cluster needs none.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
         os.environ.setdefault("RAY_worker_niceness", "0")
         context = ray.init(

@@ -14,6 +14,8 @@ from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SHARED_MEMORY = Path("/dev/shm")
+MIN_FREE_BYTES = 2**30
+"""Containers often get 64 MB of shared memory; with less than this the weights go through the temporary folder."""
 
 
 class WeightSync:
@@ -36,7 +38,8 @@ class WeightSync:
         if self._backend == "nccl":
             await self._learner.connect_engines(self._engines.engines, self._workers_per_engine)
         else:
-            base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+            roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= MIN_FREE_BYTES
+            base = SHARED_MEMORY if roomy else None
             self._folder = Path(tempfile.mkdtemp(prefix="rlver_dist_", dir=base))
 
     def close(self) -> None:

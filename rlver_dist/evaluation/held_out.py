@@ -55,6 +55,8 @@ def reappraise(dialogue: Dialogue, persona: Persona, appraiser: Appraiser, rules
     emotion = dialogue.start_emotion
     heard = [Message(role=Role.USER, text=dialogue.opening)]
     for turn in dialogue.turns:
+        if turn.appraisal is None:  # a reply that ended the dialogue unheard
+            break
         heard.append(Message(role=Role.ASSISTANT, text=turn.reply))
         context = AppraisalContext(
             persona=persona, messages=tuple(heard), emotion=emotion, acceptance=1.0, max_change=rules.max_change, truncated=turn.truncated

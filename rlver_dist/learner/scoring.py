@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 32
 """Rows of logits that are held in float32 at a time; 32 rows of a 49k vocabulary stay in a CPU's cache."""
-HEAD_TOKENS = 2048
-"""Scored tokens that share one recomputed vocabulary projection under gradient checkpointing."""
 
 
 class LogprobAndEntropy(torch.autograd.Function):
@@ -102,12 +100,8 @@ class PolicyModel(torch.nn.Module):
         before, targets = hidden[scored - 1], token_ids[scored]
         if not (self.recompute and torch.is_grad_enabled()):
             return self._head(before, targets, temperature)
-        chunks = [
-            checkpoint(self._head, some_hidden, some_targets, temperature, use_reentrant=False)
-            for some_hidden, some_targets in zip(before.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
-        ]
-        logprobs, entropies = zip(*chunks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        # One call whatever the number of tokens: under ZeRO-3 each call gathers the head, and every rank has to gather as often.
+        return checkpoint(self._head, before, targets, temperature, use_reentrant=False)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return LogprobAndEntropy.apply(self.model.get_output_embeddings()(hidden), targets, temperature)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlver_dist.config import Device, Precision
-from rlver_dist.errors import BoundaryError, WeightSyncError
+from rlver_dist.errors import BoundaryError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 
 if TYPE_CHECKING:
@@ -116,11 +116,9 @@ class PolicyEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        try:
+        with boundary(f"vLLM engine for {self._settings.model_path}"):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._settings)))
             await self._llm.update_weight_version(str(version))
-        except Exception as error:
-            raise BoundaryError(f"vLLM engine for {self._settings.model_path}: {type(error).__name__}: {error}") from error
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """Sample one reply from softmax(logits / temperature), neither top-p nor top-k; equal seeds give equal replies.

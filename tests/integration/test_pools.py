@@ -56,6 +56,7 @@ def test_replicas_agree_and_a_dead_one_never_changes_an_emotion_twice(replicas):
         ray.kill(replicas[0])
         again = await asyncio.gather(*(pool.respond(request(reply)) for _ in range(4)))
         assert all(answer == alone[0] for answer in again)
+        assert [values["requests"] for values in await gather_metrics(replicas)] == [4]
         ray.kill(replicas[1])
         with pytest.raises(BoundaryError, match="all 2 replicas have died"):
             await pool.respond(request(reply))

@@ -30,7 +30,6 @@ def packed_inputs():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(scoring, "HEAD_TOKENS", 3)
     tokens, positions, scored = packed_inputs()
     temperature, weights = 0.7, torch.linspace(-1, 1, len(scored))
     packed = scoring.PolicyModel(tiny(family, attention.ATTENTION_NAME).train(), recompute=recompute)

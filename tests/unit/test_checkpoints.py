@@ -34,6 +34,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_3"]
 
 
+def test_resuming_an_older_checkpoint_leaves_the_newer_line(tmp_path):
+    store = CheckpointStore(tmp_path, keep=3)
+    for iteration in (4, 8, 10, 5):
+        write(store, iteration)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_4", "step_5"]
+    newest = store.latest()
+    assert newest is not None and newest.name == "step_5"
+
+
 def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     write(store, 1)

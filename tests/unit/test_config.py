@@ -53,8 +53,8 @@ def test_command_line_wins_over_recipe_and_placement():
     assert composed("learner.lr=0.5", "+on=cpu", "+exp=grpo_no_think").learner.lr == 0.5
 
 
-def test_flags_come_first_and_groups_in_order():
-    assert order_overrides(["a=1", "+on=cpu", "--cfg", "+exp=x"]) == ["--cfg", "+exp=x", "+on=cpu", "a=1"]
+def test_only_recipe_and_placement_change_places():
+    assert order_overrides(["a=1", "+on=cpu", "--cfg", "job", "+exp=x"]) == ["a=1", "+exp=x", "--cfg", "job", "+on=cpu"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def test_auto_shares_a_single_gpu():
     placed = layout(ClusterConfig(), 1)
     assert (placed.engines, placed.learner_ranks) == (1, 1)
     assert placed.num_gpus == pytest.approx(1.0)
+    assert placed.weight_transfer == "shared_file"
 
 
 def test_auto_with_tensor_parallel_counts_gpus():
@@ -40,7 +41,7 @@ def test_cpu_shares_all_cores_in_turn():
     [
         (ClusterConfig(), 0, ["at least 1 GPU", "Ray sees none", "+on=cpu"]),
         (ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4), 0, ["needs 8 GPUs", "Ray sees 0", "+on=cpu"]),
-        (ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4), 6, ["needs 8 GPUs", "Ray sees 6", "without +on"]),
+        (ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4), 6, ["needs 8 GPUs", "Ray sees 6", "+on=gpu1"]),
     ],
 )
 def test_too_few_gpus_say_what_is_needed_there_and_would_run(cluster, gpus, words):
