@@ -75,7 +75,7 @@ class RewardPool:
 
 async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, Any]]:
     """`metrics` since the last call, of each replica that lives."""
-    answers = await asyncio.gather(*(replica.metrics.remote() for replica in replicas), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*(replica.metrics.remote() for replica in replicas), return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
             raise answer
