@@ -32,6 +32,7 @@ setup(
         "accelerate",
         "gguf",
         "numpy",
+        "peft==0.21.2",
         "pyarrow==26.0.1",
         "pyyaml",
         "rich==15.0.0",

@@ -18,8 +18,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlver_dist.config import ModelConfig
 from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.training_config import ModelConfig
 
 TEMPERATURES = (0.6, 0.8, 1.0, 1.4, 1.8)
 
@@ -37,8 +37,10 @@ def prompts(rng: random.Random, count: int) -> list[list[dict[str, str]]]:
     chats = []
     for index in range(count):
         situation = rng.choice(situations)
-        chat = [{"role": "system", "content": ModelConfig().system_prompt},
-                {"role": "user", "content": rng.choice(list(situation["openings"].values()))}]
+        chat = [
+            {"role": "system", "content": ModelConfig().system_prompt},
+            {"role": "user", "content": rng.choice(list(situation["openings"].values()))},
+        ]
         if index % 2:
             chat += [{"role": "assistant", "content": "Go on, I'm listening."}, {"role": "user", "content": rng.choice(situation["facts"])}]
         chats.append(chat)
@@ -49,9 +51,10 @@ def sample(model, tokenizer, chats: list, temperature: float, new_tokens: int) -
     """One reply a chat at `temperature`, cut at `new_tokens` tokens."""
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    out = model.generate(**batch, do_sample=True, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=new_tokens,
-                         pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    out = model.generate(
+        **batch, do_sample=True, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main() -> None:

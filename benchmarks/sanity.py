@@ -60,10 +60,20 @@ def make_persona(situation: dict, intent: str, temperament: str) -> Persona:
     """The persona of a sanity context: a seed situation with one of its intents."""
     scene = " ".join([situation["cause"], *situation["timeline"], *situation["people"], *situation["failed"], situation["now"]])
     return Persona(
-        id=f"{situation['id']}-{intent}-{temperament}", name="Sam", profile="", scene=scene, traits=(),
-        temperament=Temperament(temperament), hidden_intent=HiddenIntent(intent), want=situation["wants"][intent],
-        hides=situation["hides"], language="en", topic=situation["topic"], situation_id=situation["id"],
-        opening=situation["openings"][temperament], facts=tuple(situation["facts"]),
+        id=f"{situation['id']}-{intent}-{temperament}",
+        name="Sam",
+        profile="",
+        scene=scene,
+        traits=(),
+        temperament=Temperament(temperament),
+        hidden_intent=HiddenIntent(intent),
+        want=situation["wants"][intent],
+        hides=situation["hides"],
+        language="en",
+        topic=situation["topic"],
+        situation_id=situation["id"],
+        opening=situation["openings"][temperament],
+        facts=tuple(situation["facts"]),
     )
 
 
@@ -80,11 +90,17 @@ def grade_contexts(appraiser: Appraiser, contexts: list[dict]) -> list[list[Grad
     graded = []
     for entry in contexts:
         persona = make_persona(situations[entry["situation"]], entry["intent"], entry["temperament"])
-        graded.append([
-            GradedReply(family=reply["family"], grade=reply["grade"], text=reply["text"],
-                        change=appraiser.appraise(make_context(persona, entry["history"], reply["text"])).change)
-            for reply in entry["replies"]
-        ])
+        graded.append(
+            [
+                GradedReply(
+                    family=reply["family"],
+                    grade=reply["grade"],
+                    text=reply["text"],
+                    change=appraiser.appraise(make_context(persona, entry["history"], reply["text"])).change,
+                )
+                for reply in entry["replies"]
+            ]
+        )
     return graded
 
 
@@ -138,8 +154,10 @@ def main() -> None:
             for index, replies in enumerate(graded):
                 for higher, lower in ordered_pairs(replies):
                     if higher.change <= lower.change:
-                        print(f"  {index} {contexts[index]['intent']}: {higher.family} {higher.change:+.2f} {higher.text}\n"
-                              f"     <= {lower.family} {lower.change:+.2f} {lower.text}")
+                        print(
+                            f"  {index} {contexts[index]['intent']}: {higher.family} {higher.change:+.2f} {higher.text}\n"
+                            f"     <= {lower.family} {lower.change:+.2f} {lower.text}"
+                        )
 
 
 if __name__ == "__main__":

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 
+from rlver_dist.choices import Device
 from rlver_dist.cluster.layout import resolve_layout
-from rlver_dist.config import Device, RunConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 
 
 def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> str:
     """Dialogues, turns, token budgets, optimizer steps and placement of `config`, as text."""
     rollout, algorithm, model = config.rollout, config.algorithm, config.model
-    dialogues = rollout.batch_size * algorithm.group_size
+    dialogues = rollout.dialogues_per_iteration
     turns = dialogues * rollout.max_turns
     evaluated, steps = min(config.evaluation.num_personas, len(evaluation)), algorithm.updates_per_iteration
+    thinking = ", thinking first" if rollout.think else ""
     lines = [
         f"model                 {model.path} ({model.dtype.value}), context {model.max_context_tokens} tokens",
         f"personas              {len(train)} training, {evaluated} of {len(evaluation)} evaluation",
         f"users                 preset {config.simulator.preset.value}",
-        f"an iteration          {rollout.batch_size} personas x {algorithm.group_size} dialogues = {dialogues} dialogues, "
-        f"up to {turns} turns of up to {rollout.max_reply_tokens} tokens",
-        f"tokens an iteration   at most {turns * rollout.max_reply_tokens} sampled; a dialogue at most {model.max_context_tokens}",
+        f"an iteration          {config.num_personas} personas x {algorithm.group_size} dialogues = {dialogues} dialogues, "
+        f"up to {turns} turns of up to {rollout.max_turn_tokens} tokens{thinking}",
+        f"tokens an iteration   at most {turns * rollout.max_turn_tokens} sampled; a dialogue at most {model.max_context_tokens}",
         f"optimizer steps       {steps} an iteration, {steps * config.num_iterations} in all, "
         f"lr {config.learner.lr:g} after {config.learner.warmup_steps} warm-up steps",
         f"micro-batches         packed rows of up to {config.learner.micro_batch_tokens} tokens, ZeRO {config.learner.zero_stage}",
@@ -29,7 +31,19 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
         f"iterations            {config.num_iterations}, checkpoint every {config.save_every or config.num_iterations}",
         f"output                {config.output_dir}",
     ]
+    if config.has_critic:
+        lines.insert(6, _critic(config))
+    if rollout.think and config.warm_up.dialogues:
+        lines.insert(3, f"warm-up               the think format, on replies of {config.warm_up.dialogues} dialogues of the model's own")
     return "\n".join(lines + [f"placement             {row}" for row in _placement(config)])
+
+
+def _critic(config: RunConfig) -> str:
+    critic = config.critic
+    layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
+    prefit = f", alone for the first {critic.prefit_iterations} iterations" if critic.prefit_iterations else ""
+    steps = critic.epochs * config.algorithm.updates_per_iteration
+    return f"critic                {layers}, trunk {critic.trunk.value}, {steps} steps an iteration, lr {critic.lr:g}{prefit}"
 
 
 def _placement(config: RunConfig) -> list[str]:
@@ -38,6 +52,8 @@ def _placement(config: RunConfig) -> list[str]:
         return ["derived at launch from the GPUs that Ray sees: half for engines, half for the learner"]
     cores = os.cpu_count() or 1
     # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
-    layout = resolve_layout(cluster, reward_replicas=config.simulator.replicas, num_gpus=1_000_000, num_cpus=cores)
+    layout = resolve_layout(
+        cluster, has_critic=config.has_critic, reward_replicas=config.simulator.replicas, num_gpus=1_000_000, num_cpus=cores
+    )
     needs = f"{layout.num_gpus:g} GPUs" if layout.device == "gpu" else f"{cores} CPU cores of this machine"
     return [f"needs {needs}", *layout.rows()]

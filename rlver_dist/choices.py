@@ -13,9 +13,17 @@ class Precision(str, Enum):
 
 
 class AlgorithmName(str, Enum):
-    """How advantages are made from rewards."""
+    """How advantages are made from rewards: against the group's other dialogues, or against a critic's values."""
 
     grpo = "grpo"
+    ppo = "ppo"
+
+
+class CriticTrunk(str, Enum):
+    """What happens to the model under the critic's value head."""
+
+    trained = "trained"
+    frozen = "frozen"
 
 
 class KLEstimator(str, Enum):

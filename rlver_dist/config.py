@@ -8,96 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.choices import AlgorithmName, Device, EndReward, KLEstimator, KLPlacement, Precision, Preset, WandbMode
-from rlver_dist.errors import ConfigError
-
-
-def require(holds: bool, key: str, value: object, way_out: str) -> None:
-    """Raise `ConfigError` naming `key`, `value` and the way out unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{key}={value}: {way_out}")
-
-
-def at_least(minimum: float, group: str, **values: float) -> None:
-    """Raise `ConfigError` for the first of `values` below `minimum`."""
-    for key, value in values.items():
-        require(value >= minimum, f"{group}{key}", value, f"use {minimum:g} or more")
-
-
-def positive(group: str, **values: float) -> None:
-    """Raise `ConfigError` for the first of `values` that is not above 0."""
-    for key, value in values.items():
-        require(value > 0, f"{group}{key}", value, "use a number above 0")
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """The policy model."""
-
-    path: str = "Qwen/Qwen2.5-7B-Instruct"
-    """A Hugging Face folder or hub id, or a bundled name: `smollm2-135m-instruct`, `tiny-random` (see `models.py`)."""
-    dtype: Precision = Precision.bfloat16
-    """Weights' format in learner and engines; the optimizer always keeps float32 master weights."""
-    max_context_tokens: int = 16384
-    """Longest dialogue in tokens, prompt and reply together; beyond it a dialogue ends as `context_overflow`."""
-    system_prompt: str = (
-        "You are a close friend with a fine sense for feelings. Listen to what the other person really needs, answer in a few "
-        "plain, spoken sentences, speak to what they have told you, and never lecture."
-    )
-    """The policy's system message in training and evaluation."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.path), "model.path", repr(self.path), "name a model folder, a hub id or a bundled model")
-        at_least(256, "model.", max_context_tokens=self.max_context_tokens)
-
-
-@dataclass(kw_only=True, slots=True)
-class EndRewardConfig:
-    """The rule for each end that the policy causes. All other ends are paid final emotion / 100."""
-
-    malformed: EndReward = EndReward.zero
-    """No text for the user (RLVER, section 2.3: reward 0 for a broken format)."""
-    over_long: EndReward = EndReward.emotion
-    """A reply that hit the token limit, where `rollout.end_on_truncation` is on."""
-    context_overflow: EndReward = EndReward.emotion
-    """The dialogue outgrew the model's context."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AlgorithmConfig:
-    """From rewards to a loss."""
-
-    name: AlgorithmName = AlgorithmName.grpo
-    """Advantage estimator."""
-    group_size: int = 4
-    """Dialogues per persona and iteration that are compared with each other (RLVER, appendix B.4: 4)."""
-    normalize_by_std: bool = True
-    """Divide a group's centred rewards by their standard deviation + 1e-6 (GRPO, arXiv:2402.03300, section 4.1.2)."""
-    clip_low: float = 0.2
-    """Lower clip range of the probability ratio: 1 - clip_low."""
-    clip_high: float = 0.2
-    """Upper clip range: 1 + clip_high."""
-    tis_cap: float = 2.0
-    """Cap of the truncated importance weight pi_learner_old / pi_rollout per token; 0 switches the correction off."""
-    kl_coef: float = 0.0
-    """Weight of KL(policy || reference); 0 builds no reference model (the original's value)."""
-    kl_estimator: KLEstimator = KLEstimator.k3
-    """Which estimator of the KL."""
-    kl_placement: KLPlacement = KLPlacement.loss
-    """Where the KL enters."""
-    entropy_coef: float = 0.001
-    """Weight of the policy's token entropy, added to the objective (RLVER, train_rlver.sh)."""
-    updates_per_iteration: int = 1
-    """Optimizer steps that one iteration's dialogues are split into (the original's no-think recipes make 1)."""
-    end_rewards: EndRewardConfig = field(default_factory=EndRewardConfig)
-    """Rewards of dialogues that the policy ended."""
-
-    def __post_init__(self) -> None:
-        at_least(2, "algorithm.", group_size=self.group_size)
-        positive("algorithm.", clip_low=self.clip_low, clip_high=self.clip_high)
-        require(self.clip_low < 1, "algorithm.clip_low", self.clip_low, "use a value below 1")
-        at_least(0, "algorithm.", tis_cap=self.tis_cap, kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
-        at_least(1, "algorithm.", updates_per_iteration=self.updates_per_iteration)
+from rlver_dist.choices import AlgorithmName, Device, Precision, Preset, WandbMode
+from rlver_dist.training_config import (
+    AlgorithmConfig,
+    CriticConfig,
+    LearnerConfig,
+    ModelConfig,
+    WarmUpConfig,
+    at_least,
+    positive,
+    require,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,12 +61,16 @@ class SimulatorConfig:
 class RolloutConfig:
     """Collecting dialogues."""
 
-    batch_size: int = 32
-    """Personas per iteration; each is talked to `algorithm.group_size` times (RLVER, train_rlver.sh: 32)."""
+    dialogues_per_iteration: int = 128
+    """Dialogues an iteration; divided by `algorithm.group_size` it gives the personas (RLVER, train_rlver.sh: 32 personas)."""
+    think: bool = False
+    """Ask for `<think>...</think>` before each reply; what is thought enters neither the history nor the user's ears."""
     max_turns: int = 8
     """Replies a dialogue (RLVER, appendix B.3)."""
     max_reply_tokens: int = 1024
-    """Tokens a reply; a reply that hits it is `truncated`."""
+    """Tokens a reply; a reply that hits the limit is `truncated`."""
+    max_thinking_tokens: int = 1024
+    """Tokens that `think` adds to that limit; thinking and reply share the sum."""
     end_on_truncation: bool = False
     """End a dialogue as `over_long` at a truncated reply; else the user hears the cut reply and takes it as it is."""
     temperature: float = 1.0
@@ -156,41 +81,15 @@ class RolloutConfig:
     """Seconds after which one reply or one appraisal counts as an infrastructure failure."""
 
     def __post_init__(self) -> None:
-        at_least(1, "rollout.", batch_size=self.batch_size, max_turns=self.max_turns, max_reply_tokens=self.max_reply_tokens)
+        at_least(1, "rollout.", dialogues_per_iteration=self.dialogues_per_iteration, max_turns=self.max_turns)
+        at_least(1, "rollout.", max_reply_tokens=self.max_reply_tokens, max_thinking_tokens=self.max_thinking_tokens)
         at_least(1, "rollout.", max_concurrent=self.max_concurrent)
         positive("rollout.", temperature=self.temperature, request_timeout_s=self.request_timeout_s)
 
-
-@dataclass(kw_only=True, slots=True)
-class LearnerConfig:
-    """The DeepSpeed policy learner."""
-
-    lr: float = 1e-6
-    """AdamW's learning rate after warm-up (RLVER, appendix B.4)."""
-    warmup_steps: int = 20
-    """Optimizer steps of linear warm-up, constant afterwards (train_rlver.sh: ratio 0.02 of 1000)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    beta1: float = 0.9
-    """AdamW's first moment decay."""
-    beta2: float = 0.999
-    """AdamW's second moment decay."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm."""
-    micro_batch_tokens: int = 16384
-    """Tokens of one packed row, the unit of one forward and backward pass."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 to 3 (bfloat16 needs 1 or more)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-    def __post_init__(self) -> None:
-        positive("learner.", lr=self.lr, grad_clip=self.grad_clip)
-        at_least(0, "learner.", warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"learner.{key}", getattr(self, key), "use a value from 0 to below 1")
-        at_least(128, "learner.", micro_batch_tokens=self.micro_batch_tokens)
-        require(self.zero_stage in (0, 1, 2, 3), "learner.zero_stage", self.zero_stage, "use 0, 1, 2 or 3")
+    @property
+    def max_turn_tokens(self) -> int:
+        """Tokens that the policy may sample a turn, thinking included."""
+        return self.max_reply_tokens + (self.max_thinking_tokens if self.think else 0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,7 +105,8 @@ class ClusterConfig:
     tensor_parallel: int = 1
     """GPUs an engine."""
     learner_ranks: int = 0
-    """Data-parallel ranks of the learner; 0 derives them."""
+    """Data-parallel ranks of the learners; 0 derives them. With PPO half of them, rounded down, train the critic; a single one's share
+    of a GPU is halved between policy and critic."""
     gpus_per_engine_rank: float = 1.0
     """GPUs that Ray reserves for each engine worker; below 1 lets an engine and a learner share one."""
     gpus_per_learner_rank: float = 1.0
@@ -271,6 +171,8 @@ class RunConfig:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    warm_up: WarmUpConfig = field(default_factory=WarmUpConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -292,9 +194,26 @@ class RunConfig:
     def __post_init__(self) -> None:
         at_least(1, "", num_iterations=self.num_iterations, keep_checkpoints=self.keep_checkpoints)
         at_least(0, "", save_every=self.save_every)
-        updates, groups = self.algorithm.updates_per_iteration, self.rollout.batch_size
-        require(updates <= groups, "algorithm.updates_per_iteration", updates, f"use at most rollout.batch_size={groups}, a group a step")
-        reply, longest = self.rollout.max_reply_tokens, self.model.max_context_tokens
-        require(reply < longest, "rollout.max_reply_tokens", reply, f"use less than model.max_context_tokens={longest}")
-        exact = self.model.dtype is Precision.float32 or self.learner.zero_stage >= 1
-        require(exact, "learner.zero_stage", self.learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")
+        dialogues, group_size = self.rollout.dialogues_per_iteration, self.algorithm.group_size
+        whole = dialogues % group_size == 0
+        require(whole, "rollout.dialogues_per_iteration", dialogues, f"use a multiple of algorithm.group_size={group_size}")
+        updates, groups = self.algorithm.updates_per_iteration, dialogues // group_size
+        require(updates <= groups, "algorithm.updates_per_iteration", updates, f"use at most {groups}, a persona's group a step")
+        sampled, longest = self.rollout.max_turn_tokens, self.model.max_context_tokens
+        way_out = f"with max_thinking_tokens, where rollout.think is on, use less than model.max_context_tokens={longest}"
+        require(sampled < longest, "rollout.max_reply_tokens", self.rollout.max_reply_tokens, way_out)
+        warms_up, thought = self.rollout.think and self.warm_up.dialogues > 0, self.warm_up.max_thought_tokens
+        require(not warms_up or thought < sampled, "warm_up.max_thought_tokens", thought, f"use less than {sampled}, the tokens of a turn")
+        for group, learner in (("learner", self.learner), ("critic", self.critic)):
+            exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
+            require(exact, f"{group}.zero_stage", learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the algorithm trains a critic."""
+        return self.algorithm.name is AlgorithmName.ppo
+
+    @property
+    def num_personas(self) -> int:
+        """Personas an iteration."""
+        return self.rollout.dialogues_per_iteration // self.algorithm.group_size

@@ -86,12 +86,14 @@ class Turn:
         logprobs: `[R]` log-probability in nats of each sampled id under the sampling distribution.
         reply: the text that the user hears.
         thinking: text that the user does not hear; empty in no-think mode.
+        well_formed: the reply kept the format: text for the user, with thinking before it where thinking is asked for.
         truncated: the reply hit the token limit.
         emotion_before: emotion (0 to 100) before the reply.
         emotion_after: emotion after it; equal to `emotion_before` where the reply was never appraised.
         appraisal: None where the reply ended the dialogue before an appraisal.
         user_message: the user's next message; None where there is none.
         policy_version: first and last weight version that sampled the reply.
+        thinking_tokens: leading tokens of `reply_ids` up to and including the tag that closes the thinking; 0 without one.
     """
 
     index: int
@@ -100,12 +102,14 @@ class Turn:
     logprobs: list[float]
     reply: str
     thinking: str
+    well_formed: bool
     truncated: bool
     emotion_before: float
     emotion_after: float
     appraisal: Appraisal | None
     user_message: str | None
     policy_version: tuple[int, int]
+    thinking_tokens: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

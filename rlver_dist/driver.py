@@ -1,143 +1,170 @@
 """The loop.
 
-Components, as the driver sees them (`Parts`):
-    engines      sample replies with the policy's current weights and score token sequences
-    users        appraise replies and answer them: `train` under the run's rules, `evaluation` under SAGE's
-    learner      updates the policy, scores with the frozen base model, saves, loads, exports
-    sync         carries the learner's weights to every engine
-    trackers     take each iteration's metrics
-Rules that bind them: one iteration is collect, update, sync, in that order, so every reply is sampled by the newest weights; a policy
-version is the number of finished iterations; failed dialogues are data until `select_trainable` leaves them out, in one place; the
-driver awaits plain coroutines and knows neither Ray nor vLLM nor DeepSpeed, so the same loop runs over any parts.
+Rules that bind the parts (`parts.py`): one iteration is collect, update, sync, in that order, so every reply is sampled by the newest
+weights; a policy version is the number of finished iterations; failed dialogues are data until `training_step` leaves them out, in one
+place; the driver awaits plain coroutines and knows neither Ray nor vLLM nor DeepSpeed, so the same loop runs over any parts.
 """
 
 from __future__ import annotations
 
-import math
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 from rlver_dist.checkpoints import CheckpointStore, Progress
-from rlver_dist.config import KLPlacement, RunConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
-from rlver_dist.dialogue import Dialogue, EndReason
-from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, summarize
-from rlver_dist.experience.credit import assign_credit, samples_of
-from rlver_dist.experience.rewards import dialogue_reward, select_trainable
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect, derive_seed
-from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.appraisal import Appraiser
-from rlver_dist.simulator.emotion import EmotionRules
-from rlver_dist.tracking.console import Console
+from rlver_dist.parts import Parts, hold, train_limits
+from rlver_dist.rollout.collector import DialogueTask, derive_seed
+from rlver_dist.stages import control_results, evaluate, warm_up
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
-from rlver_dist.tracking.jsonl import Tracker
 from rlver_dist.tracking.metrics import Metric, Reduction, reduce_metrics
-
-
-class Learner(Protocol):
-    """All ranks of the policy learner, addressed as one."""
-
-    async def update(self, samples: list[TurnSample], advantages: list[float]) -> list[Metric]:
-        """Optimizer steps on one iteration's samples."""
-
-    async def kl_sums(self, samples: list[TurnSample]) -> list[float]:
-        """Summed KL to the reference of each sample, nats."""
-
-    async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all sampled tokens under the base model at temperature 1 in nats, and their number."""
-
-    async def save(self, directory: Path) -> None:
-        """Write everything that training needs to go on."""
-
-    async def load(self, directory: Path) -> None:
-        """Go on from what `save` wrote."""
-
-    async def export(self, directory: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Parts:
-    """What the driver drives; see the module's docstring."""
-
-    generate: GenerateFn
-    users: RespondFn
-    evaluation_users: RespondFn
-    second_appraiser: Appraiser
-    evaluation_rules: EmotionRules
-    learner: Learner
-    sync: Callable[[int], Awaitable[list[Metric]]]
-    service_metrics: Callable[[], Awaitable[list[Metric]]]
-    renderer: Renderer
-    trackers: Sequence[Tracker]
-    console: Console
+from rlver_dist.training_step import Learned, train_on
 
 
 class Driver:
     """Runs one configuration over its parts."""
 
-    def __init__(self, config: RunConfig, parts: Parts, train: Sequence[Persona], evaluation: Sequence[Persona]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        train: Sequence[Persona],
+        evaluation: Sequence[Persona],
+        *,
+        warmed_up: bool = False,
+        started: float | None = None,
+    ) -> None:
+        """`warmed_up`: the policy has its warm-up behind it; `started`: `time.monotonic()` at the run's start, None for now."""
         self._config = config
         self._parts = parts
+        self._train = train
         self._evaluation = list(evaluation[: config.evaluation.num_personas])
+        self._warmed_up = warmed_up
         self._sampler = PersonaSampler(train, config.seed)
         self._output = Path(config.output_dir)
         self._store = CheckpointStore(self._output, config.keep_checkpoints)
-        self.progress = Progress(iteration=0, sampler=self._sampler.state(), totals={}, curve=[], before={})
+        self._started = time.monotonic() if started is None else started
+        self._earlier_s = 0.0
+        self._saved = 0
+        self.progress = Progress(
+            iteration=0, sampler=self._sampler.state(), totals={}, curve=[], before={}, kl_coef=config.algorithm.kl_coef, wall_s=0.0
+        )
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, earlier starts included."""
+        return self._earlier_s + time.monotonic() - self._started
 
     async def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: counters, sampler, results before training, learner."""
+        """Go on from a checkpoint: counters, sampler, results before training, learners."""
         self.progress = CheckpointStore.read(checkpoint)
+        self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)
-        await self._parts.learner.load(checkpoint)
+        for learner in self._learners():
+            await learner.load(checkpoint)
         self._parts.console.note(f"resumed from {checkpoint} after {self.progress.iteration} iterations")
 
     async def run(self) -> tuple[HeldOut | None, HeldOut | None]:
-        """Evaluate, train, evaluate, export. Returns the results before and after; None where evaluation is off."""
+        """Warm up, evaluate, train, evaluate, export. Returns the results before and after; None where evaluation is off.
+
+        Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on.
+        """
         await self._parts.sync(self.progress.iteration)
+        if self._config.rollout.think and self._config.warm_up.dialogues and not self._warmed_up:
+            await warm_up(config=self._config, parts=self._parts, train=self._train, evaluation=self._evaluation)
         before = await self._before()
-        for iteration in range(self.progress.iteration, self._config.num_iterations):
-            await self._iterate(iteration)
-        after = await self._evaluate(Phase.after) if self._evaluation else None
+        try:
+            for iteration in range(self.progress.iteration, self._config.num_iterations):
+                await self._iterate(iteration)
+        except asyncio.CancelledError:
+            if self.progress.iteration > self._saved:
+                await self.save()
+            raise
+        after = await self._evaluate(Phase.after)
         with self._parts.console.phase("exporting policy", 1) as advance:
-            await self._parts.learner.export(self._output / "policy")
+            await self._parts.policy.export(self._output / "policy")
             advance(1)
         return before, after
 
+    def control(self) -> HeldOut | None:
+        """Results of the policy before its warm-up, replying without thinking."""
+        return control_results(self._output)
+
+    def _learners(self) -> list:
+        return [self._parts.policy, *([self._parts.critic] if self._parts.critic else [])]
+
     async def _before(self) -> HeldOut | None:
+        if self._evaluation and not self.progress.before:
+            results = await self._evaluate(Phase.before)
+            assert results is not None
+            self.progress.before = asdict(results)
+        return HeldOut(**self.progress.before) if self.progress.before else None
+
+    async def _evaluate(self, phase: Phase) -> HeldOut | None:
         if not self._evaluation:
             return None
-        if not self.progress.before:
-            self.progress.before = asdict(await self._evaluate(Phase.before))
-        return HeldOut(**self.progress.before)
+        parts, iteration = self._parts, self.progress.iteration
+        return await evaluate(
+            phase, config=self._config, parts=parts, personas=self._evaluation, iteration=iteration, renderer=parts.renderer
+        )
 
     async def _iterate(self, iteration: int) -> None:
         clock = _Clock()
-        tasks = self._tasks(iteration)
-        limits = self._limits(self._config.rollout.max_turns, self._config.rollout.temperature)
-        dialogues = await self._collect(f"iteration {iteration + 1}: rollout", tasks, self._parts.users, limits)
+        dialogues = await hold(
+            self._parts,
+            f"iteration {iteration + 1}: rollout",
+            self._tasks(iteration),
+            self._parts.users,
+            train_limits(self._config),
+            self._parts.renderer,
+        )
         clock.lap("rollout")
-        rewards, advantages, metrics = await self._learn(iteration, dialogues)
+        # Once weights move, only the end of the iteration is a state that a checkpoint can hold.
+        finishing = asyncio.ensure_future(self._learn(iteration, dialogues, clock))
+        try:
+            await asyncio.shield(finishing)
+        except asyncio.CancelledError:
+            await finishing
+            raise
+        done, every = self.progress.iteration, self._config.save_every
+        if done == self._config.num_iterations or (every and done % every == 0):
+            await self.save()
+
+    async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
+        """Update, sync, write down, count."""
+        parts, critic = self._parts, self._config.critic
+        with parts.console.phase(f"iteration {iteration + 1}: update", 1) as advance:
+            learned = await train_on(
+                dialogues,
+                config=self._config,
+                policy=parts.policy,
+                critic=parts.critic,
+                kl_coef=self.progress.kl_coef,
+                critic_only=parts.critic is not None and iteration < critic.prefit_iterations,
+            )
+            advance(1)
+        if not learned.advantages:
+            parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
         clock.lap("learner")
-        metrics += await self._parts.sync(iteration + 1)
+        synced = await parts.sync(iteration + 1)
         clock.lap("sync")
-        metrics += await self._parts.service_metrics()
-        path = dialogues_path(self._output, phase=Phase.train, iteration=iteration + 1)
-        write_dialogues(path, dialogues, iteration=iteration + 1, phase=Phase.train, rewards=rewards, advantages=advantages)
-        self._record(iteration + 1, dialogues, [*metrics, *dialogue_metrics(dialogues, rewards)], clock)
+        self._write(iteration + 1, dialogues, learned)
+        metrics = [*learned.metrics, *synced, *await parts.service_metrics(), *dialogue_metrics(dialogues, learned.rewards)]
+        self._record(iteration + 1, dialogues, metrics, clock)
         self.progress.iteration = iteration + 1
         self.progress.sampler = self._sampler.state()
-        await self._maybe_save()
+        self.progress.kl_coef = learned.kl_coef
 
     def _tasks(self, iteration: int) -> list[DialogueTask]:
-        personas = self._sampler.next(self._config.rollout.batch_size)
+        personas = self._sampler.next(self._config.num_personas)
         return [
             DialogueTask(
                 id=f"train-{iteration:06d}-{group:04d}-{member:02d}",
@@ -149,48 +176,9 @@ class Driver:
             for member in range(self._config.algorithm.group_size)
         ]
 
-    def _limits(self, max_turns: int, temperature: float) -> CollectLimits:
-        rollout = self._config.rollout
-        return CollectLimits(
-            max_turns=max_turns,
-            max_reply_tokens=rollout.max_reply_tokens,
-            max_context_tokens=self._config.model.max_context_tokens,
-            end_on_truncation=rollout.end_on_truncation,
-            temperature=temperature,
-            max_concurrent=rollout.max_concurrent,
-            request_timeout_s=rollout.request_timeout_s,
-        )
-
-    async def _collect(self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits) -> list[Dialogue]:
-        parts = self._parts
-        with parts.console.phase(name, len(tasks)) as advance:
-            seen = 0
-
-            def progress(done: int, total: int, replies: int) -> None:
-                nonlocal seen
-                advance(done - seen, replies=replies)
-                seen = done
-
-            return await collect(
-                tasks, generate=parts.generate, respond=users, renderer=parts.renderer, limits=limits, on_progress=progress
-            )
-
-    async def _learn(self, iteration: int, dialogues: list[Dialogue]) -> tuple[dict[str, float], dict[str, float], list[Metric]]:
-        """Rewards and advantages by dialogue id, and metrics."""
-        selection = select_trainable(dialogues)
-        algorithm = self._config.algorithm
-        rewards = {dialogue.id: dialogue_reward(dialogue, algorithm.end_rewards) for dialogue in selection.kept}
-        metrics = [Metric("rollout/dropped_groups", selection.num_dropped_groups, Reduction.sum)]
-        samples = samples_of(selection.kept, rewards)
-        if not samples:
-            self._parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
-            return rewards, {}, metrics
-        with self._parts.console.phase(f"iteration {iteration + 1}: update", 1) as advance:
-            in_reward = algorithm.kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
-            credited = assign_credit(samples, algorithm, await self._parts.learner.kl_sums(samples) if in_reward else None)
-            metrics += await self._parts.learner.update(samples, [credited[sample.dialogue_id] for sample in samples])
-            advance(1)
-        return rewards, credited, metrics
+    def _write(self, number: int, dialogues: list[Dialogue], learned: Learned) -> None:
+        path = dialogues_path(self._output, phase=Phase.train, iteration=number)
+        write_dialogues(path, dialogues, iteration=number, phase=Phase.train, rewards=learned.rewards, advantages=learned.advantages)
 
     def _record(self, number: int, dialogues: list[Dialogue], metrics: list[Metric], clock: _Clock) -> None:
         sampled = sum(len(turn.reply_ids) for dialogue in dialogues for turn in dialogue.turns)
@@ -212,38 +200,17 @@ class Driver:
             tracker.log(number, values)
         self._parts.console.iteration(values)
 
-    async def _maybe_save(self) -> None:
-        done, every = self.progress.iteration, self._config.save_every
-        if done == self._config.num_iterations or (every and done % every == 0):
-            await self.save()
-
     async def save(self) -> Path:
         """Write a checkpoint of the finished iterations."""
         with self._parts.console.phase("checkpoint", 1) as advance:
             aside = self._store.begin(self.progress.iteration)
-            await self._parts.learner.save(aside)
+            for learner in self._learners():
+                await learner.save(aside)
+            self.progress.wall_s = self.wall_s
             final = self._store.commit(aside, self.progress)
+            self._saved = self.progress.iteration
             advance(1)
         return final
-
-    async def _evaluate(self, phase: Phase) -> HeldOut:
-        evaluation = self._config.evaluation
-        tasks = evaluation_tasks(self._evaluation, phase=phase.value, seed=self._config.seed)
-        limits = self._limits(evaluation.max_turns, evaluation.temperature)
-        dialogues = await self._collect(f"evaluation {phase.value}", tasks, self._parts.evaluation_users, limits)
-        scores = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
-        with self._parts.console.phase(f"controls {phase.value}", 1) as advance:
-            held = [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
-            samples = samples_of(held, scores)
-            nll, tokens = await self._parts.learner.base_nll(samples) if samples else (math.nan, 1)
-            results = summarize(
-                dialogues, self._evaluation, self._parts.second_appraiser, self._parts.evaluation_rules, math.exp(nll / max(tokens, 1))
-            )
-            advance(1)
-        iteration = self.progress.iteration
-        path = dialogues_path(self._output, phase=phase, iteration=iteration)
-        write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
-        return results
 
 
 class _Clock:

@@ -17,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from rlver_dist.checkpoints import CheckpointStore, choose
+from rlver_dist.choices import Preset
 from rlver_dist.cluster.build import Built, build
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
 from rlver_dist.cluster.session import causes, close_session, open_session
-from rlver_dist.config import Preset, RunConfig, SimulatorConfig
+from rlver_dist.config import RunConfig, SimulatorConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.driver import Driver, Parts
+from rlver_dist.driver import Driver
 from rlver_dist.errors import EXIT_INTERRUPTED
 from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
+from rlver_dist.parts import Parts
 from rlver_dist.simulator.lexical import LexicalAppraiser
 from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.stages import warm_start
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
@@ -40,6 +43,7 @@ NUM_PAIRS_SHOWN = 2
 
 def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]) -> int:
     """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large enough."""
+    started = time.monotonic()
     console = Console(config.num_iterations)
     start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume)
     try:
@@ -48,12 +52,16 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
             session = open_session(config.cluster)
             advance(1)
         layout = resolve_layout(
-            config.cluster, reward_replicas=config.simulator.replicas, num_gpus=session.num_gpus, num_cpus=session.num_cpus
+            config.cluster,
+            has_critic=config.has_critic,
+            reward_replicas=config.simulator.replicas,
+            num_gpus=session.num_gpus,
+            num_cpus=session.num_cpus,
         )
         on_accepted()
         if session.dashboard:
             console.note(f"Ray dashboard: http://{session.dashboard}")
-        return asyncio.run(_until_interrupted(config, console, _run(config, layout, start, train, evaluation, console)))
+        return asyncio.run(_until_interrupted(config, console, _run(config, layout, start, train, evaluation, console, started)))
     finally:
         close_session()
 
@@ -73,19 +81,33 @@ async def _until_interrupted(config: RunConfig, console: Console, running: Corou
 
 
 async def _run(
-    config: RunConfig, layout: Layout, start: Path | None, train: list[Persona], evaluation: list[Persona], console: Console
+    config: RunConfig,
+    layout: Layout,
+    start: Path | None,
+    train: list[Persona],
+    evaluation: list[Persona],
+    console: Console,
+    started: float,
 ) -> None:
-    started = time.monotonic()
     built: Built | None = None
     trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
     try:
         with causes():
-            built = await build(config, layout, console)
-            driver = Driver(config, _parts(built, console, trackers), train, evaluation)
+            # A checkpoint lies in `checkpoints/` of its run's folder, beside the warm-up that it began with.
+            warmed_up = warm_start(Path(config.output_dir) if start is None else start.parent.parent)
+            built = await build(config, layout, console, None if warmed_up is None else str(warmed_up.resolve()))
+            driver = Driver(
+                config,
+                _parts(built, console, trackers),
+                train,
+                evaluation,
+                warmed_up=warmed_up is not None or start is not None,
+                started=started,
+            )
             if start is not None:
                 await driver.resume(start)
             before, after = await driver.run()
-        _report(config, console, driver, trackers, before, after, time.monotonic() - started)
+        _report(config, console, driver, trackers, before, after)
     finally:
         if built is not None:
             with contextlib.suppress(Exception):
@@ -108,10 +130,13 @@ def _parts(built: Built, console: Console, trackers: list[Tracker]) -> Parts:
         evaluation_users=built.evaluation_users.respond,
         second_appraiser=LexicalAppraiser(),
         evaluation_rules=resolve_rules(SimulatorConfig(preset=Preset.sage)).emotion,
-        learner=built.learner,
+        policy=built.learner,
+        critic=built.critic,
         sync=built.sync,
         service_metrics=built.metrics,
+        tokenizer=built.tokenizer,
         renderer=built.renderer,
+        plain_renderer=built.plain_renderer,
         trackers=trackers,
         console=console,
     )
@@ -119,15 +144,19 @@ def _parts(built: Built, console: Console, trackers: list[Tracker]) -> Parts:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a cancellation of this task; yields whether there was one."""
+    """Turn SIGINT and SIGTERM into a cancellation of this task; yields whether there was one.
+
+    The first one lets an update that has begun finish and be saved; the second one does not wait for that.
+    """
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     received: list[int] = []
 
     def interrupt(number: int) -> None:
-        if not received:
-            received.append(number)
-            print("\nstopping; this takes a few seconds", file=sys.stderr, flush=True)
+        received.append(number)
+        if len(received) == 1:
+            print("\nstopping after the update at hand; once more to stop at once", file=sys.stderr, flush=True)
+        if len(received) <= 2:
             task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -152,13 +181,14 @@ def _report(
     trackers: list[Tracker],
     before: HeldOut | None,
     after: HeldOut | None,
-    wall_s: float,
 ) -> None:
     output = Path(config.output_dir)
-    summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": wall_s}
+    summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": driver.wall_s}
     pairs = []
     if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
+        if (control := driver.control()) is not None:
+            summary["warm_up"] = compare(control, before, config.evaluation.bootstrap_samples)
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
         pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors choices config dialogue data algorithms experience simulator ledger tracking models rollout learner evaluation report "
-    "checkpoints cluster check driver run launch"
+    "errors choices training_config config dialogue data algorithms experience simulator ledger tracking models rollout learner "
+    "evaluation report checkpoints cluster check parts warm_up training_step stages driver run launch"
 ).split()
 OWNERS = {
     "ray": ["cluster/"],
     "vllm": ["rollout/engine.py", "rollout/weight_transfer.py"],
     "deepspeed": ["learner/engine.py"],
+    "peft": ["learner/lora.py"],
     "wandb": ["tracking/wandb.py"],
     "hydra": ["launch.py"],
 }
@@ -81,8 +82,8 @@ def test_algorithms_know_no_configuration():
 
 
 def test_every_option_is_documented_where_it_is_defined():
-    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
-    for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in ("config.py", "training_config.py")]
+    for group in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         assert ast.get_docstring(group), group.name
         for field, after in zip(group.body, group.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):

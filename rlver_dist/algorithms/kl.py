@@ -1,15 +1,20 @@
-"""Estimators of KL(policy || reference) from tokens that the policy sampled (Schulman 2020, "Approximating KL divergence")."""
+"""KL(policy || reference): estimators from tokens that the policy sampled, and a weight that holds the KL at a target."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from rlver_dist.algorithms.reduce import require_same_shape
 
+MAX_ERROR = 0.2
+"""Largest relative error that `adapt` answers to, either way."""
+
 
 def estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """Per-token KL estimate in nats; with d = logprobs - ref_logprobs:
+    """Per-token KL estimate in nats (Schulman 2020, "Approximating KL divergence"); with d = logprobs - ref_logprobs:
 
     - `k1`: d. Unbiased, can be negative, high variance.
     - `k2`: d^2 / 2. Biased, low variance.
@@ -42,3 +47,25 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         # expm1 keeps the digits of a small difference, where exp(-d) - 1 + d cancels.
         return torch.expm1(-difference) + difference
     raise ValueError(f"kind={kind}: use k1, k2 or k3")
+
+
+def adapt(coef: float, measured: float, target: float, horizon: float, num_dialogues: int) -> float:
+    """Next weight of the KL: coef * (1 + clip(measured / target - 1, -0.2, 0.2) * num_dialogues / horizon).
+
+    Proportional control in log space (Ziegler et al., arXiv:1909.08593, section 2.2, whose K_beta is num_dialogues / horizon here,
+    as in the authors' code).
+
+    Args:
+        coef: present weight.
+        measured: mean KL estimate of the iteration, nats a token; may be negative (`k1`).
+        target: wanted KL, nats a token.
+        horizon: dialogues after which the largest step, 20 %, is taken in full; a longer iteration takes no larger one.
+        num_dialogues: dialogues of the iteration.
+
+    Raises:
+        ValueError: the target or the horizon is not positive, or the measured KL is nan.
+    """
+    if not (target > 0 and horizon > 0) or math.isnan(measured):
+        raise ValueError(f"measured={measured}, target={target}, horizon={horizon}: use numbers, target and horizon above 0")
+    error = min(max(measured / target - 1, -MAX_ERROR), MAX_ERROR)
+    return coef * (1 + error * min(num_dialogues / horizon, 1.0))

@@ -1,4 +1,4 @@
-"""Per-token losses of the policy, as parts that sum over micro-batches and ranks to the loss of an update.
+"""Per-token losses of policy and critic, as parts that sum over micro-batches and ranks to the loss of an update.
 
 Tokens with zero weight contribute exactly 0 to loss and gradient, whatever their log-probs hold: inputs are replaced before any
 function that could overflow, since a `where` after it would still send 0 * inf = nan backwards.
@@ -94,3 +94,38 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: str, glo
     require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     per_token = kl.estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kind)
     return global_mean(per_token, mask, global_count)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float, global_count: int) -> tuple[Tensor, TokenSums]:
+    """Critic loss: sum(0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2)) / global_count.
+
+    The clipped form of OpenAI Baselines' PPO2, which the original uses (RLVER, verl/trainer/ppo/core_algos.py): a value that has
+    left the range around its old one on the way to the return gets no gradient; one that left it the other way is still pulled
+    back. All entries are trained tokens; there may be none.
+
+    Args:
+        values: `[S]` with gradient, in reward.
+        old_values: `[S]` before the update, those that the advantages come from; no gradient flows into them.
+        returns: `[S]` targets.
+        clip: half the range's width, in reward; 0 means no clip, squared error alone.
+        global_count: trained tokens of the whole update, over all micro-batches and ranks.
+
+    Returns:
+        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off).
+
+    Raises:
+        ValueError: shapes differ, the clip is negative, or the count is not positive.
+    """
+    require_same_shape(values=values, old_values=old_values, returns=returns)
+    if clip < 0:
+        raise ValueError(f"clip={clip}: use 0 (off) or a positive number")
+    returns = returns.detach()
+    squared = (values - returns).square()
+    worst, num_clipped = squared, 0.0
+    if clip > 0:
+        old_values = old_values.detach()
+        clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+        worst = torch.maximum(squared, clipped)
+        num_clipped = float((clipped > squared).sum())
+    loss = 0.5 * global_mean(worst, torch.ones_like(worst, dtype=torch.bool), global_count)
+    return loss, {"clip_fraction": (num_clipped, float(len(values)))}

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from torch import Tensor
 
-from rlver_dist.config import Preset, RunConfig, SimulatorConfig
+from rlver_dist.choices import Preset
+from rlver_dist.config import RunConfig, SimulatorConfig
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.tracking.metrics import Metric
-
-if TYPE_CHECKING:
-    from rlver_dist.learner.policy import PolicyLearner
+from rlver_dist.training_config import WarmUpConfig
 
 MAX_CONCURRENCY = 4096
 """Calls that wait inside one engine or service actor; Ray's own limit of 1,000 would stall a large batch unseen."""
@@ -49,14 +49,13 @@ class RewardServiceActor:
         return self._suites["train"].metrics()
 
 
-class PolicyLearnerActor:
-    """One learner rank. Built in two steps, because rank 0's node and port are known only once it runs."""
+class LearnerActor:
+    """One rank of a learner. Built in two steps, because rank 0's node and port are known only once it runs."""
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: str, threads: int) -> None:
-        self._config, self._rank, self._world_size = config, rank, world_size
-        self._device, self._threads = device, threads
-        self._learner: PolicyLearner | None = None
-        self._sender: Any = None
+        self._config, self._rank = config, rank
+        self._place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": "cpu" if device == "cpu" else "gpu", "num_threads": threads}
+        self._learner: Any = None
 
     def rendezvous(self) -> tuple[str, int]:
         """This node's address and a free port there."""
@@ -64,27 +63,67 @@ class PolicyLearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def save(self, directory: str) -> None:
+        """Write the training state."""
+        self._started.save(directory)
+
+    def load(self, directory: str) -> None:
+        """Go on from a training state."""
+        self._started.load(directory)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._learner is not None:
+            self._learner.close()
+
+    @property
+    def _started(self) -> Any:
+        assert self._learner is not None, "start() comes first"
+        return self._learner
+
+
+class CriticLearnerActor(LearnerActor):
+    """One rank of the critic."""
+
     def start(self, master_address: str, master_port: int) -> None:
         """Join the process group and load the model."""
+        from rlver_dist.learner.critic import CriticLearner
+
+        self._learner = CriticLearner(config=self._config, master_address=master_address, master_port=master_port, **self._place)
+
+    def values(self, samples: list[TurnSample]) -> list[Tensor]:
+        """`CriticLearner.values`."""
+        return self._started.values(samples)
+
+    def update(self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]) -> list[Metric]:
+        """`CriticLearner.update`."""
+        return self._started.update(samples, values, returns)
+
+
+class PolicyLearnerActor(LearnerActor):
+    """One rank of the policy learner."""
+
+    _sender: Any = None
+
+    def start(self, master_address: str, master_port: int, model_path: str | None) -> None:
+        """Join the process group and load the model: the configured one, or what a warm-up made of it."""
         from rlver_dist.learner.policy import PolicyLearner
 
         self._learner = PolicyLearner(
-            config=self._config,
-            rank=self._rank,
-            world_size=self._world_size,
-            master_address=master_address,
-            master_port=master_port,
-            device="cpu" if self._device == "cpu" else "gpu",
-            num_threads=self._threads,
+            config=self._config, master_address=master_address, master_port=master_port, model_path=model_path, **self._place
         )
 
-    def update(self, samples: list[TurnSample], advantages: list[float]) -> list[Metric]:
+    def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
         """`PolicyLearner.update`."""
-        return self._started.update(samples, advantages)
+        return self._started.update(samples, advantages, kl_coef)
 
-    def kl_sums(self, samples: list[TurnSample]) -> list[float]:
-        """`PolicyLearner.kl_sums`."""
-        return self._started.kl_sums(samples)
+    def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+        """`PolicyLearner.imitate`."""
+        return self._started.imitate(samples, config, seed)
+
+    def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
+        """`PolicyLearner.kl_tokens`."""
+        return self._started.kl_tokens(samples)
 
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
         """`PolicyLearner.base_nll`."""
@@ -124,24 +163,6 @@ class PolicyLearnerActor:
         self._calls.version = version
         self._sender.send_weights()
 
-    def save(self, directory: str) -> None:
-        """`PolicyLearner.save`."""
-        self._started.save(directory)
-
-    def load(self, directory: str) -> None:
-        """`PolicyLearner.load`."""
-        self._started.load(directory)
-
     def export(self, directory: str) -> None:
         """`PolicyLearner.export`."""
         self._started.export(directory)
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if self._learner is not None:
-            self._learner.close()
-
-    @property
-    def _started(self) -> PolicyLearner:
-        assert self._learner is not None, "start() comes first"
-        return self._learner

@@ -11,16 +11,17 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoTokenizer
 
-from rlver_dist.cluster.actors import MAX_CONCURRENCY, PolicyLearnerActor, RewardServiceActor
+from rlver_dist.choices import Device
+from rlver_dist.cluster.actors import MAX_CONCURRENCY, CriticLearnerActor, PolicyLearnerActor, RewardServiceActor
 from rlver_dist.cluster.layout import Layout
-from rlver_dist.cluster.learners import LearnerGroup
+from rlver_dist.cluster.learners import CriticGroup, PolicyGroup
 from rlver_dist.cluster.pools import EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import reserve
 from rlver_dist.cluster.weight_sync import WeightSync
-from rlver_dist.config import Device, RunConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.models import resolve
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
-from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.metrics import Metric, Reduction
 
@@ -41,14 +42,17 @@ CPU_ENVIRONMENT = {
 
 @dataclass(kw_only=True, slots=True)
 class Built:
-    """A run's actors, grouped."""
+    """A run's actors, grouped; `renderer` is the run's own, `plain_renderer` never asks for thinking."""
 
     engines: EnginePool
     users: RewardPool
     evaluation_users: RewardPool
-    learner: LearnerGroup
+    learner: PolicyGroup
+    critic: CriticGroup | None
     sync: WeightSync
+    tokenizer: Any
     renderer: Renderer
+    plain_renderer: Renderer
     replicas: list[Any]
     group: PlacementGroup | None
 
@@ -66,14 +70,18 @@ class Built:
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
         closing: list[Any] = [engine.close.remote() for engine in self.engines.engines] + [
-            rank.close.remote() for rank in self.learner.ranks
+            rank.close.remote() for rank in self._learner_ranks
         ]
         await asyncio.wait([asyncio.wrap_future(call.future()) for call in closing], timeout=20)
-        for actor in [*self.engines.engines, *self.learner.ranks, *self.replicas]:
+        for actor in [*self.engines.engines, *self._learner_ranks, *self.replicas]:
             ray.kill(actor)
         if self.group is not None:
             remove_placement_group(self.group)
         self.sync.close()
+
+    @property
+    def _learner_ranks(self) -> list[Any]:
+        return self.learner.ranks + (self.critic.ranks if self.critic else [])
 
 
 def _service_metric(key: str, value: float, weight: float) -> Metric:
@@ -134,29 +142,23 @@ def _engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, en
     return engines
 
 
-def _learners(config: RunConfig, layout: Layout, group: PlacementGroup | None) -> LearnerGroup:
-    learner_class: Any = ray.remote(PolicyLearnerActor)
-    first = layout.engines * layout.tensor_parallel
-    return LearnerGroup(
-        [
-            learner_class.options(
-                **_options(f"policy_learner_{rank}", layout, group, first + rank, layout.gpus_per_learner_rank, layout.threads)
-            ).remote(config, rank, layout.learner_ranks, layout.device, layout.threads)
-            for rank in range(layout.learner_ranks)
-        ]
-    )
+def _learners(config: RunConfig, layout: Layout, group: PlacementGroup | None, *, critic: bool) -> list[Any]:
+    """Ranks of the policy learner, or of the critic, whose bundles come after the policy's."""
+    actor: Any = ray.remote(CriticLearnerActor if critic else PolicyLearnerActor)
+    name, ranks = ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
+    first = layout.engines * layout.tensor_parallel + (layout.learner_ranks if critic else 0)
+    return [
+        actor.options(**_options(f"{name}_{rank}", layout, group, first + rank, layout.gpus_per_learner_rank, layout.threads)).remote(
+            config, rank, ranks, layout.device, layout.threads
+        )
+        for rank in range(ranks)
+    ]
 
 
-async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
-    """Start engines, learners and reward services at the same time and wait until all of them answer."""
-    group = await reserve(layout, console.note)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
-    renderer = Renderer(tokenizer, config.model.system_prompt)
-    engines = EnginePool(_engines(config, layout, group, renderer.end_token_id))
-    learner = _learners(config, layout, group)
-    service_class: Any = ray.remote(RewardServiceActor)
-    replicas = [
-        service_class.options(
+def _services(config: RunConfig, layout: Layout) -> list[Any]:
+    service: Any = ray.remote(RewardServiceActor)
+    return [
+        service.options(
             name=f"reward_service_{index}",
             num_cpus=0,
             max_concurrency=MAX_CONCURRENCY,
@@ -164,6 +166,25 @@ async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
         ).remote(config.simulator)
         for index in range(layout.reward_replicas)
     ]
+
+
+async def build(config: RunConfig, layout: Layout, console: Console, warm_start: str | None) -> Built:
+    """Start engines, learners and reward services at the same time and wait until all of them answer.
+
+    Args:
+        config: the run's configuration.
+        layout: where everything goes.
+        console: shows the progress.
+        warm_start: folder of the policy that a warm-up made; None starts from `model.path`.
+    """
+    group = await reserve(layout, console.note)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
+    think = config.rollout.think
+    renderer = Renderer(tokenizer, system_prompt(config.model, think), think)
+    engines = EnginePool(_engines(config, layout, group, renderer.end_token_id))
+    learner = PolicyGroup(_learners(config, layout, group, critic=False))
+    critic = CriticGroup(_learners(config, layout, group, critic=True)) if layout.critic_ranks else None
+    replicas = _services(config, layout)
     sync = WeightSync(
         learner,
         engines,
@@ -177,25 +198,36 @@ async def build(config: RunConfig, layout: Layout, console: Console) -> Built:
         users=RewardPool(replicas, "train"),
         evaluation_users=RewardPool(replicas, "evaluation"),
         learner=learner,
+        critic=critic,
         sync=sync,
+        tokenizer=tokenizer,
         renderer=renderer,
+        plain_renderer=Renderer(tokenizer, system_prompt(config.model, False)),
         replicas=replicas,
         group=group,
     )
     try:
-        with console.phase("loading models", layout.engines + 1 + len(replicas)) as advance:
-            starting: list[Any] = [engine.start.remote() for engine in engines.engines]
-            waiting = [asyncio.wrap_future(call.future()) for call in starting]
-            if 0 < layout.gpus_per_engine_rank < 1:
-                # They share a GPU: vLLM measures the free memory at its start, before the learner takes its part.
-                await asyncio.gather(*waiting)
-            waiting.append(asyncio.ensure_future(learner.start()))
-            waiting += [asyncio.wrap_future(replica.metrics.remote().future()) for replica in replicas]
-            for part in asyncio.as_completed(waiting):
-                await part
-                advance(1)
-            await sync.open()
+        await _start(built, layout, console, warm_start)
     except BaseException:
         await built.close()
         raise
     return built
+
+
+async def _start(built: Built, layout: Layout, console: Console, warm_start: str | None) -> None:
+    """Wait until every actor has loaded what it holds."""
+    learners = 2 if built.critic else 1
+    with console.phase("loading models", layout.engines + learners + len(built.replicas)) as advance:
+        starting: list[Any] = [engine.start.remote() for engine in built.engines.engines]
+        waiting = [asyncio.wrap_future(call.future()) for call in starting]
+        if 0 < layout.gpus_per_engine_rank < 1:
+            # They share a GPU: vLLM measures the free memory at its start, before the learner takes its part.
+            await asyncio.gather(*waiting)
+        waiting.append(asyncio.ensure_future(built.learner.start(warm_start)))
+        if built.critic:
+            waiting.append(asyncio.ensure_future(built.critic.start()))
+        waiting += [asyncio.wrap_future(replica.metrics.remote().future()) for replica in built.replicas]
+        for part in asyncio.as_completed(waiting):
+            await part
+            advance(1)
+        await built.sync.open()

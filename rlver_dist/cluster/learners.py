@@ -1,4 +1,4 @@
-"""All learner ranks, addressed as one; what `driver.Learner` asks for."""
+"""All ranks of a learner, addressed as one; what `parts.Policy` and `parts.Critic` ask for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from torch import Tensor
 
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.tracking.metrics import Metric
+from rlver_dist.training_config import WarmUpConfig
 
 
 class LearnerGroup:
@@ -20,22 +22,56 @@ class LearnerGroup:
     def __init__(self, ranks: Sequence[ActorHandle]) -> None:
         self.ranks = list(ranks)
 
-    async def start(self) -> None:
-        """Let all ranks meet at rank 0 and load the model."""
+    async def start(self, *arguments: Any) -> None:
+        """Let all ranks meet at rank 0 and load the model; `arguments` go to the ranks' `start`."""
         address, port = await self.ranks[0].rendezvous.remote()
-        await self._all("start", address, port)
+        await self._all("start", address, port, *arguments)
 
-    async def update(self, samples: list[TurnSample], advantages: list[float]) -> list[Metric]:
-        """Optimizer steps; returns the metrics of all ranks."""
-        per_rank = await self._all("update", ray.put(samples), advantages)
-        return [metric for metrics in per_rank for metric in metrics]
+    async def save(self, directory: Path) -> None:
+        """Write the training state."""
+        await self._all("save", str(directory.resolve()))
 
-    async def kl_sums(self, samples: list[TurnSample]) -> list[float]:
-        """Summed KL to the reference of each sample, nats."""
-        return (await self._all("kl_sums", ray.put(samples)))[0]
+    async def load(self, directory: Path) -> None:
+        """Read the training state."""
+        await self._all("load", str(directory.resolve()))
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
+
+    async def _metrics(self, method: str, *arguments: Any) -> list[Metric]:
+        """The metrics of all ranks."""
+        return [metric for metrics in await self._all(method, *arguments) for metric in metrics]
+
+
+class CriticGroup(LearnerGroup):
+    """The critic's ranks."""
+
+    async def values(self, samples: list[TurnSample]) -> list[Tensor]:
+        """Value before each trained token of each sample."""
+        return (await self._all("values", ray.put(samples)))[0]
+
+    async def update(self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]) -> list[Metric]:
+        """Optimizer steps towards `returns`."""
+        return await self._metrics("update", ray.put(samples), ray.put(values), ray.put(returns))
+
+
+class PolicyGroup(LearnerGroup):
+    """The policy learner's ranks."""
+
+    async def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
+        """Optimizer steps."""
+        return await self._metrics("update", ray.put(samples), ray.put(advantages), kl_coef)
+
+    async def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+        """Supervised warm-up, after which training starts anew from the result."""
+        return await self._metrics("imitate", ray.put(samples), config, seed)
+
+    async def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
+        """KL to the reference at each trained token of each sample, nats."""
+        return (await self._all("kl_tokens", ray.put(samples)))[0]
 
     async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all sampled tokens under the base model, nats, and their number."""
+        """Negative log-likelihood of all trained tokens under the base model, nats, and their number."""
         return (await self._all("base_nll", ray.put(samples)))[0]
 
     async def probe(self, token_ids: list[int]) -> list[float]:
@@ -55,21 +91,6 @@ class LearnerGroup:
         """Broadcast the policy's weights to the connected engines."""
         await self._all("send_weights", version)
 
-    async def save(self, directory: Path) -> None:
-        """Write the training state."""
-        await self._all("save", str(directory.resolve()))
-
-    async def load(self, directory: Path) -> None:
-        """Read the training state."""
-        await self._all("load", str(directory.resolve()))
-
     async def export(self, directory: Path) -> None:
         """Write a Hugging Face folder."""
         await self._all("export", str(directory.resolve()))
-
-    async def close(self) -> None:
-        """Leave the process group."""
-        await self._all("close")
-
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))

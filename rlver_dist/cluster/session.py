@@ -63,10 +63,10 @@ def close_session() -> None:
 
 
 def bundles(layout: Layout) -> list[dict[str, float]]:
-    """One bundle a GPU worker: first the engines' workers, engine by engine, then the learner ranks."""
+    """One bundle a GPU worker: first the engines' workers, engine by engine, then the policy's ranks, then the critic's."""
     engine = {"GPU": layout.gpus_per_engine_rank, "CPU": 1.0}
     learner = {"GPU": layout.gpus_per_learner_rank, "CPU": 1.0}
-    return [engine] * (layout.engines * layout.tensor_parallel) + [learner] * layout.learner_ranks
+    return [engine] * (layout.engines * layout.tensor_parallel) + [learner] * (layout.learner_ranks + layout.critic_ranks)
 
 
 async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup | None:

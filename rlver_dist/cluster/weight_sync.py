@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rlver_dist.cluster.learners import LearnerGroup
+from rlver_dist.choices import Precision
+from rlver_dist.cluster.learners import PolicyGroup
 from rlver_dist.cluster.pools import EnginePool
-from rlver_dist.config import Precision
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction
 
@@ -25,7 +25,7 @@ class WeightSync:
     """
 
     def __init__(
-        self, learner: LearnerGroup, engines: EnginePool, *, backend: str, workers_per_engine: int, dtype: Precision, probe: list[int]
+        self, learner: PolicyGroup, engines: EnginePool, *, backend: str, workers_per_engine: int, dtype: Precision, probe: list[int]
     ) -> None:
         """`backend` is `shared_file` or `nccl`; `probe` is the fixed prompt's token ids."""
         self._learner, self._engines = learner, engines

@@ -105,8 +105,12 @@ def _scene(situation: Situation, telling: int, reaction: str, opening_of_failed:
     """The scene as its `telling`-th user has it; people stay in order, since later ones are described by earlier ones."""
     failed = situation.failed if telling // len(SCENES) % 2 == 0 else situation.failed[::-1]
     return SCENES[telling % len(SCENES)].format(
-        cause=situation.cause, timeline=" ".join(situation.timeline), people=" ".join(situation.people),
-        failed=" ".join((opening_of_failed, *failed)), now=situation.now, reaction=reaction,
+        cause=situation.cause,
+        timeline=" ".join(situation.timeline),
+        people=" ".join(situation.people),
+        failed=" ".join((opening_of_failed, *failed)),
+        now=situation.now,
+        reaction=reaction,
     )
 
 
@@ -114,9 +118,20 @@ def _persona(identifier: str, situation: Situation, cell: Cell, scene: str, peop
     intent, temperament = cell
     person = people.person(situation, temperament)
     return Persona(
-        id=identifier, name=person.name, profile=person.profile, scene=scene, temperament=temperament, traits=person.traits,
-        hidden_intent=intent, want=situation.wants[intent], hides=situation.hides, language="en", topic=situation.topic,
-        situation_id=situation.id, opening=situation.openings[temperament], facts=situation.facts,
+        id=identifier,
+        name=person.name,
+        profile=person.profile,
+        scene=scene,
+        temperament=temperament,
+        traits=person.traits,
+        hidden_intent=intent,
+        want=situation.wants[intent],
+        hides=situation.hides,
+        language="en",
+        topic=situation.topic,
+        situation_id=situation.id,
+        opening=situation.openings[temperament],
+        facts=situation.facts,
     )
 
 

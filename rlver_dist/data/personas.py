@@ -112,7 +112,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 def _check(value: Any, key: str, where: str) -> None:
     if key in LISTS:
         if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-            raise DataError(f"{where}: {key}: {value!r} is not a list of texts; write [\"...\", \"...\"], or leave the field out")
+            raise DataError(f'{where}: {key}: {value!r} is not a list of texts; write ["...", "..."], or leave the field out')
         return
     if not isinstance(value, str):
         raise DataError(f"{where}: {key}: {value!r} is not a text; put it in double quotes")

@@ -1,19 +1,22 @@
 """Held-out evaluation: what a policy's dialogues with the evaluation personas are worth, and the controls.
 
 Emotion under the training appraiser says whether the reward rose; the same dialogues appraised by one that training never sees say
-whether that is more than one appraiser's taste; distinct-2 and the base model's perplexity say whether the language held.
+whether that is more than one appraiser's taste; distinct-2 and the base model's perplexity say whether the language held. All of these
+look at the reply text alone, so that they mean the same with and without thinking; how well the format is kept stands apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, EndReason, Message, Role
 from rlver_dist.evaluation.statistics import paired_bootstrap
+from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
+from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser
 from rlver_dist.simulator.emotion import EmotionRules, move
 from rlver_dist.tracking.dialogue_metrics import distinct_n
@@ -30,7 +33,8 @@ class HeldOut:
         emotion: final emotion of each dialogue, 0 to 100.
         second_emotion: the same dialogues' final emotion under the second appraiser.
         distinct2: distinct bigrams over bigrams of all replies.
-        perplexity: the base model's, of the replies in their dialogues.
+        perplexity: the base model's, of the replies in their dialogues (`visible_samples`).
+        well_formed: share of all turns whose reply kept the format.
         failed: dialogues lost to infrastructure.
     """
 
@@ -39,6 +43,7 @@ class HeldOut:
     second_emotion: list[float]
     distinct2: float
     perplexity: float
+    well_formed: float
     failed: int
 
 
@@ -67,18 +72,56 @@ def reappraise(dialogue: Dialogue, persona: Persona, appraiser: Appraiser, rules
     return emotion
 
 
+def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
+    """The dialogues as both sides heard them, for scoring replies: one row a dialogue, its mask on the replies.
+
+    Every reply is encoded from its text; its end token counts as part of it unless it was cut. Turns without a reply are left out.
+
+    Args:
+        dialogues: infrastructure failures are left out.
+        renderer: of the scoring model, without thinking whatever the dialogues were held with, so that all scores compare.
+
+    Raises:
+        ValueError: the renderer asks for thinking.
+    """
+    if renderer.think:
+        raise ValueError("replies are scored without thinking; pass a renderer with think=False")
+    return [sample for dialogue in _complete(dialogues) for sample in to_samples(_as_heard(dialogue, renderer), reward=0.0)]
+
+
+def _complete(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    return [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+
+
+def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
+    """The dialogue with token ids encoded anew from its texts; their log-probs are 0."""
+    prompt_ids = renderer.opening_prompt(dialogue.opening)
+    turns = []
+    for turn in dialogue.turns:
+        if not turn.reply:  # It ended the dialogue.
+            break
+        reply_ids = renderer.encode_reply("", turn.reply)
+        reply_ids = reply_ids[:-1] if turn.truncated else reply_ids
+        turns.append(replace(turn, prompt_ids=prompt_ids, reply_ids=reply_ids, logprobs=[0.0] * len(reply_ids)))
+        if turn.user_message is not None:
+            prompt_ids = renderer.next_prompt(prompt_ids, reply_ids, turn.reply, turn.user_message)
+    return replace(dialogue, turns=turns)
+
+
 def summarize(
     dialogues: Sequence[Dialogue], personas: Sequence[Persona], second: Appraiser, rules: EmotionRules, perplexity: float
 ) -> HeldOut:
     """Results of one evaluation; failed dialogues are counted and left out."""
     by_id = {persona.id: persona for persona in personas}
-    complete = [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+    complete = _complete(dialogues)
+    turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
         persona_ids=[dialogue.persona_id for dialogue in complete],
         emotion=[dialogue.final_emotion for dialogue in complete],
         second_emotion=[reappraise(dialogue, by_id[dialogue.persona_id], second, rules) for dialogue in complete],
-        distinct2=distinct_n([turn.reply for dialogue in complete for turn in dialogue.turns], 2),
+        distinct2=distinct_n([turn.reply for turn in turns], 2),
         perplexity=perplexity,
+        well_formed=sum(turn.well_formed for turn in turns) / max(len(turns), 1),
         failed=len(dialogues) - len(complete),
     )
 
@@ -101,6 +144,7 @@ def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]
         "second_appraiser": paired("second_emotion"),
         "distinct2": {"before": before.distinct2, "after": after.distinct2},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
+        "well_formed": {"before": before.well_formed, "after": after.well_formed},
         "failed": {"before": before.failed, "after": after.failed},
     }
 

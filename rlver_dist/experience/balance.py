@@ -1,4 +1,4 @@
-"""Which sample goes into which optimizer step, rank and micro-batch. Deterministic: equal input gives an equal plan."""
+"""Which samples go into which optimizer step, rank and micro-batch. Deterministic: equal input gives an equal plan."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def split_updates(group_ids: Sequence[str], num_updates: int) -> list[list[int]]
 
 
 def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Spread samples over ranks by tokens, and each rank's over packed rows.
+    """Spread units (samples, or several that share a trunk) over ranks by tokens, and each rank's over packed rows.
 
     Every rank gets the same number of micro-batches, since a rank with fewer would leave the others waiting in a collective;
-    short ranks get empty lists at the end. A micro-batch holds at most `max_tokens`, except that a longer sample stands alone.
+    short ranks get empty lists at the end. A micro-batch holds at most `max_tokens`, except that a longer unit stands alone.
 
     Args:
-        lengths: tokens of each sample.
+        lengths: tokens of each unit.
         num_ranks: data-parallel ranks.
         max_tokens: budget of a packed row.
 
     Returns:
-        `[rank][micro_batch]` lists of sample indices, each index exactly once; ranks' token sums differ by at most the longest
-        sample. No sample gives no micro-batch on every rank.
+        `[rank][micro_batch]` lists of unit indices, each index exactly once; ranks' token sums differ by at most the longest unit.
+        No unit gives no micro-batch on every rank.
 
     Raises:
         ValueError: a length, `num_ranks` or `max_tokens` is not positive.
@@ -57,7 +57,7 @@ def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) 
 
 
 def _spread(longest_first: list[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Longest processing time first: each sample to the rank with the fewest tokens so far (Graham 1969)."""
+    """Longest processing time first: each unit to the rank with the fewest tokens so far (Graham 1969)."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for index in longest_first:

@@ -1,15 +1,20 @@
-"""From kept dialogues to training samples and their dialogues' advantages."""
+"""From kept dialogues to training samples, and from rewards, values and KL to the advantages of their trained tokens.
+
+A per-token quantity is a sequence of float32 tensors, one `[n_i]` for each sample i over its trained tokens. Everything is computed
+over whole dialogues, before samples are spread over optimizer steps and ranks: only here are all rows of a dialogue together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from rlver_dist.algorithms.advantages import grpo, kl_penalised_rewards
-from rlver_dist.config import AlgorithmConfig
+from rlver_dist.algorithms.advantages import gae, grpo, whiten
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.samples import TurnSample, to_samples
+from rlver_dist.training_config import AlgorithmConfig
 
 
 def samples_of(dialogues: Sequence[Dialogue], rewards: dict[str, float]) -> list[TurnSample]:
@@ -17,22 +22,109 @@ def samples_of(dialogues: Sequence[Dialogue], rewards: dict[str, float]) -> list
     return [sample for dialogue in dialogues for sample in to_samples(dialogue, rewards[dialogue.id])]
 
 
-def assign_credit(samples: list[TurnSample], algorithm: AlgorithmConfig, kl_sums: Sequence[float] | None = None) -> dict[str, float]:
-    """GRPO advantages over the dialogues of each group, by dialogue id; each holds for all of its dialogue's samples.
+def grpo_credit(
+    samples: Sequence[TurnSample], algorithm: AlgorithmConfig, kl_tokens: Sequence[Tensor] | None, kl_coef: float
+) -> list[Tensor]:
+    """GRPO: each dialogue's advantage over its group, the same on all of its trained tokens.
 
     Args:
         samples: rows of whole groups.
-        algorithm: group normalisation and the KL's weight.
-        kl_sums: per sample, the summed KL to the reference in nats, where the KL is taken from the reward.
+        algorithm: group normalisation.
+        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: each dialogue's
+            reward less kl_coef times the sum over its trained tokens (InstructGPT, arXiv:2203.02155, eq. 2). None: not taken.
+        kl_coef: present weight of the KL, reward per nat.
+
+    Returns:
+        `[n_i]` float32 for each sample.
+
+    Raises:
+        ValueError: the KL does not fit the samples or is not finite, or a group has a single dialogue.
     """
-    order = list(dict.fromkeys(sample.dialogue_id for sample in samples))
-    rewards, groups, kl = {}, {}, dict.fromkeys(order, 0.0)
-    for index, sample in enumerate(samples):
-        rewards[sample.dialogue_id] = sample.reward
-        groups[sample.dialogue_id] = sample.group_id
-        kl[sample.dialogue_id] += kl_sums[index] if kl_sums is not None else 0.0
-    per_dialogue = torch.tensor([rewards[key] for key in order])
-    if kl_sums is not None:
-        per_dialogue = kl_penalised_rewards(per_dialogue, torch.tensor([kl[key] for key in order]), algorithm.kl_coef)
-    advantages = grpo(per_dialogue, [groups[key] for key in order], algorithm.normalize_by_std)
-    return dict(zip(order, advantages.tolist(), strict=True))
+    dialogues = _dialogues(samples)
+    rewards = torch.tensor([samples[indices[0]].reward for indices in dialogues], dtype=torch.float64)
+    if kl_tokens is not None:
+        _require_fit(samples, "KL", kl_tokens)
+        rewards -= kl_coef * torch.tensor([sum(kl_tokens[index].double().sum().item() for index in indices) for indices in dialogues])
+    per_dialogue = grpo(rewards, [samples[indices[0]].group_id for indices in dialogues], algorithm.normalize_by_std).tolist()
+    advantages = [torch.empty(0)] * len(samples)
+    for indices, advantage in zip(dialogues, per_dialogue, strict=True):
+        for index in indices:
+            advantages[index] = torch.full((samples[index].num_trained,), advantage)
+    return advantages
+
+
+def ppo_credit(
+    samples: Sequence[TurnSample],
+    algorithm: AlgorithmConfig,
+    values: Sequence[Tensor],
+    kl_tokens: Sequence[Tensor] | None,
+    kl_coef: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """PPO: generalised advantage estimation along each dialogue's trained tokens, over all of its turns.
+
+    The reward stands on a dialogue's last trained token. User tokens, and history that several rows repeat, take no part.
+
+    Args:
+        samples: rows of whole dialogues.
+        algorithm: discount, lambda, and whether advantages are whitened over all trained tokens.
+        values: `[n_i]` for each sample, the critic's value of the state before each trained token.
+        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: kl_coef times it off
+            each token's own reward (arXiv:1909.08593, eq. 2). None: not taken.
+        kl_coef: present weight of the KL, reward per nat.
+
+    Returns:
+        Advantages and returns, `[n_i]` float32 for each sample; returns are never whitened.
+
+    Raises:
+        ValueError: there are no samples, or values or KL do not fit them or are not finite.
+    """
+    _require_fit(samples, "values", values)
+    if kl_tokens is not None:
+        _require_fit(samples, "KL", kl_tokens)
+    advantages, returns = [torch.empty(0)] * len(samples), [torch.empty(0)] * len(samples)
+    for indices in _dialogues(samples):
+        lengths = [samples[index].num_trained for index in indices]
+        rewards = torch.zeros(sum(lengths))
+        if kl_tokens is not None:
+            rewards -= kl_coef * torch.cat([kl_tokens[index] for index in indices])
+        rewards[-1] += samples[indices[0]].reward
+        columns = gae(rewards, torch.cat([values[index] for index in indices]), algorithm.gamma, algorithm.gae_lambda)
+        for spread, column in zip((advantages, returns), columns, strict=True):
+            for index, part in zip(indices, _split(column, lengths), strict=True):
+                spread[index] = part
+    if algorithm.whiten_advantages:
+        advantages = _split(whiten(torch.cat(advantages)), [len(part) for part in advantages])
+    return advantages, returns
+
+
+def dialogue_advantages(samples: Sequence[TurnSample], advantages: Sequence[Tensor]) -> dict[str, float]:
+    """Mean advantage over each dialogue's trained tokens, by dialogue id; `advantages` is `[n_i]` for each sample."""
+    _require_fit(samples, "advantages", advantages)
+    return {
+        samples[indices[0]].dialogue_id: torch.cat([advantages[index] for index in indices]).double().mean().item()
+        for indices in _dialogues(samples)
+    }
+
+
+def _dialogues(samples: Sequence[TurnSample]) -> list[list[int]]:
+    """Indices of each dialogue's samples, in turn order."""
+    members: dict[str, list[int]] = {}
+    for index in sorted(range(len(samples)), key=lambda index: samples[index].turn_index):
+        members.setdefault(samples[index].dialogue_id, []).append(index)
+    return list(members.values())
+
+
+def _split(column: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Cut into copies: a pickled view takes its whole storage along, which for views of one tensor grows with their number squared."""
+    return [part.clone() for part in column.split(lengths)]
+
+
+def _require_fit(samples: Sequence[TurnSample], name: str, columns: Sequence[Tensor]) -> None:
+    if len(columns) != len(samples):
+        raise ValueError(f"{name}: {len(columns)} columns for {len(samples)} samples")
+    for sample, column in zip(samples, columns, strict=True):
+        where = f"{name} of dialogue {sample.dialogue_id}, turn {sample.turn_index}"
+        if column.shape != (sample.num_trained,):
+            raise ValueError(f"{where}: shape {tuple(column.shape)} does not fit {sample.num_trained} trained tokens")
+        if not column.isfinite().all():
+            raise ValueError(f"{where}: not finite")

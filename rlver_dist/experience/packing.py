@@ -1,90 +1,134 @@
-"""One packed row: several samples end to end, without padding, as tensors."""
+"""One packed row: samples end to end, without padding, as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from rlver_dist.experience.prefixes import Unit, context_length
 from rlver_dist.experience.samples import TurnSample
 
+Columns = Sequence[Tensor]
+"""A number for each trained token: entry i is `[n_i]` float32 over the trained tokens of sample i, in their order."""
 DUMMY_LENGTH = 2
-"""Tokens of the row that a rank without work runs: the shortest that has a token with a predecessor."""
+"""Tokens of the row that a rank without work runs."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Span:
+    """Consecutive tokens of a row that attend the same context as a whole, and one another causally.
+
+    Attributes:
+        length: tokens of the span.
+        context_start: index into the row of the first context token.
+        context_length: tokens of the context; 0 where the span sees only itself.
+    """
+
+    length: int
+    context_start: int = 0
+    context_length: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
 class PackedRow:
-    """The tensors of one forward and backward pass; a segment is one sample, and attention must not cross segments.
+    """The tensors of one forward and backward pass.
 
     Attributes:
+        indices: the samples that the row holds, in its order; none in a row that only keeps a rank in step.
         token_ids: `[T]` int64.
-        position_ids: `[T]` int64, from 0 in each segment.
-        lengths: tokens of each segment, summing to T.
-        loss_mask: `[T]` bool, True where the token itself is a trained target, predicted at the position before it; False at
-            each segment's first token.
-        rollout_logprobs: `[T]` float32, log-prob of the token itself as sampled, nats; 0 outside the mask.
-        advantages: `[T]` float32; 0 outside the mask.
+        position_ids: `[T]` int64, each token's place in its own sample.
+        spans: who attends to whom; in order they cover the row.
+        targets: `[S]` int64, index into the row of each trained token, sample after sample.
+        before: `[S]` int64, index into the row of the token that predicts it.
     """
 
+    indices: list[int]
     token_ids: Tensor
     position_ids: Tensor
-    lengths: list[int]
-    loss_mask: Tensor
-    rollout_logprobs: Tensor
-    advantages: Tensor
+    spans: list[Span]
+    targets: Tensor
+    before: Tensor
 
     def to(self, device: torch.device | str) -> PackedRow:
         """A copy of this row on `device`."""
         return PackedRow(
+            indices=self.indices,
             token_ids=self.token_ids.to(device),
             position_ids=self.position_ids.to(device),
-            lengths=self.lengths,
-            loss_mask=self.loss_mask.to(device),
-            rollout_logprobs=self.rollout_logprobs.to(device),
-            advantages=self.advantages.to(device),
+            spans=self.spans,
+            targets=self.targets.to(device),
+            before=self.before.to(device),
         )
 
 
-def pack(samples: Sequence[TurnSample], advantages: Sequence[float], indices: Sequence[int]) -> PackedRow:
-    """Lay the samples at `indices` end to end, in that order.
+@dataclass(slots=True)
+class _Layout:
+    """A row as it grows."""
 
-    Args:
-        samples: all samples of the iteration.
-        advantages: one advantage per sample, put on each of its trained tokens.
-        indices: which samples; none gives a row of two tokens that trains nothing, for a rank that has no work left.
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+
+    def add_span(self, token_ids: list[int], context_start: int = 0, context_length: int = 0) -> None:
+        """Append tokens whose positions go on from their context."""
+        self.spans.append(Span(length=len(token_ids), context_start=context_start, context_length=context_length))
+        self.position_ids += range(context_length, context_length + len(token_ids))
+        self.token_ids += token_ids
+
+    def add_whole(self, sample: TurnSample) -> None:
+        """Append a sample that sees itself alone."""
+        if sample.loss_mask[0]:
+            raise ValueError(f"dialogue {sample.dialogue_id}: the first token of a sample cannot be trained; nothing predicts it")
+        start = len(self.token_ids)
+        self.add_span(sample.token_ids)
+        trained = [start + offset for offset, is_trained in enumerate(sample.loss_mask) if is_trained]
+        self.targets += trained
+        self.before += [target - 1 for target in trained]
+
+    def add_branches(self, trunk: list[int], branches: Sequence[TurnSample]) -> None:
+        """Append a trunk and the trained tokens of the samples that branch off it."""
+        root = len(self.token_ids)
+        self.add_span(trunk)
+        for sample in branches:
+            start, depth = len(self.token_ids), context_length(sample)
+            self.add_span(sample.token_ids[depth:], context_start=root, context_length=depth)
+            self.targets += range(start, len(self.token_ids))
+            # The trunk predicts a branch's first token, the branch all others.
+            self.before += [root + depth - 1, *range(start, len(self.token_ids) - 1)]
+
+
+def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
+    """Lay `units` end to end, in that order; none gives a row that trains nothing, for a rank that has no work left.
 
     Raises:
-        ValueError: advantages do not fit the samples, or a sample trains its first token.
+        ValueError: a sample trains its first token.
     """
-    if len(advantages) != len(samples):
-        raise ValueError(f"{len(advantages)} advantages for {len(samples)} samples")
-    chosen = [samples[index] for index in indices]
-    first_trained = next((sample.dialogue_id for sample in chosen if sample.loss_mask[0]), None)
-    if first_trained is not None:
-        raise ValueError(f"dialogue {first_trained}: the first token of a sample cannot be trained; nothing predicts it")
-    if not chosen:
-        return _dummy_row()
-    lengths = [len(sample.token_ids) for sample in chosen]
-    loss_mask = torch.cat([torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in chosen])
-    spread = torch.tensor([advantages[index] for index in indices], dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+    layout = _Layout()
+    for unit in units:
+        chosen = [samples[index] for index in unit.indices]
+        if unit.trunk:
+            layout.add_branches(unit.trunk, chosen)
+        else:
+            for sample in chosen:
+                layout.add_whole(sample)
+    if not units:
+        layout.add_span([0] * DUMMY_LENGTH)
     return PackedRow(
-        token_ids=torch.cat([torch.tensor(sample.token_ids, dtype=torch.int64) for sample in chosen]),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        lengths=lengths,
-        loss_mask=loss_mask,
-        rollout_logprobs=torch.cat([torch.tensor(sample.rollout_logprobs, dtype=torch.float32) for sample in chosen]),
-        advantages=torch.where(loss_mask, spread, 0.0),
+        indices=[index for unit in units for index in unit.indices],
+        token_ids=torch.tensor(layout.token_ids, dtype=torch.int64),
+        position_ids=torch.tensor(layout.position_ids, dtype=torch.int64),
+        spans=layout.spans,
+        targets=torch.tensor(layout.targets, dtype=torch.int64),
+        before=torch.tensor(layout.before, dtype=torch.int64),
     )
 
 
-def _dummy_row() -> PackedRow:
-    return PackedRow(
-        token_ids=torch.zeros(DUMMY_LENGTH, dtype=torch.int64),
-        position_ids=torch.arange(DUMMY_LENGTH),
-        lengths=[DUMMY_LENGTH],
-        loss_mask=torch.zeros(DUMMY_LENGTH, dtype=torch.bool),
-        rollout_logprobs=torch.zeros(DUMMY_LENGTH),
-        advantages=torch.zeros(DUMMY_LENGTH),
-    )
+def column(values: Columns, row: PackedRow) -> Tensor:
+    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of `row.targets`."""
+    chosen = [values[index] for index in row.indices]
+    return torch.cat(chosen).to(row.token_ids.device, torch.float32) if chosen else torch.zeros(0, device=row.token_ids.device)

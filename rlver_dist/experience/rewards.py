@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlver_dist.config import EndReward, EndRewardConfig
+from rlver_dist.choices import EndReward
 from rlver_dist.dialogue import Dialogue, EndReason
+from rlver_dist.training_config import EndRewardConfig
 
 MAX_EMOTION = 100.0
 """Top of the emotion scale, points."""
@@ -40,7 +41,7 @@ class Selection:
     Attributes:
         kept: sorted by id, so that training does not depend on the order in which dialogues finished.
         num_failed: infrastructure failures and dialogues without a sampled token.
-        num_dropped_groups: groups that failures left with one dialogue.
+        num_dropped_groups: groups that failures left with too few dialogues, though not with none.
         num_dropped: sound dialogues lost with those groups.
     """
 
@@ -50,14 +51,24 @@ class Selection:
     num_dropped: int
 
 
-def select_trainable(dialogues: Iterable[Dialogue]) -> Selection:
-    """Exclude what cannot be trained on: failed dialogues, then dialogues left alone in their group. The only such place."""
+def select_trainable(dialogues: Iterable[Dialogue], min_group: int) -> Selection:
+    """Exclude what cannot be trained on: failed dialogues, then those of groups that are too small. The only such place.
+
+    Args:
+        dialogues: all dialogues of an iteration, in any order.
+        min_group: fewest sound dialogues of a group that is kept: 2 where they are compared with each other (GRPO), 1 where a
+            critic judges each alone (PPO).
+    """
     finished = sorted(dialogues, key=lambda dialogue: dialogue.id)
     sound = [dialogue for dialogue in finished if _is_sound(dialogue)]
-    group_sizes = Counter(dialogue.group_id for dialogue in sound)
-    kept = [dialogue for dialogue in sound if group_sizes[dialogue.group_id] > 1]
-    num_alone = len(sound) - len(kept)
-    return Selection(kept=kept, num_failed=len(finished) - len(sound), num_dropped_groups=num_alone, num_dropped=num_alone)
+    sizes = Counter(dialogue.group_id for dialogue in sound)
+    kept = [dialogue for dialogue in sound if sizes[dialogue.group_id] >= min_group]
+    return Selection(
+        kept=kept,
+        num_failed=len(finished) - len(sound),
+        num_dropped_groups=sum(size < min_group for size in sizes.values()),
+        num_dropped=len(sound) - len(kept),
+    )
 
 
 def _is_sound(dialogue: Dialogue) -> bool:

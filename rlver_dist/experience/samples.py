@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import compress
+
+import torch
+from torch import Tensor
 
 from rlver_dist.dialogue import Dialogue, Turn
 
@@ -29,6 +33,15 @@ class TurnSample:
     dialogue_id: str
     group_id: str
     turn_index: int
+
+    @property
+    def num_trained(self) -> int:
+        """Sampled tokens."""
+        return sum(self.loss_mask)
+
+    def trained_logprobs(self) -> Tensor:
+        """`[num_trained]` float32, log-probs of the sampled tokens as sampled, nats."""
+        return torch.tensor(list(compress(self.rollout_logprobs, self.loss_mask)), dtype=torch.float32)
 
 
 def to_samples(dialogue: Dialogue, reward: float) -> list[TurnSample]:

@@ -1,18 +1,22 @@
-"""Exact causal attention over a packed row, registered with transformers' attention interface.
+"""Exact attention over a packed row, registered with transformers' attention interface.
 
-A packed row holds several samples one after the other, and no token may attend across a sample's border. transformers' own
-packed path builds a dense `[T, T]` mask and needs `attention_mask=None` and `use_cache=False` to notice the packing at all; this
-function takes the segment lengths as a keyword that the model hands through to every layer, and needs no mask.
+A packed row holds several samples one after the other, or turns that branch off one history, and a token must see the tokens of its
+own sample alone. transformers' own packed path builds a dense `[T, T]` mask and needs `attention_mask=None` and `use_cache=False` to
+notice the packing at all; this function takes the row's spans as a keyword that the model hands through to every layer, and needs no
+mask.
 
-On GPUs in half precision the row goes through PyTorch's variable-length flash kernel; elsewhere each segment goes through
+On GPUs in half precision the row goes through PyTorch's variable-length flash kernel; elsewhere each span goes through
 `BlockwiseCausalAttention`, which on CPUs takes 0.4 times the time of PyTorch's kernel forward and backward (bfloat16, 400 tokens).
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
+
+from rlver_dist.experience.packing import Span
 
 ATTENTION_NAME = "rlver_packed"
 QUERY_BLOCK = 256
@@ -26,80 +30,120 @@ def packed_causal_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segment_lengths: list[int],
+    spans: list[Span],
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend causally within each segment of one packed row.
+    """Attend over one packed row: each span to its context as a whole and to itself causally.
 
     Args:
         module: the attention layer; unused, part of transformers' signature.
         query: `[1, Hq, T, D]`.
         key: `[1, Hkv, T, D]`, Hq a multiple of Hkv.
         value: `[1, Hkv, T, D]`.
-        attention_mask: must be None; the segments are the mask.
-        segment_lengths: tokens of each segment, in order; their sum is T.
+        attention_mask: must be None; the spans are the mask.
+        spans: who attends to whom; their lengths sum to T.
         dropout: must be 0.
         scaling: factor of the scores; None means 1 / sqrt(D).
-        sliding_window: refused where a segment is longer.
+        sliding_window: refused where a span and its context are longer.
 
     Returns:
         `[1, T, Hq, D]`, and None in place of the attention weights.
 
     Raises:
-        ValueError: lengths that do not cover the row, a mask, dropout, or a window shorter than a segment.
+        ValueError: spans that do not cover the row, a mask, dropout, or a window shorter than a span with its context.
     """
-    if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
-        raise ValueError(f"packed attention: segments {segment_lengths} do not cover one row of shape {tuple(query.shape)}")
+    if query.shape[0] != 1 or sum(span.length for span in spans) != query.shape[2]:
+        raise ValueError(f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}")
     if attention_mask is not None or dropout:
         raise ValueError("packed attention: takes neither a mask nor dropout")
-    if sliding_window is not None and sliding_window < max(segment_lengths):
-        raise ValueError(f"packed attention: sliding window {sliding_window} is shorter than a sample of {max(segment_lengths)} tokens")
+    longest = max(span.context_length + span.length for span in spans)
+    if sliding_window is not None and sliding_window < longest:
+        raise ValueError(f"packed attention: sliding window {sliding_window} is shorter than a sample of {longest} tokens")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query[0], key[0], value[0]
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, segment_lengths, scaling), None
-    segments = zip(*(part.split(segment_lengths, dim=1) for part in (query, key, value)), strict=True)
-    outputs = [BlockwiseCausalAttention.apply(*segment, scaling).transpose(0, 1) for segment in segments]
+        return _varlen(query, key, value, spans, scaling), None
+    lengths = [span.length for span in spans]
+    rows = zip(spans, *(part.split(lengths, dim=1) for part in (query, key, value)), strict=True)
+    outputs = [
+        BlockwiseCausalAttention.apply(queries, _visible(key, keys, span), _visible(value, values, span), scaling).transpose(0, 1)
+        for span, queries, keys, values in rows
+    ]
     return torch.cat(outputs)[None], None
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float) -> torch.Tensor:
+def _visible(row: torch.Tensor, own: torch.Tensor, span: Span) -> torch.Tensor:
+    """`[H, context_length + length, D]`: what a span attends to, of the whole `row` [H, T, D] and its `own` part of it."""
+    if not span.context_length:
+        return own
+    return torch.cat([row.narrow(1, span.context_start, span.context_length), own], dim=1)
+
+
+@lru_cache(maxsize=4)
+def _varlen_plan(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """First query and first key of each span, cumulated, and the row index of each key; None where the keys are the row itself.
+
+    Cached, since every layer asks for the plan of the same row.
+    """
+    query_starts, key_starts, start = [0], [0], 0
+    gathered: list[int] = []
+    for span in spans:
+        gathered += range(span.context_start, span.context_start + span.context_length)
+        gathered += range(start, start + span.length)
+        start += span.length
+        query_starts.append(start)
+        key_starts.append(len(gathered))
+    first_queries, first_keys = (torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts))
+    return first_queries, first_keys, torch.tensor(gathered, device=device) if len(gathered) > start else None
+
+
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: list[Span], scaling: float) -> torch.Tensor:
     """PyTorch's variable-length flash attention, one kernel for the whole row: `[H, T, D]` in, `[1, T, Hq, D]` out."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+    query_starts, key_starts, gathered = _varlen_plan(tuple(spans), query.device)
     query, key, value = (part.transpose(0, 1).contiguous() for part in (query, key, value))
-    longest = max(lengths)
-    output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    if gathered is not None:
+        key, value = key.index_select(0, gathered), value.index_select(0, gathered)
+    most_queries = max(span.length for span in spans)
+    most_keys = max(span.context_length + span.length for span in spans)
+    # Flash attention's causal mask ends at the bottom right: the last query sees every key, so keys in front are seen by all queries.
+    output = varlen_attn(
+        query, key, value, query_starts, key_starts, most_queries, most_keys, scale=scaling, window_size=(-1, 0), enable_gqa=True
+    )
     assert isinstance(output, torch.Tensor)
     return output[None]
 
 
 class BlockwiseCausalAttention(torch.autograd.Function):
-    """Causal attention of one sample with grouped queries, a block of queries at a time, scores and softmax in float32.
+    """Causal attention with grouped queries, a block of queries at a time, scores and softmax in float32.
+
+    The queries are those of the last Lq of Lk tokens, so that each sees the Lk - Lq tokens in front of them and itself.
 
     With P = softmax(S), S = scaling * Q K^T and O = P V (FlashAttention-2, arXiv:2307.08691, section 2.2):
     dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(dO * O)), dQ = scaling * dS K, dK = scaling * dS^T Q.
-    P is kept for the backward pass: half of `[Hq, L, L]` numbers in the inputs' dtype.
+    P is kept for the backward pass: up to `[Hq, Lq, Lk]` numbers in the inputs' dtype.
     """
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        """`query` [Hq, L, D], `key` and `value` [Hkv, L, D] -> [Hq, L, D]."""
+        """`query` [Hq, Lq, D], `key` and `value` [Hkv, Lk, D] -> [Hq, Lq, D]."""
         (num_heads, length, _), num_kv_heads = query.shape, key.shape[0]
+        in_front = key.shape[1] - length
         output = query.new_empty(query.shape)
         scored_keys = key.float().transpose(1, 2)
         blocks = []
         for start in range(0, length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, length)
             future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
-            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :stop]).mul_(scaling)
-            scores.view(num_heads, stop - start, stop)[..., start:].masked_fill_(future, -math.inf)
+            seen = in_front + stop
+            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :seen]).mul_(scaling)
+            scores.view(num_heads, stop - start, seen)[..., in_front + start :].masked_fill_(future, -math.inf)
             probs = scores.softmax(dim=-1).to(query.dtype)
-            output[:, start:stop] = torch.bmm(probs, value[:, :stop]).view(num_heads, stop - start, -1)
+            output[:, start:stop] = torch.bmm(probs, value[:, :seen]).view(num_heads, stop - start, -1)
             blocks.append(probs)
         ctx.save_for_backward(query, key, value, output, *blocks)
         ctx.scaling = scaling
@@ -116,10 +160,11 @@ class BlockwiseCausalAttention(torch.autograd.Function):
         for index, probs in enumerate(blocks):
             start, stop = index * QUERY_BLOCK, min((index + 1) * QUERY_BLOCK, query.shape[1])
             block_query, block_grad, block_sums = (_fold(part, start, stop, num_kv_heads) for part in (query, grad_output, row_sums))
-            grad_value[:, :stop] += torch.bmm(probs.transpose(1, 2), block_grad)
-            grad_scores = torch.bmm(block_grad, value[:, :stop].transpose(1, 2)).sub_(block_sums).mul_(probs).mul_(ctx.scaling)
-            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :stop]).view(query.shape[0], stop - start, -1)
-            grad_key[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), block_query)
+            seen = key.shape[1] - query.shape[1] + stop
+            grad_value[:, :seen] += torch.bmm(probs.transpose(1, 2), block_grad)
+            grad_scores = torch.bmm(block_grad, value[:, :seen].transpose(1, 2)).sub_(block_sums).mul_(probs).mul_(ctx.scaling)
+            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :seen]).view(query.shape[0], stop - start, -1)
+            grad_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), block_query)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 

@@ -50,8 +50,8 @@ def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
     addresses: set[int] = set()
     for name, tensor in weights.iter_full_tensors(engine):
         if rank == 0:
+            held = tensor.cpu()
             # safetensors refuses two names for one tensor, as a tied head has.
-            shared = tensor.data_ptr() in addresses
-            addresses.add(tensor.data_ptr())
-            tensors[name] = tensor.clone() if shared else tensor.cpu()
+            tensors[name] = held.clone() if held.data_ptr() in addresses else held
+            addresses.add(held.data_ptr())
     return tensors

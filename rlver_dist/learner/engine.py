@@ -25,15 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlver_dist.choices import Precision
-from rlver_dist.config import LearnerConfig
 from rlver_dist.errors import RlverError
-from rlver_dist.learner.scoring import PolicyModel
+from rlver_dist.training_config import LearnerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TAG = "policy"
-"""Name of DeepSpeed's sub-folder in a checkpoint."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -97,6 +94,9 @@ def return_freed_memory() -> None:
 
 def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
     """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights."""
+    zero = {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -105,8 +105,10 @@ def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
         "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
         "bf16": {"enabled": dtype is Precision.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW steps on the host too; DeepSpeed's own would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
     }
 
@@ -129,19 +131,25 @@ def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
 
 
 class TrainingEngine:
-    """A DeepSpeed engine with AdamW and linear warm-up, whose gradient is exactly the sum of the losses' gradients over ranks."""
+    """A DeepSpeed engine with AdamW and linear warm-up, whose gradient is exactly the sum of the losses' gradients over ranks.
 
-    def __init__(self, model: PolicyModel, *, config: LearnerConfig, settings: dict[str, Any], world_size: int) -> None:
-        """Wrap `model`; every rank calls it with the same arguments."""
+    Parameters that do not require gradients are left as they are.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, config: LearnerConfig, settings: dict[str, Any], world_size: int, tag: str = "policy"
+    ) -> None:
+        """Wrap `model`; every rank calls it with the same arguments. `tag` names the learner in checkpoints and errors."""
         import deepspeed
 
         self.world_size = world_size
         self.zero_stage = config.zero_stage
+        self._tag = tag
         self._grad_clip = config.grad_clip
         self._plain_norm = math.nan
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
-        )
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        betas = (config.beta1, config.beta2)
+        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
         warmup = max(1, config.warmup_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         if config.zero_stage == 0:
@@ -151,7 +159,7 @@ class TrainingEngine:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The wrapped Hugging Face model; under ZeRO-3 its parameters are shards outside of `gathered`."""
+        """The Hugging Face model in a wrapped `PolicyModel`; under ZeRO-3 its parameters are shards outside of `gathered`."""
         return self._engine.module.model
 
     @property
@@ -181,9 +189,10 @@ class TrainingEngine:
         """
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if self.zero_stage else self._plain_norm
-        if not math.isfinite(norm):
+        # ZeRO reports a norm that is not finite as -1 in bfloat16.
+        if not (math.isfinite(norm) and norm >= 0):
             raise RlverError(
-                f"learner: the gradient's norm is {norm} at optimizer step {self.num_steps}; lower learner.lr, resume the last checkpoint"
+                f"{self._tag}: the gradient is not finite at optimizer step {self.num_steps}; lower its lr, resume the last checkpoint"
             )
         return float(norm)
 
@@ -206,7 +215,7 @@ class TrainingEngine:
     def save(self, directory: str) -> None:
         """Write model, optimizer, schedule and step counter under `directory`; every rank calls."""
         with _quiet():
-            self._engine.save_checkpoint(directory, tag=TAG, save_latest=False)
+            self._engine.save_checkpoint(directory, tag=self._tag, save_latest=False)
 
     def load(self, directory: str) -> None:
         """Restore what `save` wrote; every rank calls, with as many ranks as saved.
@@ -215,9 +224,9 @@ class TrainingEngine:
             RlverError: there is no such checkpoint in `directory`.
         """
         with _quiet():
-            path, _ = self._engine.load_checkpoint(directory, tag=TAG)
+            path, _ = self._engine.load_checkpoint(directory, tag=self._tag)
         if path is None:
-            raise RlverError(f"learner: no checkpoint {TAG} in {directory}")
+            raise RlverError(f"{self._tag}: no checkpoint of it in {directory}")
 
     def close(self) -> None:
         """Free the engine and leave the process group."""

@@ -2,47 +2,40 @@
 
 A plain class, wrapped as an actor in `cluster/`, one a process (DeepSpeed and transformers keep process-wide state). Every method
 but `metadata` is collective: the driver calls it on all ranks with equal arguments. Each rank takes its share of the samples by
-the same deterministic plan, so nothing but gradients and metrics ever travels.
+the same deterministic plan, so nothing but gradients, metrics and numbers of single tokens ever travels.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlver_dist.algorithms import kl, losses
 from rlver_dist.choices import KLPlacement
 from rlver_dist.config import RunConfig
-from rlver_dist.experience.balance import plan_micro_batches, split_updates
-from rlver_dist.experience.packing import PackedRow, pack
+from rlver_dist.experience.balance import split_updates
+from rlver_dist.experience.packing import Columns, PackedRow, Span, column
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import checkpoint, engine, weights
+from rlver_dist.learner.lora import add_adapters
+from rlver_dist.learner.rows import collect_columns, require_columns, score_row, share_rows
 from rlver_dist.learner.scoring import PolicyModel, load_model
 from rlver_dist.learner.tally import Tally
 from rlver_dist.models import resolve
 from rlver_dist.tracking.metrics import Metric, Reduction
+from rlver_dist.training_config import LearnerConfig, WarmUpConfig
 
-
-@dataclass(kw_only=True, slots=True)
-class MicroBatch:
-    """One packed row and what the update needs to know of its trained tokens.
-
-    Attributes:
-        indices: which samples the row holds, in its order; empty for a row that only keeps this rank in step.
-        row: the packed samples, on the learner's device.
-        scored: `[S]` positions of the trained tokens in the row.
-        old_logprobs: `[S]` their log-probs under the weights that the update starts from; None where the update's own forward
-            pass gives them.
-    """
-
-    indices: list[int]
-    row: PackedRow
-    scored: torch.Tensor
-    old_logprobs: torch.Tensor | None = None
+Weights = dict[str, Tensor]
+"""Whole tensors under their Hugging Face names."""
 
 
 class PolicyLearner:
@@ -58,6 +51,7 @@ class PolicyLearner:
         master_port: int,
         device: Literal["cpu", "gpu"],
         num_threads: int,
+        model_path: str | None = None,
     ) -> None:
         """Join the process group, load the policy (and the reference, where a KL term is on) and build the engine.
 
@@ -69,33 +63,56 @@ class PolicyLearner:
             master_port: free TCP port there.
             device: what to compute on.
             num_threads: compute threads on a CPU; 0 leaves torch's choice.
+            model_path: folder of a warmed-up policy to start from, which then is the reference too; None takes `config.model.path`.
         """
-        self._algorithm = config.algorithm
+        self._config, self._algorithm = config, config.algorithm
         self._rank, self._world_size = rank, world_size
         self._temperature = config.rollout.temperature
-        self._max_tokens = config.learner.micro_batch_tokens
-        self._path = resolve(config.model.path)
+        self._base_path = resolve(config.model.path)
+        self._path = model_path or self._base_path
         self._device = engine.start_rank(
             rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
         )
+        self._share = partial(
+            share_rows,
+            rank=rank,
+            world_size=world_size,
+            max_tokens=config.learner.micro_batch_tokens,
+            share=config.learner.share_prefixes,
+            device=self._device,
+        )
         self._dtype = getattr(torch, config.model.dtype.value)
-        settings = engine.deepspeed_config(config.learner, config.model.dtype)
-        with engine.sharded_construction(settings):
-            model = PolicyModel(load_model(self._path, self._dtype), recompute=config.learner.gradient_checkpointing)
-        self._engine = engine.TrainingEngine(model, config=config.learner, settings=settings, world_size=world_size)
-        self._reference = self._load_base() if config.algorithm.kl_coef > 0 else None
+        self._engine = self._build_engine(config.learner)
+        self._reference = self._load_frozen(self._path) if config.algorithm.kl_coef > 0 else None
+        self._reference_is_base = self._path == self._base_path
 
-    def _load_base(self) -> PolicyModel:
-        """A whole, frozen replica of the model that training started from."""
-        base = PolicyModel(load_model(self._path, self._dtype), recompute=False)
-        return base.requires_grad_(False).eval().to(self._device)
+    def _build_engine(self, config: LearnerConfig, replacement: Weights | None = None) -> engine.TrainingEngine:
+        """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement` in its place."""
+        settings = engine.deepspeed_config(config, self._config.model.dtype)
+        # Replacements go into a whole model, which DeepSpeed shards afterwards.
+        with engine.sharded_construction(settings) if replacement is None else nullcontext():
+            model = load_model(self._path, self._dtype)
+        if replacement is not None:
+            model.load_state_dict(replacement)
+        if self._config.model.lora.rank > 0:
+            add_adapters(model, self._config.model.lora)
+        policy = PolicyModel(model, recompute=config.gradient_checkpointing)
+        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size)
 
-    def update(self, samples: list[TurnSample], advantages: list[float]) -> list[Metric]:
+    def _load_frozen(self, path: str, replacement: Weights | None = None) -> PolicyModel:
+        """A whole, frozen replica."""
+        model = load_model(path, self._dtype)
+        if replacement is not None:
+            model.load_state_dict(replacement)
+        return PolicyModel(model, recompute=False).requires_grad_(False).eval().to(self._device)
+
+    def update(self, samples: list[TurnSample], advantages: Columns, kl_coef: float) -> list[Metric]:
         """Train on one iteration's samples, in `algorithm.updates_per_iteration` optimizer steps along whole groups.
 
         Args:
             samples: all samples of the iteration, on every rank, in one order.
-            advantages: one for each sample.
+            advantages: `[n_i]` for each sample, over its trained tokens.
+            kl_coef: weight of the KL term where it is part of the loss.
 
         Returns:
             This rank's metrics; means are weighted by this rank's trained tokens.
@@ -105,114 +122,161 @@ class PolicyLearner:
             ValueError: advantages do not fit the samples.
         """
         started = time.perf_counter()
+        require_columns(samples, advantages=advantages)
+        rollout = [sample.trained_logprobs() for sample in samples]
         tally = Tally()
         parts = split_updates([sample.group_id for sample in samples], self._algorithm.updates_per_iteration)
-        updates = [self._share(samples, advantages, part) for part in parts]
+        updates = [self._share(samples, part) for part in parts]
         # The first step starts from the old weights, so its own forward pass gives its old log-probs.
-        for batch in (batch for update in updates[1:] for batch in update):
-            batch.old_logprobs = self._score(self._engine.forward, batch, self._temperature)
-        for part, update in zip(parts, updates, strict=True):
-            num_trained = sum(sum(samples[index].loss_mask) for index in part)
-            for batch in update:
-                self._accumulate(batch, num_trained, tally)
+        old: list[list[Tensor | None]] = [
+            [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows] for step, rows in enumerate(updates)
+        ]
+        for part, rows, old_logprobs in zip(parts, updates, old, strict=True):
+            num_trained = sum(samples[index].num_trained for index in part)
+            for row, row_old in zip(rows, old_logprobs, strict=True):
+                self._accumulate(row, column(advantages, row), column(rollout, row), row_old, kl_coef, num_trained, tally)
             tally.add("lr", self._engine.lr, 1)
             tally.add("grad_norm", self._engine.step(), 1)
         engine.return_freed_memory()
-        tokens = sum(len(batch.row.token_ids) for update in updates for batch in update if batch.indices)
+        elapsed = time.perf_counter() - started
+        own = [row for rows in updates for row in rows if row.indices]
         return [
             *tally.metrics("learner/"),
-            Metric("learner/trained_tokens", sum(len(batch.scored) for update in updates for batch in update), Reduction.sum),
+            Metric("learner/trained_tokens", sum(len(row.targets) for row in own), Reduction.sum),
             Metric("learner/optimizer_steps", len(parts), Reduction.max),
-            Metric("perf/learner_tokens_per_s", tokens / (time.perf_counter() - started), Reduction.sum),
+            Metric("perf/learner_tokens_per_s", sum(len(row.token_ids) for row in own) / elapsed, Reduction.sum),
+            Metric("time/policy_update_s", elapsed, Reduction.max),
         ]
 
-    def _share(self, samples: list[TurnSample], advantages: list[float], part: list[int]) -> list[MicroBatch]:
-        """This rank's micro-batches of the samples at `part`; as many on every rank."""
-        plan = plan_micro_batches([len(samples[index].token_ids) for index in part], self._world_size, self._max_tokens)
-        batches = []
-        for chosen in plan[self._rank]:
-            indices = [part[position] for position in chosen]
-            row = pack(samples, advantages, indices).to(self._device)
-            batches.append(MicroBatch(indices=indices, row=row, scored=row.loss_mask.nonzero().squeeze(1)))
-        return batches
-
     @torch.no_grad()
-    def _score(self, forward: Callable[..., Any], batch: MicroBatch, temperature: float) -> torch.Tensor:
-        """Log-probs `[S]` of the trained tokens; `forward` is the engine's, or a model."""
-        row = batch.row
-        return forward(row.token_ids, row.position_ids, row.lengths, batch.scored, temperature)[0]
+    def _logprobs(self, forward: Callable[..., Any], row: PackedRow, temperature: float | None = None) -> Tensor:
+        """Log-probs `[S]` of the trained tokens, by default at the sampling temperature; `forward` is the engine's, or a model."""
+        return score_row(forward, row, self._temperature if temperature is None else temperature)[0]
 
-    def _accumulate(self, batch: MicroBatch, num_trained: int, tally: Tally) -> None:
-        """Add one micro-batch's gradient; `num_trained` counts the trained tokens of the whole update over all ranks."""
-        algorithm, row, scored = self._algorithm, batch.row, batch.scored
-        logprobs, entropies = self._engine.forward(row.token_ids, row.position_ids, row.lengths, scored, self._temperature)
-        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        rollout_logprobs, trained = row.rollout_logprobs[scored], row.loss_mask[scored]
+    def _accumulate(
+        self,
+        row: PackedRow,
+        advantages: Tensor,
+        rollout_logprobs: Tensor,
+        old_logprobs: Tensor | None,
+        kl_coef: float,
+        num_trained: int,
+        tally: Tally,
+    ) -> None:
+        """Add one row's gradient; `num_trained` counts the trained tokens of the whole update over all ranks."""
+        algorithm, count = self._algorithm, len(row.targets)
+        logprobs, entropies = score_row(self._engine.forward, row, self._temperature)
+        old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+        trained = torch.ones_like(logprobs, dtype=torch.bool)
         tis_weights = losses.truncated_importance_weights(old_logprobs, rollout_logprobs, trained, algorithm.tis_cap)
         policy_loss, sums = losses.policy_loss(
-            logprobs, old_logprobs, row.advantages[scored], tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
+            logprobs, old_logprobs, advantages, tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
         if self._reference is not None and algorithm.kl_placement is KLPlacement.loss:
-            ref_logprobs = self._score(self._reference, batch, self._temperature)
+            ref_logprobs = self._logprobs(self._reference, row)
             kl_loss = losses.kl_loss(logprobs, ref_logprobs, trained, algorithm.kl_estimator.value, num_trained)
-            loss = loss + algorithm.kl_coef * kl_loss
-            tally.add("kl_ref", kl_loss.item() * num_trained, len(scored))
+            loss = loss + kl_coef * kl_loss
+            tally.add("kl_ref", kl_loss.item() * num_trained, count)
         self._engine.backward(loss)
-        for name, (total, count) in sums.items():
-            tally.add(name, total, count)
-        tally.add("loss", loss.item() * num_trained, len(scored))
-        tally.add("policy_loss", policy_loss.item() * num_trained, len(scored))
-        tally.add("entropy", entropies.sum().item(), len(scored))
-        tally.add("logprob_gap", (old_logprobs - rollout_logprobs).abs().sum().item(), len(scored))
+        for name, (total, elements) in sums.items():
+            tally.add(name, total, elements)
+        tally.add("loss", loss.item() * num_trained, count)
+        tally.add("policy_loss", policy_loss.item() * num_trained, count)
+        tally.add("entropy", entropies.sum().item(), count)
+        tally.add("logprob_gap", (old_logprobs - rollout_logprobs).abs().sum().item(), count)
 
-    def kl_sums(self, samples: list[TurnSample]) -> list[float]:
-        """Sum of the per-token KL(policy || reference) estimates over each sample's trained tokens, nats; the same on every rank.
+    def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
+        """`[n_i]` for each sample: the KL(policy || reference) estimate of each trained token, nats; the same on every rank.
 
         Raises:
             ValueError: there is no reference, since `algorithm.kl_coef` is 0.
         """
         if self._reference is None:
-            raise ValueError("kl_sums: no reference model is loaded where algorithm.kl_coef is 0")
-        sums = torch.zeros(len(samples), dtype=torch.float64, device=self._device)
-        for batch in self._share(samples, [0.0] * len(samples), list(range(len(samples)))):
-            logprobs, ref_logprobs = (self._score(model, batch, self._temperature) for model in (self._engine.forward, self._reference))
-            estimates = kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value)
-            if batch.indices:
-                lengths = torch.tensor(batch.row.lengths, device=self._device)
-                owner = torch.tensor(batch.indices, device=self._device).repeat_interleave(lengths)[batch.scored]
-                sums.index_add_(0, owner, estimates.double())
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
+            raise ValueError("kl_tokens: no reference model is loaded where algorithm.kl_coef is 0")
+        rows, estimates = self._share(samples, range(len(samples))), []
+        for row in rows:
+            logprobs, ref_logprobs = self._logprobs(self._engine.forward, row), self._logprobs(self._reference, row)
+            estimates.append(kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value))
+        return collect_columns(samples, rows, estimates, self._device)
 
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all sampled tokens under the model that training started from, and their number.
+        """Negative log-likelihood of all sampled tokens under `config.model.path`, before any warm-up, and their number.
 
-        At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank. Without a reference
-        the base model is loaded for this call alone.
+        At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank. Where the reference is
+        another model, or there is none, the base model is loaded for this call alone.
         """
-        base = self._reference or self._load_base()
+        base = self._reference if self._reference is not None and self._reference_is_base else self._load_frozen(self._base_path)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for batch in self._share(samples, [0.0] * len(samples), list(range(len(samples)))):
-            sums[0] -= self._score(base, batch, 1.0).double().sum()
-            sums[1] += len(batch.scored)
+        for row in self._share(samples, range(len(samples))):
+            sums[0] -= self._logprobs(base, row, temperature=1.0).double().sum()
+            sums[1] += len(row.targets)
         torch.distributed.all_reduce(sums)
         return sums[0].item(), int(sums[1])
+
+    def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+        """Supervised warm-up: lower the mean negative log-likelihood, at temperature 1, of the samples' trained tokens.
+
+        Has an AdamW of its own with the constant rate `config.lr`. Afterwards the learner is as one that was built on the
+        resulting weights: a fresh optimizer and schedule, and these weights as the KL reference.
+
+        Args:
+            samples: what to imitate, on every rank, in one order; one or more.
+            config: epochs, batch size in samples, and learning rate.
+            seed: shuffles the samples, anew in each epoch.
+
+        Returns:
+            This rank's metrics: the loss of the first and the last step, nats a token, and the number of steps.
+        """
+        self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0))
+        shuffler, order, steps = random.Random(seed), list(range(len(samples))), []
+        for _ in range(config.epochs):
+            shuffler.shuffle(order)
+            for start in range(0, len(order), config.batch_size):
+                # In order, a dialogue's samples stand next to each other and can share their history.
+                steps.append(self._imitate_step(samples, sorted(order[start : start + config.batch_size])))
+        merged = self._rebuild(self._config.learner)
+        if self._reference is not None:
+            self._reference, self._reference_is_base = self._load_frozen(self._path, merged), False
+        engine.return_freed_memory()
+        tally = Tally()
+        tally.add("loss_first", *steps[0])
+        tally.add("loss_last", *steps[-1])
+        return [*tally.metrics("warm_up/"), Metric("warm_up/steps", len(steps), Reduction.max)]
+
+    def _imitate_step(self, samples: list[TurnSample], part: list[int]) -> tuple[float, int]:
+        """One optimizer step; returns the sum of this rank's negative log-likelihoods and the number of its tokens."""
+        num_trained, total, count = sum(samples[index].num_trained for index in part), 0.0, 0
+        for row in self._share(samples, part):
+            nll = -score_row(self._engine.forward, row, 1.0)[0].sum()
+            self._engine.backward(nll / num_trained)
+            total, count = total + nll.item(), count + len(row.targets)
+        self._engine.step()
+        return total, count
+
+    def _rebuild(self, config: LearnerConfig) -> Weights:
+        """Replace the engine by a fresh one around its weights, which are returned, on the CPU."""
+        current = {name: tensor.cpu().clone() for name, tensor in self.iter_full_tensors()}
+        # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one another.
+        del self._engine
+        gc.collect()
+        self._engine = self._build_engine(config, current)
+        return current
 
     @torch.no_grad()
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log-prob in nats, at temperature 1, of each token but the first given those before it; one fewer than `token_ids`."""
         tokens = torch.tensor(token_ids, device=self._device)
         positions = torch.arange(len(token_ids), device=self._device)
-        logprobs, _ = self._engine.forward(tokens, positions, [len(token_ids)], positions[1:], 1.0)
+        logprobs, _ = self._engine.forward(tokens, positions, [Span(length=len(token_ids))], positions[:-1], positions[1:], 1.0)
         return logprobs.tolist()
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every tensor of `iter_full_tensors`, in its order."""
         return weights.metadata(self._engine)
 
-    def iter_full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its Hugging Face name, tied head included; see `weights.iter_full_tensors`."""
+    def iter_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight whole and merged, under its Hugging Face name, tied head included; see `weights.iter_full_tensors`."""
         return weights.iter_full_tensors(self._engine)
 
     def write_weights(self, path: str) -> None:

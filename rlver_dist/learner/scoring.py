@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rlver_dist.experience.packing import Span
 from rlver_dist.learner.attention import ATTENTION_NAME, register
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ class LogprobAndEntropy(torch.autograd.Function):
         return grad_logits, None, None
 
 
+def hidden_states(backbone: torch.nn.Module, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+    """Last hidden states `[T, H]` of one packed row; see `PolicyModel.forward`. `backbone` is a Hugging Face model without its head."""
+    inputs = dict(input_ids=token_ids[None], position_ids=position_ids[None])
+    return backbone(**inputs, attention_mask=None, use_cache=False, spans=spans).last_hidden_state[0]
+
+
 class PolicyModel(torch.nn.Module):
     """A Hugging Face causal language model with a scoring forward pass over packed rows.
 
@@ -76,32 +83,32 @@ class PolicyModel(torch.nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(
-        self, token_ids: torch.Tensor, position_ids: torch.Tensor, segment_lengths: list[int], scored: torch.Tensor, temperature: float
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        spans: list[Span],
+        before: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score chosen tokens of one packed row.
 
         Args:
             token_ids: `[T]`.
-            position_ids: `[T]`, restarting at each segment.
-            segment_lengths: tokens of each segment.
-            scored: `[S]` indices into the row of the tokens to score; none is the first of its segment.
+            position_ids: `[T]`, each token's place in its own sample.
+            spans: who attends to whom.
+            before: `[S]` indices into the row of the tokens that predict the scored ones.
+            targets: `[S]` indices into the row of the tokens to score.
             temperature: divides the logits.
 
         Returns:
             Log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored tokens were drawn from.
         """
-        hidden = self.model.base_model(
-            input_ids=token_ids[None],
-            attention_mask=None,
-            position_ids=position_ids[None],
-            use_cache=False,
-            segment_lengths=segment_lengths,
-        ).last_hidden_state[0]
-        before, targets = hidden[scored - 1], token_ids[scored]
+        hidden, targets = hidden_states(self.model.base_model, token_ids, position_ids, spans)[before], token_ids[targets]
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._head(before, targets, temperature)
+            return self._head(hidden, targets, temperature)
         # One call whatever the number of tokens: under ZeRO-3 each call gathers the head, and every rank has to gather as often.
-        return checkpoint(self._head, before, targets, temperature, use_reentrant=False)
+        return checkpoint(self._head, hidden, targets, temperature, use_reentrant=False)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return LogprobAndEntropy.apply(self.model.get_output_embeddings()(hidden), targets, temperature)

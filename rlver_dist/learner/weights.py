@@ -1,4 +1,4 @@
-"""Full tensors of the policy under Hugging Face names, whether or not ZeRO-3 has sharded them."""
+"""Full tensors of the policy under Hugging Face names, whether or not ZeRO-3 has sharded them and LoRA has split them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from rlver_dist.learner import lora
 from rlver_dist.learner.engine import TrainingEngine
 
 GATHER_ELEMENTS = 1 << 27
@@ -15,36 +16,35 @@ GATHER_ELEMENTS = 1 << 27
 def metadata(engine: TrainingEngine) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Name, dtype and full shape of every tensor that `iter_full_tensors` yields, in its order; not collective."""
     return [
-        (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-        for name, parameter in _named_parameters(engine)
+        (weight.name, weight.base.dtype, tuple(getattr(weight.base, "ds_shape", weight.base.shape)))
+        for weight in lora.named_weights(engine.model)
     ]
 
 
 def iter_full_tensors(engine: TrainingEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every parameter whole, on the learner's device and in the model's dtype; collective under ZeRO-3.
+    """Yield every weight whole and merged, on the learner's device and in the model's dtype; collective under ZeRO-3.
 
     A tied `lm_head.weight` is yielded too, under its own name: vLLM's layerwise reload expects it. Tensors are safe to keep
-    until the next update; under ZeRO-3 they are copies.
+    until the next update; under ZeRO-3 they are copies, and so are weights with an adapter.
     """
-    for bucket in _buckets(_named_parameters(engine)):
+    for bucket in _buckets(lora.named_weights(engine.model)):
         # Tied names share one parameter; DeepSpeed refuses to gather it twice.
-        with engine.gathered({id(parameter): parameter for _, parameter in bucket}.values()):
-            tensors = [(name, parameter.detach().clone() if engine.zero_stage == 3 else parameter.detach()) for name, parameter in bucket]
+        with engine.gathered({id(part): part for weight in bucket for part in weight.parts}.values()):
+            tensors = [(weight.name, weight.merged()) for weight in bucket]
+            if engine.zero_stage == 3:
+                # What shares a gathered parameter's memory is gone after the block.
+                tensors = [(name, tensor.clone()) for name, tensor in tensors]
         yield from tensors
 
 
-def _named_parameters(engine: TrainingEngine) -> list[tuple[str, torch.nn.Parameter]]:
-    return list(engine.model.named_parameters(remove_duplicate=False))
-
-
-def _buckets(named: list[tuple[str, torch.nn.Parameter]]) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-    bucket: list[tuple[str, torch.nn.Parameter]] = []
+def _buckets(weights: list[lora.Weight]) -> Iterator[list[lora.Weight]]:
+    bucket: list[lora.Weight] = []
     size = 0
-    for name, parameter in named:
-        elements = getattr(parameter, "ds_numel", parameter.numel())
+    for weight in weights:
+        elements = sum(getattr(part, "ds_numel", part.numel()) for part in weight.parts)
         if bucket and size + elements > GATHER_ELEMENTS:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
+        bucket.append(weight)
         size += elements
     yield bucket

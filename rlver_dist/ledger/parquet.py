@@ -17,7 +17,8 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import DataError
 from rlver_dist.ledger.records import DialogueRecord, Phase, appraisal_hashes, from_row, to_row
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PhaseName = Literal["train", "before", "after", "control"]
 VERSION_KEY = b"rlver_dist.ledger_schema"
 
 
@@ -48,6 +49,8 @@ _TURN = pa.struct(
         _required("logprobs", _list_of(pa.float64())),
         _required("reply", pa.string()),
         _required("thinking", pa.string()),
+        _required("thinking_tokens", pa.int32()),
+        _required("well_formed", pa.bool_()),
         _required("truncated", pa.bool_()),
         _required("emotion_before", pa.float64()),
         _required("emotion_after", pa.float64()),
@@ -80,7 +83,7 @@ SCHEMA = pa.schema(
 """Emotions in points (0 to 100), log-probs in nats, rewards 0 to 1; the columns are the fields of `DialogueRecord`."""
 
 
-def dialogues_path(output_dir: str | Path, *, phase: Phase | Literal["train", "before", "after"], iteration: int) -> Path:
+def dialogues_path(output_dir: str | Path, *, phase: Phase | PhaseName, iteration: int) -> Path:
     """Where a run keeps one phase's dialogues, for example `dialogues/train_000003.parquet`."""
     return Path(output_dir) / "dialogues" / f"{Phase(phase).value}_{iteration:06d}.parquet"
 
@@ -90,7 +93,7 @@ def write_dialogues(
     dialogues: Sequence[Dialogue],
     *,
     iteration: int,
-    phase: Phase | Literal["train", "before", "after"],
+    phase: Phase | PhaseName,
     rewards: Mapping[str, float],
     advantages: Mapping[str, float] | None = None,
 ) -> None:
@@ -100,7 +103,7 @@ def write_dialogues(
         path: the file; see `dialogues_path`. Its folder is made where missing.
         dialogues: failed ones too; ids differ, seeds fit into 64 signed bits.
         iteration: the training iteration that they belong to.
-        phase: "train", "before" or "after".
+        phase: see `Phase`.
         rewards: reward by dialogue id; absent where a dialogue was never scored.
         advantages: advantage by dialogue id; absent where a dialogue did not enter the loss.
 

@@ -16,11 +16,12 @@ from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Turn
 
 
 class Phase(str, Enum):
-    """What the dialogues were held for: training, or the evaluation before or after it."""
+    """What the dialogues were held for: training, or the evaluation before or after it, or before the format warm-up."""
 
     train = "train"
     before = "before"
     after = "after"
+    control = "control"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -117,6 +118,8 @@ def _turn_to_row(turn: Turn, inputs: str | None) -> dict[str, Any]:
         "logprobs": turn.logprobs,
         "reply": turn.reply,
         "thinking": turn.thinking,
+        "thinking_tokens": turn.thinking_tokens,
+        "well_formed": turn.well_formed,
         "truncated": turn.truncated,
         "emotion_before": turn.emotion_before,
         "emotion_after": turn.emotion_after,
@@ -136,6 +139,8 @@ def _turn_from_row(row: dict[str, Any]) -> Turn:
         logprobs=row["logprobs"],
         reply=row["reply"],
         thinking=row["thinking"],
+        thinking_tokens=row["thinking_tokens"],
+        well_formed=row["well_formed"],
         truncated=row["truncated"],
         emotion_before=row["emotion_before"],
         emotion_after=row["emotion_after"],

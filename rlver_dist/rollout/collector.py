@@ -78,12 +78,18 @@ class DialogueTask:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class CollectLimits:
-    """Limits and sampling of one collection; meanings and units as in `RolloutConfig` and `ModelConfig`."""
+    """Limits and sampling of one collection; meanings and units as in `RolloutConfig` and `ModelConfig`.
+
+    Attributes:
+        strict_format: a reply that is not well-formed ends the dialogue as `EndReason.MALFORMED`; else only one without any text
+            for the user does.
+    """
 
     max_turns: int
     max_reply_tokens: int
     max_context_tokens: int
     end_on_truncation: bool
+    strict_format: bool
     temperature: float
     max_concurrent: int
     request_timeout_s: float
@@ -175,7 +181,7 @@ class _Conversation:
             if len(prompt_ids) + limits.max_reply_tokens > limits.max_context_tokens:
                 return EndReason.CONTEXT_OVERFLOW
             turn = await self._reply(index, prompt_ids)
-            if not turn.reply:
+            if not turn.reply or (limits.strict_format and not turn.well_formed):
                 return EndReason.MALFORMED
             if turn.truncated and limits.end_on_truncation:
                 return EndReason.OVER_LONG
@@ -183,7 +189,7 @@ class _Conversation:
             if end_reason is not None:
                 return end_reason
             assert turn.user_message is not None
-            prompt_ids = self._renderer.next_prompt(prompt_ids, turn.reply_ids, turn.user_message)
+            prompt_ids = self._renderer.next_prompt(prompt_ids, turn.reply_ids, turn.reply, turn.user_message)
         return EndReason.MAX_TURNS
 
     async def _reply(self, index: int, prompt_ids: list[int]) -> Turn:
@@ -194,11 +200,12 @@ class _Conversation:
             temperature=limits.temperature, seed=derive_seed(dialogue.seed, index),
         )  # fmt: skip
         generation = await self._within_time("rollout engine", self._generate(request))
+        parsed = self._renderer.parse_reply(generation.token_ids)
         turn = Turn(
             index=index, prompt_ids=prompt_ids, reply_ids=generation.token_ids, logprobs=generation.logprobs,
-            reply=self._renderer.parse_reply(generation.token_ids), thinking="", truncated=generation.finish_reason == "length",
-            emotion_before=dialogue.final_emotion, emotion_after=dialogue.final_emotion, appraisal=None, user_message=None,
-            policy_version=generation.policy_version,
+            reply=parsed.reply, thinking=parsed.thinking, well_formed=parsed.well_formed, thinking_tokens=parsed.thinking_tokens,
+            truncated=generation.finish_reason == "length", emotion_before=dialogue.final_emotion,
+            emotion_after=dialogue.final_emotion, appraisal=None, user_message=None, policy_version=generation.policy_version,
         )  # fmt: skip
         dialogue.turns.append(turn)
         self._on_reply()

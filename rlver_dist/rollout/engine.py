@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlver_dist.config import Device, Precision
+from rlver_dist.choices import Device, Precision
 from rlver_dist.errors import BoundaryError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 
@@ -35,8 +35,7 @@ class EngineSettings:
         tensor_parallel: GPUs the engine spans.
         gpu_memory_fraction: share of each GPU's memory.
         kv_cache_gib: on CPUs: memory of the key-value cache, GiB.
-        cpu_cores: on CPUs: cores that the engine's threads are bound to; empty leaves `cpu_threads` threads unbound.
-        cpu_threads: on CPUs: threads where `cpu_cores` is empty.
+        cpu_threads: on CPUs: threads of the engine, bound to no core.
         distributed_executor: vLLM's executor for several GPUs, such as `ray`; None lets vLLM choose.
     """
 
@@ -51,7 +50,6 @@ class EngineSettings:
     tensor_parallel: int = 1
     gpu_memory_fraction: float = 0.85
     kv_cache_gib: float = 2
-    cpu_cores: tuple[int, ...] = ()
     cpu_threads: int = 1
     distributed_executor: str | None = None
 
@@ -61,9 +59,7 @@ def _environment(settings: EngineSettings) -> dict[str, str]:
     variables = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_NO_USAGE_STATS": "1"}
     if settings.device is Device.cpu:
         # vLLM's "auto" binds one core and reserves the other of two, which halves the speed on a laptop.
-        cores = ",".join(map(str, settings.cpu_cores))
-        threads = len(settings.cpu_cores) or settings.cpu_threads
-        variables |= {"VLLM_CPU_OMP_THREADS_BIND": cores or "nobind", "OMP_NUM_THREADS": str(threads)}
+        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.cpu_threads)}
     return variables
 
 
@@ -220,9 +216,7 @@ class PolicyEngine:
 
         # The counter keeps ids unique where a failed request is sent again.
         request_id = f"{name}#{next(self._counter)}"
-        parameters = SamplingParams(
-            top_p=1.0, top_k=0, min_p=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling
-        )
+        parameters = SamplingParams(top_p=1.0, top_k=0, min_p=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
         last: RequestOutput | None = None
         async for output in self._started.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
             last = output

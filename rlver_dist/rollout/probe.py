@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlver_dist.config import Precision
+from rlver_dist.choices import Precision
 from rlver_dist.errors import WeightSyncError
 
 MAX_ABS_FLOAT32 = 1e-4
@@ -23,9 +23,7 @@ class ProbeResult:
     max_abs: float
 
 
-def compare_logprobs(
-    learner: Sequence[float], engine: Sequence[float], dtype: Precision, *, engine_index: int, step: int
-) -> ProbeResult:
+def compare_logprobs(learner: Sequence[float], engine: Sequence[float], dtype: Precision, *, engine_index: int, step: int) -> ProbeResult:
     """Compare log-probs `[L]` in nats of one fixed token sequence under the learner and under one engine.
 
     Raises:

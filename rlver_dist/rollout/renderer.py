@@ -1,43 +1,65 @@
-"""From messages to token ids and back, without ever tokenising a sampled token again.
+"""From messages to token ids and back, without ever tokenising a trained token again.
 
-A prompt is made by joining token lists: the previous prompt, the reply exactly as sampled, and the template's pieces around the
-next user message. The pieces are read off the tokenizer's own chat template by rendering it once with sentinel texts. Message
-texts are encoded with `split_special_tokens`, so that a literal "<|im_end|>" from a user stays text.
+A prompt is made by joining token lists: the previous prompt, the reply, and the template's pieces around the next user message.
+Without thinking the reply stands there exactly as sampled, so a dialogue is one row of tokens. With thinking only what the user
+heard stands there, encoded from its text, so each prompt extends the previous prompt and what was thought never enters one.
+
+The pieces are read off the tokenizer's own chat template by rendering it once with sentinel texts. What is said is encoded with
+`split_special_tokens`, so that a literal "<|im_end|>" from a user stays text; the system message is the run's own and is not, so
+that the tags that it names are the tokens that the policy has to use.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 from rlver_dist.errors import ConfigError
+from rlver_dist.rollout.think_format import CLOSE_TAG, OPEN_TAG, ParsedReply, split_thinking
+from rlver_dist.training_config import ModelConfig
 
 SENTINELS = {name: f"sentinel{name}text" for name in ("system", "opening", "reply", "answer")}
+
+
+def system_prompt(model: ModelConfig, think: bool) -> str:
+    """The policy's system message, with the instruction to think first where `think`; empty where there is neither."""
+    parts = (model.system_prompt, model.think_instruction if think else "")
+    return " ".join(part for part in parts if part)
 
 
 class Renderer:
     """Chat template of one tokenizer as token lists, with one system prompt.
 
     Attributes:
+        think: replies are read as thinking and reply, and only the reply enters the next prompt.
         end_token_id: the token that ends an assistant's message; engines have to stop at it.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str) -> None:
+    def __init__(self, tokenizer: Any, system_prompt: str, think: bool = False) -> None:
         """Read the template's pieces.
 
         Args:
             tokenizer: a Hugging Face tokenizer with a chat template.
-            system_prompt: the policy's system message; empty sends none.
+            system_prompt: the policy's system message, the instruction to think included; empty sends none.
+            think: see the class.
 
         Raises:
-            ConfigError: the template cannot be cut into pieces, or joining them does not give the template's own tokens.
+            ConfigError: the template cannot be cut into pieces, joining them does not give the template's own tokens, or its
+                generation prompt opens the thinking itself, which the policy has to do.
         """
+        self.think = think
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
+        self._unheard = self._special_ids()
+        if think:  # Where tags are special tokens, they must survive decoding.
+            self._unheard -= {*self._encode_piece(OPEN_TAG), *self._encode_piece(CLOSE_TAG)}
         before_system, before_opening, closing, generation = self._pieces()
         self._head = self._encode_piece(before_system)
         if system_prompt:
-            self._head += self._encode_text(system_prompt) + self._encode_piece(before_opening)
+            self._head += self._encode_piece(system_prompt) + self._encode_piece(before_opening)
+        if OPEN_TAG in generation:
+            raise self._refusal(f"its generation prompt already holds {OPEN_TAG}")
         self._generation = self._encode_piece(generation)
         end_and_glue = self._encode_piece(closing)
         if not end_and_glue or end_and_glue[0] not in tokenizer.all_special_ids:
@@ -50,18 +72,60 @@ class Renderer:
         """Token ids `[P]` of the first prompt: system message, the user's opening, generation prompt."""
         return [*self._head, *self._encode_text(user_text), *self._generation]
 
-    def next_prompt(self, prompt_ids: Sequence[int], reply_ids: Sequence[int], user_text: str) -> list[int]:
-        """Token ids of the prompt after one more exchange; it extends `prompt_ids + reply_ids`.
+    def next_prompt(self, prompt_ids: Sequence[int], reply_ids: Sequence[int], reply_text: str, user_text: str) -> list[int]:
+        """Token ids of the prompt after one more exchange.
 
-        A reply that was cut at the token limit has no end token: it is closed here, and the closing token belongs to the prompt.
+        It extends `prompt_ids + reply_ids`, or with thinking `prompt_ids` and the encoded `reply_text`. A reply that was cut at the
+        token limit has no end token: it is closed here, and the closing token belongs to the prompt.
+
+        Args:
+            prompt_ids: `[P]` what the reply was sampled from.
+            reply_ids: `[R]` the reply as sampled.
+            reply_text: what the user heard of it.
+            user_text: the user's answer.
         """
-        closing = [] if reply_ids and reply_ids[-1] == self.end_token_id else [self.end_token_id]
-        return [*prompt_ids, *reply_ids, *closing, *self._glue, *self._encode_text(user_text), *self._generation]
+        heard = self._encode_text(reply_text) if self.think else reply_ids
+        closing = [] if heard and heard[-1] == self.end_token_id else [self.end_token_id]
+        return [*prompt_ids, *heard, *closing, *self._glue, *self._encode_text(user_text), *self._generation]
 
-    def parse_reply(self, reply_ids: Sequence[int]) -> str:
-        """The text that the user hears: special tokens, half characters at a cut and outer white space removed."""
-        text = self._tokenizer.decode(list(reply_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.rstrip("\ufffd").strip()
+    def parse_reply(self, reply_ids: Sequence[int]) -> ParsedReply:
+        """What a reply says: without special tokens, half characters at a cut and outer white space.
+
+        Without thinking all of it is heard, and it is well-formed where there is any text. With thinking see `split_thinking`.
+        """
+        text = self._decode(reply_ids)
+        if not self.think:
+            reply = text.strip()
+            return ParsedReply(thinking="", reply=reply, well_formed=bool(reply), thinking_tokens=0)
+        thinking, reply, well_formed = split_thinking(text)
+        # The shortest prefix that holds as many closing tags as the whole.
+        lengths = range(len(reply_ids) + 1)
+        num_thinking = bisect_left(lengths, text.count(CLOSE_TAG), key=lambda n: self._decode(reply_ids[:n]).count(CLOSE_TAG))
+        return ParsedReply(thinking=thinking, reply=reply, well_formed=well_formed, thinking_tokens=num_thinking)
+
+    def encode_reply(self, thinking: str, reply: str) -> list[int]:
+        """Token ids `[R]` of a well-formed reply, the end token included; without thinking `thinking` is left out.
+
+        Tags are encoded apart from the text around them, so that they are the same tokens in every reply.
+
+        Raises:
+            ValueError: the result would not be well-formed: a text is empty or holds a tag.
+        """
+        well_formed = split_thinking(f"{OPEN_TAG}{thinking}{CLOSE_TAG}{reply}")[2] if self.think else bool(reply.strip())
+        if not well_formed:
+            raise ValueError(f"no well-formed reply: thinking {thinking!r}, reply {reply!r}")
+        if not self.think:
+            return [*self._encode_text(reply), self.end_token_id]
+        thought = [*self._encode_piece(OPEN_TAG), *self._encode_text(thinking), *self._encode_piece(CLOSE_TAG)]
+        return [*thought, *self._encode_text(f"\n{reply}"), self.end_token_id]
+
+    def _decode(self, reply_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode([token for token in reply_ids if token not in self._unheard], clean_up_tokenization_spaces=False)
+        return str(text).rstrip("\ufffd")
+
+    def _special_ids(self) -> set[int]:
+        flagged = (token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special)
+        return {*self._tokenizer.all_special_ids, *flagged}
 
     def _messages(self, system: str, opening: str, reply: str, answer: str) -> list[dict[str, str]]:
         spoken = [("user", opening), ("assistant", reply), ("user", answer)]
@@ -89,7 +153,8 @@ class Renderer:
         texts = {"system": self._system_prompt, "opening": "I had a bad day.", "reply": "What happened?", "answer": "My dog is ill."}
         expected = self._tokenizer.apply_chat_template(self._messages(**texts), add_generation_prompt=True, return_dict=False)
         reply_ids = [*self._encode_text(texts["reply"]), self.end_token_id]
-        if self.next_prompt(self.opening_prompt(texts["opening"]), reply_ids, texts["answer"]) != list(expected):
+        opening = self.opening_prompt(texts["opening"])
+        if self.next_prompt(opening, reply_ids, texts["reply"], texts["answer"]) != list(expected):
             raise self._refusal("its tokens are not those of its joined pieces")
 
     def _refusal(self, reason: str) -> ConfigError:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.choices import Preset
+from rlver_dist.config import SimulatorConfig
 from rlver_dist.dialogue import EndReason, Role
 from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser, EmbeddedAppraiser
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
@@ -38,8 +39,12 @@ class EmbeddedSimulator:
             raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
         emotion_rules = self.rules.emotion
         context = AppraisalContext(
-            persona=request.persona, messages=request.messages, emotion=request.emotion, acceptance=self.rules.acceptance,
-            max_change=emotion_rules.max_change, truncated=request.truncated,
+            persona=request.persona,
+            messages=request.messages,
+            emotion=request.emotion,
+            acceptance=self.rules.acceptance,
+            max_change=emotion_rules.max_change,
+            truncated=request.truncated,
         )
         appraisal = self._appraiser.appraise(context)
         appraisal = replace(appraisal, change=clip_change(appraisal.change, emotion_rules.max_change))
@@ -49,8 +54,13 @@ class EmbeddedSimulator:
             return UserResponse(appraisal=appraisal, emotion=emotion, message=None, end_reason=ending)
         message = next_message(
             MessageContext(
-                persona=request.persona, messages=request.messages, emotion=emotion, change=appraisal.change,
-                truncated=request.truncated, rules=self.rules, seed=request.seed,
+                persona=request.persona,
+                messages=request.messages,
+                emotion=emotion,
+                change=appraisal.change,
+                truncated=request.truncated,
+                rules=self.rules,
+                seed=request.seed,
             )
         )
         return UserResponse(

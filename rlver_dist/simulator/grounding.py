@@ -15,8 +15,22 @@ from rlver_dist.simulator.sentences import content_words, overlap, ramp, sentenc
 
 MATTER = (0.15, 0.37)
 """Similarity to anything of the user's from which a sentence touches their matter, and at which it is about it."""
-_SWAP = {"i": "you", "me": "you", "my": "your", "mine": "yours", "myself": "yourself", "i'm": "you're", "i've": "you've", "i'd": "you'd",
-         "i'll": "you'll", "am": "are", "was": "were", "we": "you", "our": "your", "us": "you"}
+_SWAP = {
+    "i": "you",
+    "me": "you",
+    "my": "your",
+    "mine": "yours",
+    "myself": "yourself",
+    "i'm": "you're",
+    "i've": "you've",
+    "i'd": "you'd",
+    "i'll": "you'll",
+    "am": "are",
+    "was": "were",
+    "we": "you",
+    "our": "your",
+    "us": "you",
+}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

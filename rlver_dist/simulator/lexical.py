@@ -38,7 +38,14 @@ WELCOME: dict[HiddenIntent, dict[str, float]] = {
 SUPPORT = frozenset(move for wanted in WELCOME.values() for move in wanted) - {"suggest", "ask"}
 """Moves that support even where they name nothing of the user's."""
 UNWELCOME: dict[str, float] = {
-    "brush_off": 0.55, "scold": 0.5, "accuse": 0.6, "drift": 0.6, "platitude": 0.4, "robot": 0.6, "gush": 0.3, "tally": 1.0,
+    "brush_off": 0.55,
+    "scold": 0.5,
+    "accuse": 0.6,
+    "drift": 0.6,
+    "platitude": 0.4,
+    "robot": 0.6,
+    "gush": 0.3,
+    "tally": 1.0,
 }
 """Harm (0 to 1) of a move to any user."""
 _PRESSING = frozenset({_I.BE_HEARD, _I.DEEP_EMPATHY, _I.PRAISE, _I.NO_FAULT})
@@ -47,8 +54,19 @@ RECOUNT = 0.7
 GAIN, UNMET, HARM = 12.0, 1.0, 8.0
 """Points of full merit, of a turn in which nothing is met, and of full harm."""
 COSTS: dict[str, float] = {
-    "nonsense": 13.0, "squeezable": 10.0, "echo": 8.0, "sorry": 6.0, "emotive": 10.0, "odd_characters": 13.0, "parrot": 8.0, "list": 9.0,
-    "long": 4.0, "quiz": 4.0, "stray": 4.0, "curt": 3.0, "cut": 1.0,
+    "nonsense": 13.0,
+    "squeezable": 10.0,
+    "echo": 8.0,
+    "sorry": 6.0,
+    "emotive": 10.0,
+    "odd_characters": 13.0,
+    "parrot": 8.0,
+    "list": 9.0,
+    "long": 4.0,
+    "quiz": 4.0,
+    "stray": 4.0,
+    "curt": 3.0,
+    "cut": 1.0,
 }
 """Points that each fault costs at full strength."""
 ORDERED = (-1.2, -0.1)
@@ -70,6 +88,7 @@ def _word_class(word: str) -> str:
 @cache
 def _seed_texts() -> tuple[str, ...]:
     """All prose of each seed situation as one text."""
+
     def prose(value: object) -> list[str]:
         if isinstance(value, dict):
             return [text for item in value.values() for text in prose(item)]

@@ -38,12 +38,22 @@ _AIM: dict[HiddenIntent, str] = {
     HiddenIntent.NO_FAULT: "to hear that I am not to blame",
 }
 _FAULT: dict[str, str] = {
-    "repetition": "they go round in circles", "echo": "they have said this before", "apologies": "they only apologise",
-    "feeling_density": "it is a heap of feeling words", "superlatives": "it is laid on too thick", "foreign": "it is not in my language",
-    "word_salad": "the words make no sentence", "symbols": "it is full of symbols", "listing": "it reads like a list",
-    "questions": "they ask too much at once", "over_length": "it goes on and on", "truncated": "it breaks off",
-    "score_talk": "they talk about my mood as a number", "copied": "those are my own words handed back",
-    "too_short": "there is hardly anything in it", "unaddressed": "it is a story, and not told to me",
+    "repetition": "they go round in circles",
+    "echo": "they have said this before",
+    "apologies": "they only apologise",
+    "feeling_density": "it is a heap of feeling words",
+    "superlatives": "it is laid on too thick",
+    "foreign": "it is not in my language",
+    "word_salad": "the words make no sentence",
+    "symbols": "it is full of symbols",
+    "listing": "it reads like a list",
+    "questions": "they ask too much at once",
+    "over_length": "it goes on and on",
+    "truncated": "it breaks off",
+    "score_talk": "they talk about my mood as a number",
+    "copied": "those are my own words handed back",
+    "too_short": "there is hardly anything in it",
+    "unaddressed": "it is a story, and not told to me",
     "gibberish": "it makes no sense",
 }
 _ACTIVITY: dict[Temperament, tuple[str, str, str]] = {
@@ -78,6 +88,12 @@ def activity(temperament: Temperament, change: float) -> str:
 
 def feeling(change: float) -> str:
     """The feeling that results."""
-    steps = ((6.0, "I feel understood, and lighter."), (3.0, "I feel a good deal better."), (_SLIGHT, "I feel a little better."),
-             (-_SLIGHT, "I feel about the same."), (-4.0, "I feel let down."), (-7.0, "I feel brushed off."))
+    steps = (
+        (6.0, "I feel understood, and lighter."),
+        (3.0, "I feel a good deal better."),
+        (_SLIGHT, "I feel a little better."),
+        (-_SLIGHT, "I feel about the same."),
+        (-4.0, "I feel let down."),
+        (-7.0, "I feel brushed off."),
+    )
     return next((text for limit, text in steps if change > limit), "I feel hurt and want to leave.")

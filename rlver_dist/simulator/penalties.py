@@ -40,25 +40,31 @@ _SCORE = re.compile(
     r"|\bset (?:your|my|the|user) \w*\s?(?:emotion|mood|score)\b"
     r"|[+]\s?10\b|\b(?:system|ignore) (?:prompt|override|all|previous)\b|\b100\s?/\s?100\b"
 )
-_SUPERLATIVES = frozenset("""
+_SUPERLATIVES = frozenset(
+    """
 amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous marvelous phenomenal
 exceptional outstanding gorgeous beautiful legendary legend hero heroic inspiring inspiration special superb unbelievable stunning
 flawless angel star best greatest smartest kindest strongest bravest superb adore goddess queen saint unmatched dazzling radiant
 impeccable divine magical unique talented gifted remarkable
-""".split())
-FEELING_WORDS = frozenset("""
+""".split()
+)
+FEELING_WORDS = frozenset(
+    """
 pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak heartbreaking anger angry
 fear afraid scared anxious anxiety shame ashamed guilt guilty tears cry crying love loved empathy compassion understand
 understanding understood feel feeling feelings felt emotion emotions emotional suffering suffer despair hope hopeless comfort care
 caring overwhelmed overwhelming frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle
 tender soul broken ache aching validate validated valid support supported hug hugs listen listening hear heard sympathy sympathetic
 sorry tough hard difficult worry worried
-""".split())
+""".split()
+)
 _LISTENER = frozenset("you your yours yourself you're you've you'd you'll u".split())
-_URGING = frozenset("""
+_URGING = frozenset(
+    """
 ask be book bring call check choose do don't find get give go keep leave let let's listen look make phone pick put ring say send set
 show sit sleep start stay stop take talk tell text think try wait walk write
-""".split())
+""".split()
+)
 _LIST_LINE = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
 _ORDINAL = re.compile(r"\b(?:(?:first|second|third|fourth|fifth)(?:ly)?|next|also|furthermore|moreover|additionally)\b,")

@@ -14,7 +14,8 @@ _BREAK = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])[\"')\]]*\s+|\n+")
 _BULLET = re.compile(r"^\s*(?:[-*\u2022#>]+|\d{1,2}[.)])\s+")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
-FUNCTION_WORDS = frozenset("""
+FUNCTION_WORDS = frozenset(
+    """
 a about after again against all also although always am an and another any anybody anyone anything are aren't around as at away back
 be because been before behind being between both but by came can can't cannot come could couldn't did didn't do does doesn't doing
 don't done down each either else enough even ever every everybody everyone everything few first for from get gets getting go goes
@@ -27,7 +28,8 @@ there there's these they they'd they'll they're they've thing things this those 
 towards two under until up upon us very was wasn't way we we'd we'll we're we've well went were weren't what what's when where which
 while who who's whole whom whose why will with within without won't would wouldn't yes yet you you'd you'll you're you've your yours
 yourself
-""".split())
+""".split()
+)
 """English words that carry grammar more than matter; about half of the words of any English prose."""
 
 

@@ -51,8 +51,14 @@ SUPPORT = frozenset(list(Strategy)[: list(Strategy).index(_S.SELF_DISCLOSURE) + 
 COMFORT = frozenset({_S.REFLECT_FEELING, _S.VALIDATE, _S.PRAISE_EFFORT, _S.ABSOLVE, _S.PRESENCE})
 """Support that may name nothing of the matter and still be meant for the user; the rest counts only on the user's own matter."""
 _INTENTS = (
-    HiddenIntent.BALANCED_VIEW, HiddenIntent.PRACTICAL_ADVICE, HiddenIntent.UNDERSTAND_OTHERS, HiddenIntent.SELF_REFLECTION,
-    HiddenIntent.PRAISE, HiddenIntent.BE_HEARD, HiddenIntent.DEEP_EMPATHY, HiddenIntent.NO_FAULT,
+    HiddenIntent.BALANCED_VIEW,
+    HiddenIntent.PRACTICAL_ADVICE,
+    HiddenIntent.UNDERSTAND_OTHERS,
+    HiddenIntent.SELF_REFLECTION,
+    HiddenIntent.PRAISE,
+    HiddenIntent.BE_HEARD,
+    HiddenIntent.DEEP_EMPATHY,
+    HiddenIntent.NO_FAULT,
 )
 # fmt: off
 _ROWS: dict[Strategy, tuple[float, ...]] = {

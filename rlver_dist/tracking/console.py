@@ -28,6 +28,7 @@ MIN_CURVE_COLUMNS = 10
 ITERATION_FIELDS = (
     ("reward", "reward/mean", ".3f"),
     ("success", "reward/success_share", ".2f"),
+    ("format", "rollout/well_formed_share", ".2f"),
     ("len", "rollout/reply_tokens", ".0f"),
     ("kl", "learner/kl_ref", ".4f"),
 )
@@ -204,9 +205,11 @@ def _seconds(seconds: float) -> str:
 
 
 def _dialogue_lines(dialogue: Dialogue) -> list[str]:
-    """The talk as both sides heard it, with the emotion that each reply led to."""
+    """The talk as both sides heard it, with the emotion that each reply led to; what was thought stands in brackets."""
     lines = [f"user [{dialogue.start_emotion:.0f}]: {_one_line(dialogue.opening)}"]
     for turn in dialogue.turns:
+        if turn.thinking:
+            lines.append(f"  [thinks: {_one_line(turn.thinking)}]")
         lines.append(f"policy [{turn.emotion_before:.0f} -> {turn.emotion_after:.0f}]: {_one_line(turn.reply)}")
         if turn.user_message is not None:
             lines.append(f"user [{turn.emotion_after:.0f}]: {_one_line(turn.user_message)}")
@@ -221,12 +224,16 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     """What `summary.json` says, for people; keys that are absent are left out."""
     lines = [
         f"  {name:<26} {_comparison(result)}"
-        for name, result in (("emotion", summary), ("emotion, second appraiser", summary.get("second_appraiser", {})))
+        for name, result in (
+            ("emotion", summary),
+            ("emotion, second appraiser", summary.get("second_appraiser", {})),
+            ("emotion, warm-up alone", summary.get("warm_up", {})),
+        )
         if result.get("difference") is not None
     ]
-    for name in ("distinct2", "perplexity"):
-        if name in summary:
-            lines.append(f"  {name:<26} {summary[name]['before']:.3g} -> {summary[name]['after']:.3g}")
+    for name, key in (("well-formed replies", "well_formed"), ("distinct2", "distinct2"), ("perplexity", "perplexity")):
+        if key in summary:
+            lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}")
     if "num_eval_personas" in summary:
         lines.append(f"  {'users':<26} {summary['num_eval_personas']}")
     return lines

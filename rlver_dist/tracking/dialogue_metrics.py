@@ -35,6 +35,8 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
         Metric("rollout/failed", len(dialogues) - len(held), Reduction.sum),
         _mean("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in held]),
         _mean("rollout/reply_tokens", [len(turn.reply_ids) for turn in turns]),
+        _mean("rollout/thinking_tokens", [turn.thinking_tokens for turn in turns]),
+        _mean("rollout/well_formed_share", [turn.well_formed for turn in turns]),
         _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
         *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),

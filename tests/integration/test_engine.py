@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlver_dist.config import Device, Precision
+from rlver_dist.choices import Device, Precision
 from rlver_dist.errors import WeightSyncError
 from rlver_dist.models import TINY, resolve
 from rlver_dist.rollout.collector import GenerateRequest

@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rlver_dist.choices import Precision
-from rlver_dist.config import AlgorithmConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig
+from rlver_dist.config import RolloutConfig, RunConfig
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.models import TINY, resolve
 from rlver_dist.tracking.metrics import reduce_metrics
+from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, ModelConfig, WarmUpConfig
 
 CONFIG = RunConfig(
     model=ModelConfig(dtype=Precision.float32),
-    algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, updates_per_iteration=2, clip_low=0.1, clip_high=0.15),
-    rollout=RolloutConfig(temperature=0.7, batch_size=4),
+    algorithm=AlgorithmConfig(group_size=2, kl_coef=0.1, entropy_coef=0.01, updates_per_iteration=2, clip_low=0.1, clip_high=0.15),
+    rollout=RolloutConfig(temperature=0.7, dialogues_per_iteration=8),
     learner=LearnerConfig(lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1),
 )
-ITERATIONS = 2
+WARM_UP = WarmUpConfig(dialogues=8, epochs=3, batch_size=5, lr=0.01)
+KL_COEF = 0.1
+ITERATIONS = 3
 VOCABULARY = 400
 PROBE = [1, 345, 67, 42, 7, 11]
 
@@ -39,24 +42,42 @@ def make_model(folder):
 
 
 def make_samples():
+    """Eight dialogues in four groups, with an advantage for each trained token: six with thinking, a sample a turn over a growing
+    history, and two without, whose turns are one sample."""
     draw = random.Random(0)
-    samples, advantages = [], []
-    for index in range(8):
-        length = draw.randrange(12, 90)
-        mask = [position > 4 and (position // 7) % 2 == 1 for position in range(length)]
-        samples.append(
-            TurnSample(
-                token_ids=[draw.randrange(VOCABULARY) for _ in range(length)],
-                loss_mask=mask,
-                rollout_logprobs=[-6 + draw.uniform(-1, 1) if trained else 0.0 for trained in mask],
-                reward=0.0,
-                dialogue_id=str(index),
-                group_id=str(index // 2),
-                turn_index=0,
-            )
-        )
-        advantages.append(draw.uniform(-2, 2))
-    return samples, advantages
+    samples = []
+    for dialogue in range(6):
+        history = draw.choices(range(VOCABULARY), k=draw.randrange(5, 30))
+        for turn in range(1 + dialogue % 3):
+            reply = draw.choices(range(VOCABULARY), k=draw.randrange(2, 12))
+            thinking = draw.choices(range(VOCABULARY), k=draw.randrange(1, 15))
+            samples.append(make_sample(draw, dialogue, turn, history, [*thinking, *reply]))
+            history = [*history, *reply, *draw.choices(range(VOCABULARY), k=draw.randrange(1, 10))]
+    for dialogue in (6, 7):
+        tokens = draw.choices(range(VOCABULARY), k=draw.randrange(40, 90))
+        sample = make_sample(draw, dialogue, 0, tokens[:5], tokens[5:])
+        sample.loss_mask = [position > 4 and (position // 7) % 2 == 1 for position in range(len(tokens))]
+        samples.append(sample)
+    return samples, [torch.tensor([draw.uniform(-2, 2) for _ in range(sample.num_trained)]) for sample in samples]
+
+
+def make_sample(draw, dialogue, turn, context, trained):
+    return TurnSample(
+        token_ids=[*context, *trained],
+        loss_mask=[False] * len(context) + [True] * len(trained),
+        rollout_logprobs=[0.0] * len(context) + [-6 + draw.uniform(-1, 1) for _ in trained],
+        reward=0.0,
+        dialogue_id=str(dialogue),
+        group_id=str(dialogue // 2),
+        turn_index=turn,
+    )
+
+
+def one_dialogue():
+    """A dialogue of three turns alone, which is work for one rank where its turns share their history."""
+    samples, advantages = make_samples()
+    chosen = [index for index, sample in enumerate(samples) if sample.dialogue_id == "2"]
+    return [samples[index] for index in chosen], [advantages[index] for index in chosen], KL_COEF
 
 
 def configure(folder, **changes):
@@ -77,7 +98,7 @@ def weights_of(learner):
 
 def train(learner):
     samples, advantages = make_samples()
-    metrics = [learner.update(samples, advantages) for _ in range(ITERATIONS)]
+    metrics = [learner.update(samples, advantages, KL_COEF) for _ in range(ITERATIONS)]
     return {"metrics": metrics, "weights": weights_of(learner), "probe": learner.probe(PROBE)}
 
 
@@ -85,6 +106,7 @@ def one_rank(_, port, folder):
     build = build_learner(0, 1, port)
     results = {
         "plain": train(build(configure(folder))),
+        "unshared": train(build(configure(folder, share_prefixes=False))),
         "many_micro_batches": train(build(configure(folder, micro_batch_tokens=128))),
         "recompute": train(build(configure(folder, gradient_checkpointing=True))),
         "stage0": train(build(configure(folder, zero_stage=0))),
@@ -94,17 +116,26 @@ def one_rank(_, port, folder):
     }
     samples, advantages = make_samples()
     uninterrupted = build(configure(folder))
-    uninterrupted.update(samples, advantages)
+    uninterrupted.update(samples, advantages, KL_COEF)
     uninterrupted.save(f"{folder}/checkpoint")
     resumed = build(configure(folder))
     resumed.load(f"{folder}/checkpoint")
     for name, learner in (("uninterrupted", uninterrupted), ("resumed", resumed)):
-        results[name] = {"metrics": [learner.update(samples, advantages)], "weights": weights_of(learner)}
+        results[name] = {"metrics": [learner.update(samples, advantages, KL_COEF)], "weights": weights_of(learner)}
     resumed.write_weights(f"{folder}/weights.safetensors")
     resumed.export(f"{folder}/policy")
-    results["kl_sums"] = resumed.kl_sums(samples)
+    results["kl_tokens"] = resumed.kl_tokens(samples)
     results["base_nll"] = build(configure(folder, kl_coef=0.0)).base_nll(samples)
-    results["nothing"] = build(configure(folder)).update([], [])
+    lonely = build(configure(folder))
+    results["nothing"] = lonely.update([], [], KL_COEF)
+    lonely.update(*one_dialogue())
+    results["one_dialogue"] = weights_of(lonely)
+    warmed_up = build(configure(folder))
+    results["warm_up"] = imitate(warmed_up, samples)
+    warmed_up.export(f"{folder}/warmed_up")
+    for name, learner in (("after_warm_up", warmed_up), ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up"))):
+        kl_before = learner.kl_tokens(samples)
+        results[name] = {**train(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
     resumed.close()
     torch.save(results, f"{folder}/one_rank.pt")
 
@@ -113,21 +144,33 @@ def two_ranks(rank, port, folder):
     build = build_learner(rank, 2, port)
     samples, _ = make_samples()
     results = {f"stage{stage}": train(build(configure(folder, zero_stage=stage, micro_batch_tokens=128))) for stage in (0, 1, 2)}
+    results["unshared"] = train(build(configure(folder, zero_stage=2, share_prefixes=False, micro_batch_tokens=128)))
     sharded = build(configure(folder, zero_stage=3, micro_batch_tokens=128))
     results["stage3"] = train(sharded)
-    results["kl_sums"] = sharded.kl_sums(samples)
+    results["kl_tokens"] = sharded.kl_tokens(samples)
     results["metadata"] = sharded.metadata()
     results["base_nll"] = sharded.base_nll(samples)
     sharded.write_weights(f"{folder}/sharded.safetensors")
+    for stage in (2, 3):
+        lonely = build(configure(folder, zero_stage=stage))
+        lonely.update(*one_dialogue())
+        results[f"one_dialogue{stage}"] = weights_of(lonely)
+    for stage in (1, 3):
+        warmed_up = build(configure(folder, zero_stage=stage))
+        results[f"warm_up{stage}"] = {**imitate(warmed_up, samples), "training": train(warmed_up)}
     sharded.close()
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
+
+
+def imitate(learner, samples):
+    return {"metrics": learner.imitate(samples, WARM_UP, seed=5), "weights": weights_of(learner)}
 
 
 def build_learner(rank, world_size, port):
     from rlver_dist.learner.policy import PolicyLearner
 
     place = dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
-    return lambda config: PolicyLearner(config=config, **place)
+    return lambda config, **more: PolicyLearner(config=config, **more, **place)
 
 
 def spawn(target, world_size, folder):
@@ -166,45 +209,73 @@ def score_alone(model, sample, temperature):
 def plain_step_loss(model, reference, batch, old):
     """The update's loss as the papers write it: sums over trained tokens over their number, a sample at a time."""
     algorithm, total, count, clipped = CONFIG.algorithm, 0.0, 0, 0
-    for (sample, advantage), old_logprobs in zip(batch, old, strict=True):
+    for (sample, advantages), old_logprobs in zip(batch, old, strict=True):
         logprobs, entropies = score_alone(model, sample, CONFIG.rollout.temperature)
         with torch.no_grad():
             ref_logprobs, _ = score_alone(reference, sample, CONFIG.rollout.temperature)
         rollout = torch.tensor([value for value, trained in zip(sample.rollout_logprobs, sample.loss_mask, strict=True) if trained])
         weight = (old_logprobs - rollout).exp().clamp(max=algorithm.tis_cap)
         ratio = (logprobs - old_logprobs).exp()
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantage)
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages)
         difference = ref_logprobs - logprobs
         k3 = difference.exp() - 1 - difference
-        total += (-(weight * surrogate) + algorithm.kl_coef * k3 - algorithm.entropy_coef * entropies).sum()
+        total += (-(weight * surrogate) + KL_COEF * k3 - algorithm.entropy_coef * entropies).sum()
         count += len(logprobs)
-        clipped += int((ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantage < ratio * advantage).sum())
+        clipped += int((ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages < ratio * advantages).sum())
     return total / count, clipped
+
+
+class PlainLoop:
+    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass."""
+
+    def __init__(self, folder, lr, warmup_steps):
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        learner = CONFIG.learner
+        self.lr, self.warmup_steps, self.norms = lr, warmup_steps, []
+        betas = (learner.beta1, learner.beta2)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=betas, weight_decay=learner.weight_decay)
+
+    def step(self, loss):
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (len(self.norms) + 1) / max(1, self.warmup_steps))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CONFIG.learner.grad_clip)))
+        self.optimizer.step()
 
 
 @pytest.fixture(scope="module")
 def reference_run(folder):
-    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass, two steps of two groups an iteration."""
-    torch.set_num_threads(1)
-    model, base = (AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager") for _ in range(2))
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    learner = CONFIG.learner
-    betas = (learner.beta1, learner.beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learner.lr, betas=betas, weight_decay=learner.weight_decay)
-    norms, clipped = [], 0
+    """Reinforcement learning in plain PyTorch: two steps of two groups an iteration."""
+    loop = PlainLoop(folder / "model", CONFIG.learner.lr, CONFIG.learner.warmup_steps)
+    model, base = loop.model, AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    start, clipped = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 0
     pairs = list(zip(*make_samples(), strict=True))
+    first_half = sum(sample.group_id in "01" for sample, _ in pairs)
     for _ in range(ITERATIONS):
         with torch.no_grad():
             old = [score_alone(model, sample, CONFIG.rollout.temperature)[0] for sample, _ in pairs]
-        for part in (slice(0, 4), slice(4, 8)):
-            optimizer.param_groups[0]["lr"] = learner.lr * min(1, (len(norms) + 1) / learner.warmup_steps)
-            optimizer.zero_grad()
+        for part in (slice(0, first_half), slice(first_half, None)):
             loss, num_clipped = plain_step_loss(model, base, pairs[part], old[part])
-            loss.backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), learner.grad_clip)))
-            optimizer.step()
+            loop.step(loss)
             clipped += num_clipped
-    return {"model": model, "start": start, "norms": norms, "clipped": clipped}
+    return {"model": model, "start": start, "norms": loop.norms, "clipped": clipped}
+
+
+@pytest.fixture(scope="module")
+def reference_warm_up(folder):
+    """Supervised learning in plain PyTorch; the model and the losses of its steps."""
+    loop = PlainLoop(folder / "model", WARM_UP.lr, 0)
+    samples, _ = make_samples()
+    shuffler, order, losses = random.Random(5), list(range(len(samples))), []
+    for _ in range(WARM_UP.epochs):
+        shuffler.shuffle(order)
+        for start in range(0, len(order), WARM_UP.batch_size):
+            batch = [samples[index] for index in order[start : start + WARM_UP.batch_size]]
+            loss = -torch.cat([score_alone(loop.model, sample, 1.0)[0] for sample in batch]).mean()
+            losses.append(loss.item())
+            loop.step(loss)
+    return {"model": loop.model, "losses": losses}
 
 
 def relative_error(weights, expected):
@@ -227,16 +298,16 @@ def test_reference_run_clips_both_ways(reference_run):
     assert relative_error(reference_run["start"], reference_run["model"].state_dict()) > 1e-2
 
 
-@pytest.mark.parametrize("scenario", ["plain", "many_micro_batches", "recompute", "stage0", "stage2", "stage3"])
+@pytest.mark.parametrize("scenario", ["plain", "unshared", "many_micro_batches", "recompute", "stage0", "stage2", "stage3"])
 def test_one_rank_equals_plain_pytorch(scenario, one, reference_run):
     check_same_training(one[scenario], reference_run)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_equal_one(stage, two, reference_run):
+@pytest.mark.parametrize("scenario", ["stage0", "stage1", "stage2", "stage3", "unshared"])
+def test_two_ranks_equal_one(scenario, two, reference_run):
     for result in two:
-        check_same_training(result[f"stage{stage}"], reference_run)
-    pooled = reduce_metrics(two[0][f"stage{stage}"]["metrics"][0] + two[1][f"stage{stage}"]["metrics"][0])
+        check_same_training(result[scenario], reference_run)
+    pooled = reduce_metrics(two[0][scenario]["metrics"][0] + two[1][scenario]["metrics"][0])
     samples, _ = make_samples()
     assert pooled["learner/trained_tokens"] == sum(sum(sample.loss_mask) for sample in samples)
     assert pooled["learner/optimizer_steps"] == 2
@@ -245,6 +316,7 @@ def test_two_ranks_equal_one(stage, two, reference_run):
 def test_metrics_pool_over_ranks(one, two):
     alone = reduce_metrics(one["plain"]["metrics"][1])
     pooled = reduce_metrics(two[0]["stage1"]["metrics"][1] + two[1]["stage1"]["metrics"][1])
+    assert alone["time/policy_update_s"] > 0
     keys = [key for key in alone if key.startswith("learner/")]
     assert {"learner/kl_ref", "learner/clip_fraction", "learner/entropy", "learner/logprob_gap"} < set(keys)
     assert [pooled[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-4, abs=1e-6)
@@ -292,7 +364,7 @@ def test_export_loads_in_transformers(one, folder):
     assert ours.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(messages, tokenize=False)
 
 
-def test_kl_sums_and_base_nll(one, two, folder):
+def test_kl_tokens_and_base_nll(one, two, folder):
     samples, _ = make_samples()
     policy, base = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
     with torch.no_grad():
@@ -300,12 +372,52 @@ def test_kl_sums_and_base_nll(one, two, folder):
         policy.load_state_dict(one["resumed"]["weights"])
         temperature = CONFIG.rollout.temperature
         differences = [score_alone(base, sample, temperature)[0] - score_alone(policy, sample, temperature)[0] for sample in samples]
-    expected = [float((difference.exp() - 1 - difference).sum()) for difference in differences]
-    assert one["kl_sums"] == pytest.approx(expected, rel=1e-3)
+    for ours, difference in zip(one["kl_tokens"], differences, strict=True):
+        torch.testing.assert_close(ours, difference.exp() - 1 - difference, rtol=1e-3, atol=1e-6)
     count = sum(sum(sample.loss_mask) for sample in samples)
     for result in (one, *two):
         assert result["base_nll"] == (pytest.approx(nll, rel=1e-5), count)
-    assert two[0]["kl_sums"] == two[1]["kl_sums"]
+    assert all(torch.equal(*columns) for columns in zip(two[0]["kl_tokens"], two[1]["kl_tokens"], strict=True))
+    assert [len(column) for column in two[0]["kl_tokens"]] == [sum(sample.loss_mask) for sample in samples]
+    assert all(column.any() for column in two[0]["kl_tokens"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_without_work_neither_waits_nor_pulls(stage, one, two, reference_run):
+    assert relative_error(reference_run["start"], one["one_dialogue"]) > 1e-4
+    for result in two:
+        assert relative_error(result[f"one_dialogue{stage}"], one["one_dialogue"]) < 1e-6
+
+
+def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
+    losses = reference_warm_up["losses"]
+    assert losses[-1] < losses[0] - 0.5
+    runs = [([one["warm_up"]["metrics"]], one["warm_up"]["weights"])]
+    for stage in (1, 3):
+        metrics = [result[f"warm_up{stage}"]["metrics"] for result in two]
+        runs += [(metrics, result[f"warm_up{stage}"]["weights"]) for result in two]
+    for metrics, weights in runs:
+        pooled = reduce_metrics([metric for records in metrics for metric in records])
+        assert pooled["warm_up/loss_first"] == pytest.approx(losses[0], rel=1e-5)
+        assert pooled["warm_up/loss_last"] == pytest.approx(losses[-1], rel=1e-5)
+        assert pooled["warm_up/steps"] == len(losses)
+        assert relative_error(weights, reference_warm_up["model"].state_dict()) < 1e-5
+
+
+def test_after_warm_up_the_learner_is_as_one_built_on_the_exported_weights(one, two):
+    ours, built = one["after_warm_up"], one["from_export"]
+    assert all(torch.equal(ours["weights"][name], tensor) for name, tensor in built["weights"].items())
+    assert not any(column.any() for result in (ours, built) for column in result["kl_before"])
+    for step in range(ITERATIONS):
+        metrics, expected = (
+            {metric.key: metric.value for metric in result["metrics"][step] if metric.key.startswith("learner/")}
+            for result in (ours, built)
+        )
+        assert metrics == expected
+    assert ours["base_nll"] == built["base_nll"] == one["base_nll"]
+    for result in two:
+        for stage in (1, 3):
+            assert relative_error(result[f"warm_up{stage}"]["training"]["weights"], built["weights"]) < 1e-4
 
 
 def test_no_sample_is_no_update(one):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import pytest
 from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.tracking.jsonl import read_metrics
 
-ACTORS = ("rollout_engine_0", "reward_service_0", "policy_learner_0")
+ACTORS = ("rollout_engine_0", "reward_service_0", "policy_learner_0", "critic_learner_0")
 TIMEOUT_S = 420
 
 
@@ -38,9 +39,9 @@ class Finished:
 class Launch:
     """One `python -m rlver_dist.launch`, watched while it runs."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *overrides: str, recipe: str = "grpo_no_think", on: str = "tiny") -> None:
         self.folder = folder
-        arguments = ["+exp=grpo_no_think", "+on=tiny", "tracking.wandb=offline", f"output_dir={folder}", *overrides]
+        arguments = [f"+exp={recipe}", f"+on={on}", "tracking.wandb=offline", f"output_dir={folder}", *overrides]
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "rlver_dist.launch", *arguments],
             stdout=subprocess.PIPE,
@@ -96,7 +97,8 @@ def ray_metrics(dashboard: str) -> str:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Finished:
-    launch = Launch(tmp_path_factory.mktemp("run") / "first", "evaluation.num_personas=3", "num_iterations=4", "save_every=3")
+    folder = tmp_path_factory.mktemp("run") / "first"
+    launch = Launch(folder, "evaluation.num_personas=3", "num_iterations=4", "save_every=3", recipe="ppo_no_think")
     dashboard = launch.wait_for(r"Ray dashboard: (\S+)").group(1)
     launch.wait_for(r"iteration 1/4")
     listed = json.loads(get(f"{dashboard}/api/v0/actors"))["data"]["result"]["result"]
@@ -145,6 +147,7 @@ def test_metrics_have_a_line_an_iteration(first):
         assert line["learner/optimizer_steps"] == 1 and line["learner/grad_norm"] >= 0
         assert line["sync/probe_max_abs"] <= 1e-4
         assert line["learner/logprob_gap"] <= 1e-3
+        assert line["critic/value_loss"] >= 0 and line["critic/explained_variance"] <= 1
 
 
 def test_dialogues_carry_their_policy_version(first):
@@ -192,7 +195,7 @@ def test_the_policy_folder_loads_in_plain_vllm(first):
 
 def test_resume_goes_on_and_keeps_the_results_before(first):
     before = json.loads((first.folder / "summary.json").read_text())["before"]
-    again = Launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3").finish()
+    again = Launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3", recipe="ppo_no_think").finish()
     assert again.code == 0, again.output
     assert "resumed from" in again.output and "after 4 iterations" in again.output
     assert "iteration 5/5" in again.output and "iteration 4/5" not in again.output
@@ -201,15 +204,42 @@ def test_resume_goes_on_and_keeps_the_results_before(first):
     assert [line["iteration"] for line in read_metrics(first.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_ctrl_c_ends_cleanly_says_how_to_resume_and_leaves_no_process(tmp_path):
-    launch = Launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=1")
+def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(tmp_path):
+    launch = Launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=0")
     launch.wait_for(r"iteration 2/500")
     os.killpg(launch.process.pid, signal.SIGINT)
     ended = launch.finish()
     assert ended.code == 130, ended.output
     assert f"output_dir={tmp_path / 'long'}" in ended.output and "Traceback" not in ended.output
     assert ended.left_over == []
-    assert sorted((tmp_path / "long" / "checkpoints").glob("step_*/manifest.json"))
+    (checkpoint,) = (tmp_path / "long" / "checkpoints").glob("step_*/manifest.json")
+    assert json.loads(checkpoint.read_text())["iteration"] == len(read_metrics(tmp_path / "long" / "metrics.jsonl"))
+
+
+def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
+    small = ["rollout.dialogues_per_iteration=4", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
+    warm_up = ["warm_up.dialogues=8", "warm_up.batch_size=4", "warm_up.epochs=4", "critic.num_layers=2"]
+    ended = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
+    assert ended.code == 0, ended.output
+    summary = json.loads((tmp_path / "think" / "summary.json").read_text())
+    # The model as it came replies without thinking, so every reply of its control is well-formed.
+    assert summary["warm_up"]["well_formed"]["before"] == 1
+    assert summary["warm_up"]["after"] == summary["before"]
+    after = read_dialogues(tmp_path / "think" / "dialogues" / "after_000001.parquet")
+    assert any(turn.thinking and turn.well_formed for dialogue in after for turn in dialogue.turns)
+    for dialogue in read_dialogues(tmp_path / "think" / "dialogues" / "train_000001.parquet"):
+        heard = [message.text for message in dialogue.messages()]
+        assert not any(turn.thinking and turn.thinking in text for turn in dialogue.turns for text in heard)
+    (line,) = read_metrics(tmp_path / "think" / "metrics.jsonl")
+    assert math.isfinite(line["critic/value_loss"]) and "learner/policy_loss" not in line  # the critic learns alone first
+
+
+def test_adapters_train_and_travel_merged(tmp_path):
+    ended = Launch(tmp_path / "lora", "model.lora.rank=4", "evaluation.num_personas=0", "learner.lr=0.01").finish()
+    assert ended.code == 0, ended.output
+    for line in read_metrics(tmp_path / "lora" / "metrics.jsonl"):
+        assert line["sync/probe_max_abs"] <= 1e-4 and line["learner/grad_norm"] > 0
+    assert not list((tmp_path / "lora" / "policy").glob("adapter*"))
 
 
 def test_too_few_gpus_stop_before_anything_is_built(tmp_path):

@@ -1,16 +1,19 @@
-"""Packed attention and the scoring pass: packed = each sample alone, values and gradients."""
+"""Packed attention and the scoring pass: packed or branching off a shared history = each sample alone, values and gradients."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from rlver_dist.experience.packing import Span, pack
+from rlver_dist.experience.prefixes import make_units
+from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import attention, scoring
+from rlver_dist.learner.rows import score_row
 
-SHAPE = dict(
-    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
+SHAPE = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LENGTHS = [5, 1, 9, 2]
+TEMPERATURE = 0.7
 
 
 def tiny(family, implementation):
@@ -20,45 +23,101 @@ def tiny(family, implementation):
     return model._from_config(config(**SHAPE, tie_word_embeddings=True), attn_implementation=implementation)
 
 
-def packed_inputs():
-    tokens = torch.randint(61, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    return tokens, positions, (positions > 0).nonzero().squeeze(1)
+def make_samples(contexts, lengths, dialogue="d"):
+    """Samples with random trained tokens after each context."""
+    draw = torch.Generator().manual_seed(1)
+    samples = []
+    for context, length in zip(contexts, lengths, strict=True):
+        token_ids = context + torch.randint(61, (length,), generator=draw).tolist()
+        mask = [False] * len(context) + [True] * length
+        samples.append(
+            TurnSample(
+                token_ids=token_ids,
+                loss_mask=mask,
+                rollout_logprobs=[0.0] * len(mask),
+                reward=0.0,
+                dialogue_id=dialogue,
+                group_id="g",
+                turn_index=0,
+            )
+        )
+    return samples
+
+
+def think_samples():
+    """Four turns over one growing history, the second one's history as long as the first's, and a sample of another dialogue."""
+    history = torch.randint(61, (23,), generator=torch.Generator().manual_seed(2)).tolist()
+    return [*make_samples([history[:end] for end in (6, 6, 15, 23)], [5, 3, 1, 9]), *make_samples([[3, 1, 4]], [7], dialogue="e")]
+
+
+def backward(logprobs, entropies):
+    """A scalar in which each token has a weight of its own."""
+    (logprobs @ torch.linspace(-1, 1, len(logprobs)) + 0.3 * entropies.sum()).backward()
+
+
+def check_equals_samples_alone(family, samples, units, *, recompute):
+    """Log-probs, entropies and gradients of one packed row against dense logits of each sample by itself."""
+    row = pack(samples, units)
+    packed = scoring.PolicyModel(tiny(family, attention.ATTENTION_NAME).train(), recompute=recompute)
+    logprobs, entropies = score_row(packed, row, TEMPERATURE)
+    backward(logprobs, entropies)
+
+    alone = tiny(family, "eager")
+    scores = []
+    for index in row.indices:
+        tokens, mask = torch.tensor(samples[index].token_ids), torch.tensor(samples[index].loss_mask)[1:]
+        logits = alone(tokens[None]).logits[0, :-1][mask] / TEMPERATURE
+        scored = torch.log_softmax(logits, dim=-1).gather(-1, tokens[1:][mask][:, None]).squeeze(-1)
+        scores.append((scored, torch.distributions.Categorical(logits=logits).entropy()))
+    expected_logprobs, expected_entropies = (torch.cat(parts) for parts in zip(*scores, strict=True))
+    backward(expected_logprobs, expected_entropies)
+
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, expected_entropies, rtol=1e-5, atol=1e-5)
+    for (name, parameter), (_, reference) in zip(packed.model.named_parameters(), alone.named_parameters(), strict=True):
+        assert reference.grad.norm() > 0, name
+        assert (parameter.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm(), name
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
-    tokens, positions, scored = packed_inputs()
-    temperature, weights = 0.7, torch.linspace(-1, 1, len(scored))
-    packed = scoring.PolicyModel(tiny(family, attention.ATTENTION_NAME).train(), recompute=recompute)
-    logprobs, entropies = packed(tokens, positions, LENGTHS, scored, temperature)
-    (logprobs @ weights + 0.3 * entropies.sum()).backward()
+    samples = make_samples([[token] for token in range(len(LENGTHS))], LENGTHS)
+    check_equals_samples_alone(family, samples, make_units(samples, range(len(LENGTHS)), share=False, max_tokens=100), recompute=recompute)
 
-    alone = tiny(family, "eager")
-    rows = [alone(sample[None]).logits[0, :-1] / temperature for sample in tokens.split(LENGTHS)]
-    targets = torch.cat([sample[1:] for sample in tokens.split(LENGTHS)])
-    expected = torch.log_softmax(torch.cat(rows), dim=-1)
-    expected_logprobs = expected.gather(-1, targets[:, None]).squeeze(-1)
-    expected_entropies = torch.distributions.Categorical(logits=torch.cat(rows)).entropy()
-    (expected_logprobs @ weights + 0.3 * expected_entropies.sum()).backward()
 
-    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropies, expected_entropies, rtol=1e-5, atol=1e-5)
-    for (name, parameter), (_, reference) in zip(packed.model.named_parameters(), alone.named_parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5, msg=name)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    samples = think_samples()
+    units = make_units(samples, range(len(samples)), share=True, max_tokens=100)
+    assert [unit.indices for unit in units] == [[0, 1, 2, 3], [4]]
+    check_equals_samples_alone(family, samples, units, recompute=recompute)
+
+
+def test_logits_of_a_branch_equal_those_of_its_sample():
+    samples = think_samples()
+    row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
+    model, alone = tiny("llama", attention.ATTENTION_NAME), tiny("llama", "eager")
+    with torch.no_grad():
+        logits = model.lm_head(scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans))[row.before]
+        expected = [alone(torch.tensor([sample.token_ids])).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]] for sample in samples]
+    assert (logits - torch.cat(expected)).norm() <= 1e-5 * torch.cat(expected).norm()
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 64])
-def test_blockwise_attention_equals_torch(block, monkeypatch):
+@pytest.mark.parametrize("in_front", [0, 1, 11])
+def test_blockwise_attention_equals_torch(block, in_front, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     torch.manual_seed(2)
-    parts = [torch.randn(heads, 17, 8, requires_grad=True) for heads in (6, 2, 2)]
+    parts = [torch.randn(heads, length, 8, requires_grad=True) for heads, length in ((6, 17), (2, 17 + in_front), (2, 17 + in_front))]
     copies = [part.detach().clone().requires_grad_() for part in parts]
     upstream = torch.randn(6, 17, 8)
     output = attention.BlockwiseCausalAttention.apply(*parts, 0.4)
-    expected = scaled_dot_product_attention(*(copy[None] for copy in copies), is_causal=True, scale=0.4, enable_gqa=True)[0]
+    mask = torch.ones(17, 17 + in_front, dtype=torch.bool).tril(in_front)
+    expected = scaled_dot_product_attention(*(copy[None] for copy in copies), attn_mask=mask, scale=0.4, enable_gqa=True)[0]
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     output.backward(upstream)
     expected.backward(upstream)
@@ -66,9 +125,17 @@ def test_blockwise_attention_equals_torch(block, monkeypatch):
         torch.testing.assert_close(part.grad, copy.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_plan_of_the_variable_length_kernel_by_hand():
+    spans = (Span(length=3), Span(length=2, context_start=0, context_length=1), Span(length=1))
+    query_starts, key_starts, keys = attention._varlen_plan(spans, torch.device("cpu"))
+    assert (query_starts.tolist(), key_starts.tolist()) == ([0, 3, 5, 6], [0, 3, 6, 7])
+    assert keys.tolist() == [0, 1, 2, 0, 3, 4, 5]
+    assert attention._varlen_plan((Span(length=3), Span(length=2)), torch.device("cpu"))[2] is None
+
+
 def test_no_trained_token_gives_a_zero_gradient_for_every_parameter():
     model = scoring.PolicyModel(tiny("llama", attention.ATTENTION_NAME), recompute=False)
-    logprobs, entropies = model(torch.zeros(2, dtype=torch.int64), torch.arange(2), [2], torch.empty(0, dtype=torch.int64), 1.0)
+    logprobs, entropies = score_row(model, pack([], []), 1.0)
     (logprobs.sum() + entropies.sum()).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
@@ -76,9 +143,9 @@ def test_no_trained_token_gives_a_zero_gradient_for_every_parameter():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"segment_lengths": [3, 3]}, "do not cover"),
-        ({"segment_lengths": [5], "dropout": 0.1}, "neither a mask nor dropout"),
-        ({"segment_lengths": [5], "sliding_window": 4}, "sliding window 4"),
+        ({"spans": [Span(length=3), Span(length=3)]}, "do not cover"),
+        ({"spans": [Span(length=5)], "dropout": 0.1}, "neither a mask nor dropout"),
+        ({"spans": [Span(length=5)], "sliding_window": 4}, "sliding window 4"),
     ],
 )
 def test_refuses_what_it_cannot_do(arguments, message):

@@ -87,9 +87,7 @@ def _embed(texts: list[str]) -> torch.Tensor:
     model = AutoModel.from_pretrained(folder).eval()
     rows = []
     for text in texts:
-        encoded = tokenizer(
-            text, max_length=256, truncation=True, return_overflowing_tokens=True, padding=True, return_tensors="pt"
-        )
+        encoded = tokenizer(text, max_length=256, truncation=True, return_overflowing_tokens=True, padding=True, return_tensors="pt")
         mask = encoded["attention_mask"][..., None].float()
         with torch.inference_mode():
             hidden = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).last_hidden_state

@@ -9,14 +9,15 @@ from transformers import AutoTokenizer
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role
+from rlver_dist.experience.samples import to_samples
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect, derive_seed
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
 LIMITS = CollectLimits(
-    max_turns=3, max_reply_tokens=8, max_context_tokens=1000, end_on_truncation=False, temperature=1.0, max_concurrent=4,
-    request_timeout_s=5.0,
+    max_turns=3, max_reply_tokens=8, max_context_tokens=1000, end_on_truncation=False, strict_format=True, temperature=1.0,
+    max_concurrent=4, request_timeout_s=5.0,
 )  # fmt: skip
 PERSONA = Persona(
     id="p", name="Ada", profile="", scene="", temperament=Temperament.PASSIVE, traits=("shy", "warm", "proud"),
@@ -27,6 +28,11 @@ PERSONA = Persona(
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
     return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Renderer:
+    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Think, then be kind.", think=True)
 
 
 def task(name: str = "d0", seed: int = 1) -> DialogueTask:
@@ -79,7 +85,7 @@ def test_whole_dialogue_is_recorded(renderer: Renderer) -> None:
     assert dialogue.turns[0].reply == "I see." and dialogue.turns[0].policy_version == (4, 5)
     assert asked[0].prompt_ids == renderer.opening_prompt("My day was bad.")
     for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
-        assert turn.prompt_ids == renderer.next_prompt(previous.prompt_ids, previous.reply_ids, previous.user_message)
+        assert turn.prompt_ids == renderer.next_prompt(previous.prompt_ids, previous.reply_ids, previous.reply, previous.user_message)
     assert [request.seed for request in asked] == [derive_seed(1, index) for index in range(3)]
     assert [len(request.messages) for request in heard] == [0, 2, 4, 6]
     assert all(request.messages[-1].role is Role.ASSISTANT for request in heard[1:])
@@ -95,7 +101,7 @@ def test_empty_reply_is_malformed_and_recorded(renderer: Renderer, text: str) ->
     dialogue = hold(renderer, generate=replying(renderer, text))
     assert dialogue.end_reason is EndReason.MALFORMED and dialogue.final_emotion == 30.0
     [turn] = dialogue.turns
-    assert turn.reply == "" and turn.appraisal is None and turn.emotion_after == turn.emotion_before == 30.0
+    assert turn.reply == "" and not turn.well_formed and turn.appraisal is None and turn.emotion_after == turn.emotion_before == 30.0
     assert turn.reply_ids[-1] == renderer.end_token_id
 
 
@@ -114,6 +120,57 @@ def test_context_overflow_counts_prompt_and_a_full_reply(renderer: Renderer) -> 
     assert fits.end_reason is over.end_reason is EndReason.CONTEXT_OVERFLOW
     assert (len(fits.turns), len(over.turns)) == (2, 1)
     assert over.turns[0].appraisal is not None and over.final_emotion == 35.0
+
+
+def test_an_opening_that_leaves_no_room_ends_before_the_first_reply(renderer: Renderer) -> None:
+    opening = len(renderer.opening_prompt("My day was bad."))
+    dialogue = hold(renderer, limits=replace(LIMITS, max_context_tokens=opening + LIMITS.max_reply_tokens - 1))
+    assert dialogue.end_reason is EndReason.CONTEXT_OVERFLOW and dialogue.turns == []
+    assert dialogue.start_emotion == dialogue.final_emotion == 30.0
+
+
+def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker: Renderer) -> None:
+    heard: list[UserRequest] = []
+
+    async def listen(request: UserRequest) -> UserResponse:
+        heard.append(request)
+        return await respond(request)
+
+    dialogue = hold(thinker, generate=replying(thinker, "<think>secret</think>\nI see."), respond=listen)
+    assert dialogue.end_reason is EndReason.MAX_TURNS and len(dialogue.turns) == 3
+    assert all((turn.thinking, turn.reply, turn.well_formed) == ("secret", "I see.", True) for turn in dialogue.turns)
+    assert all("secret" not in message.text for request in heard for message in request.messages)
+    for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
+        trunk = len(previous.prompt_ids)
+        assert turn.prompt_ids[:trunk] == previous.prompt_ids
+        added = thinker._tokenizer.decode(turn.prompt_ids[trunk:])
+        assert added == f"I see.<|im_end|>\n<|im_start|>user\n{previous.user_message}<|im_end|>\n<|im_start|>assistant\n"
+    samples = to_samples(dialogue, reward=0.45)
+    assert [sample.turn_index for sample in samples] == [0, 1, 2]
+    assert [sum(sample.loss_mask) for sample in samples] == [len(turn.reply_ids) for turn in dialogue.turns]
+
+
+@pytest.mark.parametrize(
+    ("text", "reply", "heard_leniently"),
+    [("I see.", "I see.", True), ("<think>a</think>b</think>I see.", "I see.", True), ("<think>I see.", "", False)],
+)
+def test_a_broken_format_ends_training_dialogues_and_is_counted_in_evaluation(
+    thinker: Renderer, text: str, reply: str, heard_leniently: bool
+) -> None:
+    ended = hold(thinker, generate=replying(thinker, text))
+    assert ended.end_reason is EndReason.MALFORMED and ended.final_emotion == 30.0
+    assert [(turn.reply, turn.well_formed, turn.appraisal) for turn in ended.turns] == [(reply, False, None)]
+    lenient = hold(thinker, generate=replying(thinker, text), limits=replace(LIMITS, strict_format=False))
+    assert lenient.end_reason is (EndReason.MAX_TURNS if heard_leniently else EndReason.MALFORMED)
+    assert len(lenient.turns) == (3 if heard_leniently else 1) and not any(turn.well_formed for turn in lenient.turns)
+
+
+def test_a_reply_cut_while_thinking_is_malformed_and_one_cut_later_is_heard(thinker: Renderer) -> None:
+    thinking = hold(thinker, generate=replying(thinker, "<think>They are", finish_reason="length"))
+    assert thinking.end_reason is EndReason.MALFORMED and thinking.turns[0].truncated and not thinking.turns[0].well_formed
+    speaking = hold(thinker, generate=replying(thinker, "<think>They are sad.</think>I he", finish_reason="length"))
+    assert speaking.end_reason is EndReason.MAX_TURNS
+    assert all(turn.truncated and turn.well_formed and turn.reply == "I he" for turn in speaking.turns)
 
 
 def test_user_that_never_ends_is_stopped_by_the_turn_limit(renderer: Renderer) -> None:

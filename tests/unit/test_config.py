@@ -10,9 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from rlver_dist.config import AlgorithmConfig, RunConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
+from rlver_dist.training_config import AlgorithmConfig
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
 PLACEMENTS = sorted(path.stem for path in (CONFIG_DIR / "on").glob("*.yaml"))
@@ -26,7 +27,7 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def test_recipes_and_placements_exist():
-    assert RECIPES == ["grpo_no_think"]
+    assert RECIPES == ["grpo_no_think", "grpo_think", "ppo_no_think", "ppo_think"]
     assert PLACEMENTS == ["cpu", "gpu1", "node8", "nodes4x8", "tiny"]
 
 
@@ -36,17 +37,23 @@ def test_every_pair_composes_in_either_order(recipe, placement):
     assert composed(*overrides) == composed(*reversed(overrides))
 
 
-def test_recipe_carries_the_papers_values():
-    config = composed("+exp=grpo_no_think")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_carry_the_papers_values(recipe):
+    config = composed(f"+exp={recipe}")
     assert config.model.path == "Qwen/Qwen2.5-7B-Instruct"
-    assert (config.rollout.batch_size, config.algorithm.group_size, config.rollout.max_turns) == (32, 4, 8)
-    assert (config.learner.lr, config.rollout.temperature, config.num_iterations) == (1e-6, 1.0, 1000)
+    assert (config.num_personas, config.algorithm.group_size) == (32, 4 if "grpo" in recipe else 1)
+    assert (config.rollout.max_turns, config.rollout.temperature, config.num_iterations) == (8, 1.0, 1000)
+    assert (config.learner.lr, config.learner.warmup_steps, config.algorithm.entropy_coef) == (1e-6, 20, 0.001)
+    assert config.rollout.think == ("no_think" not in recipe)
+    assert config.has_critic == ("ppo" in recipe)
+    assert (config.critic.lr, config.critic.warmup_steps, config.critic.value_clip) == (5e-6, 50, 0.5)
+    assert (config.algorithm.gamma, config.algorithm.gae_lambda) == (1, 1)
 
 
 def test_a_placement_scales_the_recipe_whatever_the_order():
     config = composed("+on=cpu", "+exp=grpo_no_think")
     assert config.model.path == "smollm2-135m-instruct"
-    assert config.rollout.batch_size < 32
+    assert config.num_personas < 32
 
 
 def test_command_line_wins_over_recipe_and_placement():
@@ -66,7 +73,15 @@ def test_only_recipe_and_placement_change_places():
         ("rollout.temperature=0", "rollout.temperature=0"),
         ("simulator.acceptance=2", "simulator.acceptance=2"),
         ("rollout.max_reply_tokens=20000", "model.max_context_tokens="),
-        ("algorithm.updates_per_iteration=64", "rollout.batch_size=32"),
+        ("algorithm.updates_per_iteration=64", "use at most 32"),
+        ("rollout.dialogues_per_iteration=30", "a multiple of algorithm.group_size=4"),
+        ("algorithm.gae_lambda=1.5", "algorithm.gae_lambda=1.5"),
+        ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1"),
+        ("critic.zero_stage=0", "critic.zero_stage=0"),
+        ("critic.epochs=0", "critic.epochs=0"),
+        ("learner.zero_stage=7", "learner.zero_stage=7"),
+        ("warm_up.lr=0", "warm_up.lr=0"),
+        ("model.lora.rank=-1", "model.lora.rank=-1"),
         ("learner.zero_stage=0", "model.dtype=float32"),
         ("cluster.engines=2", "cluster.learner_ranks=0"),
         ("num_iterations=0", "num_iterations=0"),

@@ -14,14 +14,32 @@ from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.curve import draw_curve
 
 
-def make_dialogue(reply: str) -> Dialogue:
+def make_dialogue(reply: str, thinking: str = "") -> Dialogue:
     turn = Turn(
-        index=0, prompt_ids=[1], reply_ids=[2], logprobs=[-0.5], reply=reply, thinking="", truncated=False, emotion_before=30.0,
-        emotion_after=34.4, appraisal=None, user_message="it was Monday", policy_version=(1, 1),
+        index=0,
+        prompt_ids=[1],
+        reply_ids=[2],
+        logprobs=[-0.5],
+        reply=reply,
+        thinking=thinking,
+        well_formed=True,
+        truncated=False,
+        emotion_before=30.0,
+        emotion_after=34.4,
+        appraisal=None,
+        user_message="it was Monday",
+        policy_version=(1, 1),
     )
     return Dialogue(
-        id="d", persona_id="p7", group_id="g", seed=0, opening="I lost my job", start_emotion=30.0, turns=[turn],
-        end_reason=EndReason.MAX_TURNS, final_emotion=34.4,
+        id="d",
+        persona_id="p7",
+        group_id="g",
+        seed=0,
+        opening="I lost my job",
+        start_emotion=30.0,
+        turns=[turn],
+        end_reason=EndReason.MAX_TURNS,
+        final_emotion=34.4,
     )
 
 
@@ -115,14 +133,22 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch):
 def test_iteration_line_and_its_change():
     console, raw = plain()
     summary = {
-        "progress/iteration": 3.0, "reward/emotion_final": 41.24, "reward/mean": 0.4124, "reward/success_share": 0.04,
-        "rollout/reply_tokens": 38.4, "learner/kl_ref": 0.00123, "time/iteration_s": 42.3, "time/rollout_s": 9.1, "time/learner_s": 31.0,
+        "progress/iteration": 3.0,
+        "reward/emotion_final": 41.24,
+        "reward/mean": 0.4124,
+        "reward/success_share": 0.04,
+        "rollout/reply_tokens": 38.4,
+        "rollout/well_formed_share": 0.975,
+        "learner/kl_ref": 0.00123,
+        "time/iteration_s": 42.3,
+        "time/rollout_s": 9.1,
+        "time/learner_s": 31.0,
         "time/sync_s": 1.2,
     }
     console.iteration(summary)
     console.iteration({"progress/iteration": 4.0, "reward/emotion_final": 40.44, "time/iteration_s": 7.25})
     assert raw.getvalue().decode().splitlines() == [
-        "iteration 3/25  emotion 41.2  reward 0.412  success 0.04  len 38  kl 0.0012  42 s (rollout 9, learner 31, sync 1)",
+        "iteration 3/25  emotion 41.2  reward 0.412  success 0.04  format 0.97  len 38  kl 0.0012  42 s (rollout 9, learner 31, sync 1)",
         "iteration 4/25  emotion 40.4 (-0.8)  7.2 s",
     ]
 
@@ -131,18 +157,32 @@ def test_end_of_a_run_as_plain_text(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     console, raw = plain()
     summary = {
-        "before": 41.2, "after": 46.3, "difference": 5.1, "interval95": [2.1, 8.0], "num_eval_personas": 40, "wall_s": 1500.0,
+        "before": 41.2,
+        "after": 46.3,
+        "difference": 5.1,
+        "interval95": [2.1, 8.0],
+        "num_eval_personas": 40,
+        "wall_s": 1500.0,
         "second_appraiser": {"before": 41.0, "after": 40.0, "difference": -1.0, "interval95": [-2.0, 0.5]},
-        "distinct2": {"before": 0.712, "after": 0.66}, "perplexity": {"before": 12.0, "after": 13.5},
+        "warm_up": {"before": 40.0, "after": 41.2, "difference": 1.2, "interval95": [-1.0, 3.5]},
+        "well_formed": {"before": 0.95, "after": 1.0},
+        "distinct2": {"before": 0.712, "after": 0.66},
+        "perplexity": {"before": 12.0, "after": 13.5},
     }
-    console.finish([40.0, 44.0, 48.0], tmp_path, summary, [(make_dialogue("Oh\n no."), make_dialogue("A hard day."))])
+    console.finish([40.0, 44.0, 48.0], tmp_path, summary, [(make_dialogue("Oh\n no.", "They\n grieve."), make_dialogue("A hard day."))])
     lines = raw.getvalue().decode().splitlines()
     assert "  emotion                    41.2 -> 46.3 (+5.1, 95 % interval +2.1 to +8.0)" in lines
     assert "  emotion, second appraiser  41.0 -> 40.0 (-1.0, 95 % interval -2.0 to +0.5)" in lines
+    assert "  emotion, warm-up alone     40.0 -> 41.2 (+1.2, 95 % interval -1.0 to +3.5)" in lines
+    assert "  well-formed replies        0.95 -> 1" in lines
     assert "  distinct2                  0.712 -> 0.66" in lines
     first = lines.index("-- before")
-    assert lines[first + 1 : first + 5] == [
-        "user [30]: I lost my job", "policy [30 -> 34]: Oh no.", "user [34]: it was Monday", "end: max_turns, emotion 34",
+    assert lines[first + 1 : first + 6] == [
+        "user [30]: I lost my job",
+        "  [thinks: They grieve.]",
+        "policy [30 -> 34]: Oh no.",
+        "user [34]: it was Monday",
+        "end: max_turns, emotion 34",
     ]
     assert "policy [30 -> 34]: A hard day." in lines[lines.index("-- after") :]
     assert f"Results after 25 min in {tmp_path}" in lines

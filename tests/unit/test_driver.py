@@ -6,24 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from rlver_dist.checkpoints import CheckpointStore
-from rlver_dist.choices import KLPlacement, Precision
-from rlver_dist.config import (
-    AlgorithmConfig,
-    EvaluationConfig,
-    LearnerConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-    SimulatorConfig,
-)
+from rlver_dist.choices import AlgorithmName, KLPlacement, Precision
+from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.driver import Driver, Parts
+from rlver_dist.driver import Driver
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import resolve
+from rlver_dist.parts import Parts
 from rlver_dist.rollout.collector import Generation
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.embedded import EmbeddedSimulator
@@ -31,6 +25,7 @@ from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction
+from rlver_dist.training_config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, WarmUpConfig
 
 WORDS = ("So the letter came on Friday.", "And your brother said nothing?", "I see.", "That was four years of work.")
 
@@ -43,21 +38,30 @@ class ByLength:
         return Appraisal(content="", fit="", activity="", feeling="", change=round(change, 2))
 
 
-class CountingLearner:
-    """Records what it is asked to do, in order, in `journal`."""
+class CountingPolicy:
+    """Records what it is asked to do, in order, in `journal`; every trained token is `kl` nats from the reference."""
+
+    kl = 0.5
 
     def __init__(self, journal: list) -> None:
         self.journal = journal
-        self.advantages: list[list[float]] = []
+        self.advantages: list[list[torch.Tensor]] = []
+        self.kl_coefs: list[float] = []
 
-    async def update(self, samples, advantages):
+    async def update(self, samples, advantages, kl_coef):
         self.journal.append("update")
         self.advantages.append(advantages)
+        self.kl_coefs.append(kl_coef)
+        await asyncio.sleep(0)
         return [Metric("learner/optimizer_steps", 1, Reduction.max)]
 
-    async def kl_sums(self, samples):
-        self.journal.append("kl_sums")
-        return [float(index) for index in range(len(samples))]
+    async def kl_tokens(self, samples):
+        self.journal.append("kl_tokens")
+        return [torch.full((sample.num_trained,), self.kl) for sample in samples]
+
+    async def imitate(self, samples, config, seed):
+        self.journal.append(f"imitate {len(samples)}")
+        return [Metric("warm_up/loss_first", 2.0, Reduction.last), Metric("warm_up/loss_last", 1.0, Reduction.last)]
 
     async def base_nll(self, samples):
         return 2.0 * sum(sum(sample.loss_mask) for sample in samples), sum(sum(sample.loss_mask) for sample in samples)
@@ -69,13 +73,36 @@ class CountingLearner:
         self.journal.append(f"load {directory.name}")
 
     async def export(self, directory: Path):
-        self.journal.append("export")
+        self.journal.append(f"export {directory.name}")
+
+
+class CountingCritic:
+    """Expects 0.25 everywhere, and records what it is asked to do."""
+
+    def __init__(self, journal: list) -> None:
+        self.journal = journal
+        self.returns: list[list[torch.Tensor]] = []
+
+    async def values(self, samples):
+        self.journal.append("values")
+        return [torch.full((sample.num_trained,), 0.25) for sample in samples]
+
+    async def update(self, samples, values, returns):
+        self.journal.append("critic")
+        self.returns.append(returns)
+        return [Metric("critic/value_loss", 0.0, Reduction.last)]
+
+    async def save(self, directory: Path):
+        (directory / "critic").write_text("w")
+
+    async def load(self, directory: Path):
+        self.journal.append(f"load critic {directory.name}")
 
 
 class Harness:
     """A driver with its parts and the journal of what they did."""
 
-    def __init__(self, folder: Path, renderer: Renderer, fail: str = "", **changes) -> None:
+    def __init__(self, folder: Path, renderer: Renderer, fail: str = "", plain_renderer: Renderer | None = None, **changes) -> None:
         self.journal: list = []
         self.asked: list[str] = []
         self.version = -1
@@ -83,7 +110,7 @@ class Harness:
         config = RunConfig(
             model=ModelConfig(path="tiny-random", dtype=Precision.float32, max_context_tokens=2048),
             algorithm=AlgorithmConfig(group_size=2),
-            rollout=RolloutConfig(batch_size=2, max_turns=2, max_reply_tokens=20),
+            rollout=RolloutConfig(dialogues_per_iteration=4, max_turns=2, max_reply_tokens=20),
             learner=LearnerConfig(zero_stage=0),
             evaluation=EvaluationConfig(num_personas=2, max_turns=2),
             output_dir=str(folder),
@@ -91,7 +118,8 @@ class Harness:
             save_every=1,
         )
         self.config = replace(config, **changes)
-        self.learner = CountingLearner(self.journal)
+        self.policy = CountingPolicy(self.journal)
+        self.critic = CountingCritic(self.journal) if self.config.has_critic else None
         users = EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=ByLength())
 
         async def respond(request):
@@ -105,10 +133,13 @@ class Harness:
             evaluation_users=respond,
             second_appraiser=ByLength(),
             evaluation_rules=resolve_rules(SimulatorConfig()).emotion,
-            learner=self.learner,
+            policy=self.policy,
+            critic=self.critic,
             sync=self.sync,
             service_metrics=self.service_metrics,
+            tokenizer=renderer._tokenizer,
             renderer=renderer,
+            plain_renderer=plain_renderer or renderer,
             trackers=[JsonlTracker(folder / "metrics.jsonl", first_iteration=1)],
             console=Console(2, file=(folder / "console.txt").open("w")),
         )
@@ -137,7 +168,7 @@ def renderer():
 def test_an_iteration_is_collect_update_sync(tmp_path, renderer):
     harness = Harness(tmp_path, renderer)
     before, after = asyncio.run(harness.driver.run())
-    assert harness.journal == ["sync 0", "update", "sync 1", "update", "sync 2", "export"]
+    assert harness.journal == ["sync 0", "update", "sync 1", "update", "sync 2", "export policy"]
     assert before is not None and after is not None
     assert before.perplexity == pytest.approx(math.exp(2.0))
     # The engine's replies depend on seeds alone here, so nothing may differ between the two evaluations.
@@ -165,7 +196,7 @@ def test_a_failed_dialogue_takes_its_group_along_and_is_counted(tmp_path, render
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["rollout/failed"], first["rollout/dropped_groups"]) == (1, 1)
     assert (second["rollout/failed"], second["rollout/dropped_groups"]) == (0, 0)
-    assert len(harness.learner.advantages[0]) == 2 and len(harness.learner.advantages[1]) == 4
+    assert len(harness.policy.advantages[0]) == 2 and len(harness.policy.advantages[1]) == 4
     records = {record.dialogue.id: record for record in read_records(tmp_path / "dialogues" / "train_000001.parquet")}
     failed = records["train-000000-0000-01"]
     assert failed.reward is None and failed.dialogue.error is not None and "engine gone" in failed.dialogue.error
@@ -174,7 +205,7 @@ def test_a_failed_dialogue_takes_its_group_along_and_is_counted(tmp_path, render
 def test_an_iteration_without_a_whole_group_updates_nothing(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, fail="train-000000")
     asyncio.run(harness.driver.run())
-    assert harness.journal == ["sync 0", "sync 1", "update", "sync 2", "export"]
+    assert harness.journal == ["sync 0", "sync 1", "update", "sync 2", "export policy"]
     assert "nothing to learn from" in (tmp_path / "console.txt").read_text()
 
 
@@ -194,19 +225,91 @@ def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer)
         return await second.driver.run()
 
     asyncio.run(go_on())
-    assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export"]
+    assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export policy"]
     assert sorted(first.asked + second.asked) == sorted(whole.asked)
-    assert second.driver.progress == whole.driver.progress
+    assert second.driver.progress.wall_s > first.driver.progress.wall_s
+    assert replace(second.driver.progress, wall_s=0) == replace(whole.driver.progress, wall_s=0)
 
 
 def test_kl_in_the_reward_is_asked_for_before_the_update(tmp_path, renderer):
     algorithm = AlgorithmConfig(group_size=2, kl_coef=0.1, kl_placement=KLPlacement.reward)
     harness = Harness(tmp_path, renderer, algorithm=algorithm, num_iterations=1)
     asyncio.run(harness.driver.run())
-    assert harness.journal == ["sync 0", "kl_sums", "update", "sync 1", "export"]
+    assert harness.journal == ["sync 0", "kl_tokens", "update", "sync 1", "export policy"]
 
 
 def test_without_evaluation_personas_there_is_no_evaluation(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, evaluation=EvaluationConfig(num_personas=0), num_iterations=1)
     assert asyncio.run(harness.driver.run()) == (None, None)
     assert not list((tmp_path / "dialogues").glob("before*"))
+
+
+def ppo(**changes):
+    return AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, **changes)
+
+
+def test_ppo_asks_the_critic_first_and_updates_both(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, algorithm=ppo(whiten_advantages=False), num_iterations=1)
+    asyncio.run(harness.driver.run())
+    assert harness.journal[:2] == ["sync 0", "values"] and sorted(harness.journal[2:4]) == ["critic", "update"]
+    records = read_records(tmp_path / "dialogues" / "train_000001.parquet")
+    assert len({record.dialogue.persona_id for record in records}) == 4
+    for record, advantages, returns in zip(records, harness.policy.advantages[0], harness.critic.returns[0], strict=True):
+        # gamma = lambda = 1: every token is paid the reward, over what the critic expected.
+        assert torch.allclose(advantages, torch.full_like(advantages, record.reward - 0.25), atol=1e-6)
+        assert torch.allclose(returns, torch.full_like(returns, record.reward), atol=1e-6)
+        assert record.advantage == pytest.approx(record.reward - 0.25, abs=1e-6)
+    assert (tmp_path / "checkpoints" / "step_1" / "critic").exists()
+
+
+def test_the_critic_can_learn_alone_first(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, algorithm=ppo(), critic=CriticConfig(zero_stage=0, prefit_iterations=1))
+    asyncio.run(harness.driver.run())
+    assert harness.journal.count("critic") == 2 and harness.journal.count("update") == 1
+
+
+@pytest.mark.parametrize(("target", "change"), [(0.1, 1.2), (5.0, 0.8)])
+def test_an_adapted_kl_weight_follows_the_measured_kl_and_is_saved(tmp_path, renderer, target, change):
+    algorithm = ppo(kl_coef=0.1, kl_placement=KLPlacement.reward, kl_target=target, kl_horizon=4.0)
+    harness = Harness(tmp_path, renderer, algorithm=algorithm)
+    asyncio.run(harness.driver.run())
+    assert harness.policy.kl_coefs == pytest.approx([0.1, 0.1 * change])
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None
+    assert CheckpointStore.read(checkpoint).kl_coef == pytest.approx(0.1 * change**2)
+
+
+def test_an_interrupted_update_is_finished_and_saved(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=0, num_iterations=50)
+
+    async def interrupted():
+        running = asyncio.ensure_future(harness.driver.run())
+        while harness.journal.count("update") < 2:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(interrupted())
+    assert harness.journal[-2:] == ["update", "sync 2"]
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == 2
+
+
+def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, renderer):
+    thinking = Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True)
+    changes = {
+        "rollout": RolloutConfig(dialogues_per_iteration=4, max_turns=2, max_reply_tokens=40, think=True),
+        "warm_up": WarmUpConfig(dialogues=2, max_turns=1, batch_size=1),
+        "num_iterations": 1,
+    }
+    harness = Harness(tmp_path, thinking, plain_renderer=renderer, **changes)
+    asyncio.run(harness.driver.run())
+    assert harness.journal[:4] == ["sync 0", "imitate 2", "export warm_start", "sync 0"]
+    control = harness.driver.control()
+    assert control is not None and control.well_formed == 1.0
+    assert (tmp_path / "dialogues" / "control_000000.parquet").exists()
+    again = Harness(tmp_path, thinking, plain_renderer=renderer, **{**changes, "num_iterations": 1})
+    again.driver = Driver(again.config, again.driver._parts, load_split("bank", "train"), load_split("bank", "evaluation"), warmed_up=True)
+    asyncio.run(again.driver.run())
+    assert not any(entry.startswith("imitate") for entry in again.journal)

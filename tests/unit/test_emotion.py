@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.choices import Preset
+from rlver_dist.config import SimulatorConfig
 from rlver_dist.dialogue import EndReason
 from rlver_dist.simulator.emotion import EmotionRules, EmotionState, clip_change, end_reason, move, state_of
 from rlver_dist.simulator.presets import PRESETS, resolve_rules
@@ -25,7 +26,12 @@ def test_states_are_half_open(emotion: float, state: str) -> None:
 @pytest.mark.parametrize(
     ("before", "change", "after"),
     [
-        (30.0, 4.5, 34.5), (30.0, 25.0, 40.0), (30.0, -25.0, 20.0), (96.0, 9.0, 100.0), (3.0, -9.0, 0.0), (30.1, 0.2, 30.3),
+        (30.0, 4.5, 34.5),
+        (30.0, 25.0, 40.0),
+        (30.0, -25.0, 20.0),
+        (96.0, 9.0, 100.0),
+        (3.0, -9.0, 0.0),
+        (30.1, 0.2, 30.3),
         (50.0, 1.006, 51.01),
     ],
 )
@@ -78,7 +84,9 @@ def test_sage_ends_before_the_tenth_user_message_is_spoken() -> None:
 
 def test_presets_and_knobs() -> None:
     assert {preset: PRESETS[preset].emotion.start for preset in Preset} == {
-        Preset.sage: 40.0, Preset.rlver_vanilla: 30.0, Preset.rlver_challenging: 30.0
+        Preset.sage: 40.0,
+        Preset.rlver_vanilla: 30.0,
+        Preset.rlver_challenging: 30.0,
     }
     assert {rules.emotion.max_change for rules in PRESETS.values()} == {10.0}
     vanilla, challenging = PRESETS[Preset.rlver_vanilla], PRESETS[Preset.rlver_challenging]

@@ -1,4 +1,4 @@
-"""KL estimators: values by hand, expectations and gradients against the exact KL of a small distribution."""
+"""KL estimators: values by hand, expectations and gradients against the exact KL of a small distribution; the adapted weight."""
 
 import math
 
@@ -64,3 +64,28 @@ def test_bad_input_is_refused():
         kl.estimate(torch.zeros(2), torch.zeros(2), "k4")
     with pytest.raises(ValueError, match="one shape"):
         kl.estimate(torch.zeros(2), torch.zeros(1), "k1")
+
+
+@pytest.mark.parametrize(
+    ("measured", "num_dialogues", "expected"),
+    [
+        (0.10, 100, 0.5),  # on target
+        (0.11, 100, 0.5 * 1.01),  # 10 % above, a tenth of the horizon
+        (0.09, 100, 0.5 * 0.99),
+        (0.30, 100, 0.5 * 1.02),  # 200 % above counts as 20 %
+        (math.inf, 100, 0.5 * 1.02),
+        (0.00, 100, 0.5 * 0.98),
+        (-0.50, 100, 0.5 * 0.98),
+        (0.30, 1000, 0.5 * 1.2),
+        (0.30, 9000, 0.5 * 1.2),  # never past the largest step
+        (0.00, 9000, 0.5 * 0.8),
+    ],
+)
+def test_the_weight_goes_up_above_the_target_and_down_below(measured: float, num_dialogues: int, expected: float):
+    assert kl.adapt(0.5, measured, target=0.1, horizon=1000.0, num_dialogues=num_dialogues) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adapting_needs_a_target_a_horizon_and_a_number():
+    for measured, target, horizon in ((0.1, 0.0, 1.0), (0.1, 1.0, 0.0), (math.nan, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="target and horizon above 0"):
+            kl.adapt(0.5, measured, target, horizon, num_dialogues=1)

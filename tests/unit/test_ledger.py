@@ -20,26 +20,56 @@ APPRAISALS = st.builds(
     Appraisal, content=TEXT, fit=TEXT, activity=TEXT, feeling=TEXT, change=NUMBER, features=st.dictionaries(TEXT, NUMBER, max_size=3)
 )
 TURNS = st.builds(
-    Turn, index=st.integers(0, 100), prompt_ids=IDS, reply_ids=IDS, logprobs=st.lists(NUMBER, max_size=4), reply=TEXT, thinking=TEXT,
-    truncated=st.booleans(), emotion_before=NUMBER, emotion_after=NUMBER, appraisal=st.none() | APPRAISALS, user_message=st.none() | TEXT,
+    Turn,
+    index=st.integers(0, 100),
+    prompt_ids=IDS,
+    reply_ids=IDS,
+    logprobs=st.lists(NUMBER, max_size=4),
+    reply=TEXT,
+    thinking=TEXT,
+    thinking_tokens=st.integers(0, 4),
+    well_formed=st.booleans(),
+    truncated=st.booleans(),
+    emotion_before=NUMBER,
+    emotion_after=NUMBER,
+    appraisal=st.none() | APPRAISALS,
+    user_message=st.none() | TEXT,
     policy_version=st.tuples(st.integers(0, 2**40), st.integers(0, 2**40)),
 )
 DIALOGUES = st.builds(
-    Dialogue, id=st.uuids().map(str), persona_id=TEXT, group_id=TEXT, seed=st.integers(-(2**63), 2**63 - 1), opening=TEXT,
-    start_emotion=NUMBER, turns=st.lists(TURNS, max_size=3),
-    end_reason=st.sampled_from(EndReason), final_emotion=NUMBER, error=st.none() | TEXT,
+    Dialogue,
+    id=st.uuids().map(str),
+    persona_id=TEXT,
+    group_id=TEXT,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    opening=TEXT,
+    start_emotion=NUMBER,
+    turns=st.lists(TURNS, max_size=3),
+    end_reason=st.sampled_from(EndReason),
+    final_emotion=NUMBER,
+    error=st.none() | TEXT,
 )
 
 
 def make_dialogue(name: str = "d") -> Dialogue:
     appraisal = Appraisal(content="c", fit="f", activity="a", feeling="f", change=8.0, features={"need": 0.25})
-    shared = {"prompt_ids": [1], "reply_ids": [2], "logprobs": [-0.5], "thinking": "", "truncated": False, "policy_version": (0, 1)}
+    shared = {
+        "prompt_ids": [1], "reply_ids": [2], "logprobs": [-0.5], "thinking": "", "well_formed": True, "truncated": False,
+        "policy_version": (0, 1),
+    }  # fmt: skip
     turns = [
         Turn(index=0, reply="one", emotion_before=30.0, emotion_after=38.0, appraisal=appraisal, user_message="and then", **shared),
         Turn(index=1, reply="two", emotion_before=38.0, emotion_after=38.0, appraisal=None, user_message=None, **shared),
     ]
     return Dialogue(
-        id=name, persona_id="p", group_id="g", seed=5, opening="hello", start_emotion=30.0, turns=turns, end_reason=EndReason.OVER_LONG,
+        id=name,
+        persona_id="p",
+        group_id="g",
+        seed=5,
+        opening="hello",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=EndReason.OVER_LONG,
         final_emotion=38.0,
     )
 

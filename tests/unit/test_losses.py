@@ -1,4 +1,4 @@
-"""Policy loss, importance weights, KL loss and entropy: numbers by hand, and the same gradient however a batch is cut."""
+"""Policy and value loss, importance weights, KL loss and entropy: numbers by hand, the same gradient however a batch is cut."""
 
 import math
 
@@ -68,6 +68,36 @@ def test_truncated_importance_weights_by_hand():
         losses.truncated_importance_weights(old, rollout, mask, cap=-1.0)
 
 
+def test_value_loss_by_hand():
+    # value, old, return, clipped to old +- 0.5 -> larger squared error:
+    #   0.2, 0.0, 1.0 -> 0.2: 0.64, inside the range | 0.9, 0.0, 1.0 -> 0.5: 0.25, left it towards the return, gradient cut off
+    #   -0.9, 0.0, 1.0 -> -0.5: 3.61, left it the other way | 2.0, 0.0, 0.3 -> 0.5: 2.89, past the return
+    columns = torch.tensor([[0.2, 0.9, -0.9, 2.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.3]])
+    values, old, returns = columns[0].clone().requires_grad_(), columns[1].clone().requires_grad_(), columns[2].clone().requires_grad_()
+    loss, sums = losses.value_loss(values, old, returns, clip=0.5, global_count=8)
+    assert loss.item() == pytest.approx(0.5 * (0.64 + 0.25 + 3.61 + 2.89) / 8, rel=1e-6)
+    assert sums == {"clip_fraction": (1.0, 4.0)}
+    loss.backward()
+    assert values.grad.tolist() == pytest.approx([-0.8 / 8, 0.0, -1.9 / 8, 1.7 / 8], abs=1e-6)
+    assert old.grad is None and returns.grad is None
+
+
+def test_value_loss_without_a_clip_is_half_the_squared_error():
+    values = torch.tensor([0.9, -3.0], requires_grad=True)
+    loss, sums = losses.value_loss(values, torch.zeros(2), torch.tensor([1.0, 1.0]), clip=0.0, global_count=2)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.01 + 16.0) / 2, rel=1e-6)
+    assert values.grad.tolist() == pytest.approx([-0.05, -2.0], abs=1e-6)
+    assert sums == {"clip_fraction": (0.0, 2.0)}
+
+
+def test_a_row_without_trained_tokens_adds_no_value_loss():
+    values = torch.zeros(0, requires_grad=True)
+    loss, sums = losses.value_loss(values, torch.zeros(0), torch.zeros(0), clip=0.5, global_count=3)
+    loss.backward()
+    assert (loss.item(), sums, values.grad.shape) == (0.0, {"clip_fraction": (0.0, 0.0)}, (0,))
+
+
 def test_shapes_and_counts_are_checked():
     ones = torch.ones(2)
     with pytest.raises(ValueError, match="one shape"):
@@ -76,10 +106,16 @@ def test_shapes_and_counts_are_checked():
         losses.policy_loss(ones, ones, ones, ones, 0.2, 0.2, global_count=0)
     with pytest.raises(ValueError, match="one shape"):
         global_mean(ones, torch.ones(2, 1, dtype=torch.bool), 1)
+    with pytest.raises(ValueError, match="one shape"):
+        losses.value_loss(ones, ones, torch.ones(2, 1), clip=0.5, global_count=2)
+    with pytest.raises(ValueError, match="global_count=0"):
+        losses.value_loss(ones, ones, ones, clip=0.5, global_count=0)
+    with pytest.raises(ValueError, match="clip=-1"):
+        losses.value_loss(ones, ones, ones, clip=-1.0, global_count=2)
 
 
 def total_loss(logprobs: Tensor, columns: Tensor, parts: list[list[int]]) -> Tensor:
-    """Policy loss + KL loss + entropy share, summed over the parts that a batch is cut into."""
+    """Policy loss + KL loss + entropy share + value loss, summed over the parts that a batch is cut into."""
     old, rollout, reference, advantages, keep = columns
     count = max(int(keep.sum()), 1)
     total = torch.zeros((), dtype=torch.float64)
@@ -89,6 +125,9 @@ def total_loss(logprobs: Tensor, columns: Tensor, parts: list[list[int]]) -> Ten
         loss, _ = losses.policy_loss(logprobs[part], old[part], advantages[part], weights, 0.2, 0.2, count)
         total = total + loss + 0.1 * losses.kl_loss(logprobs[part], reference[part], mask, "k3", count)
         total = total - 0.01 * global_mean(logprobs[part].square(), mask, count)
+        trained = [token for token in part if keep[token] > 0]
+        value_loss, _ = losses.value_loss(logprobs[trained], old[trained], advantages[trained], 0.3, count)
+        total = total + value_loss
     return total
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_dist.config import Preset
+from rlver_dist.choices import Preset
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.messages import MessageContext, material, next_message
@@ -24,17 +24,37 @@ OPENING = "There has been some trouble with the yard."
 
 def persona(temperament: Temperament = Temperament.PASSIVE, intent: HiddenIntent = HiddenIntent.BE_HEARD) -> Persona:
     return Persona(
-        id="p1", name="Ada", profile="", scene="", temperament=temperament, traits=(), hidden_intent=intent, want="", hides="",
-        language="en", topic="", situation_id="yard", opening=OPENING, facts=FACTS,
+        id="p1",
+        name="Ada",
+        profile="",
+        scene="",
+        temperament=temperament,
+        traits=(),
+        hidden_intent=intent,
+        want="",
+        hides="",
+        language="en",
+        topic="",
+        situation_id="yard",
+        opening=OPENING,
+        facts=FACTS,
     )
 
 
-def context(*texts: str, emotion: float = 45.0, change: float = 3.0, seed: int = 1, truncated: bool = False,
-            preset: Preset = Preset.rlver_vanilla, **who) -> MessageContext:
+def context(
+    *texts: str,
+    emotion: float = 45.0,
+    change: float = 3.0,
+    seed: int = 1,
+    truncated: bool = False,
+    preset: Preset = Preset.rlver_vanilla,
+    **who,
+) -> MessageContext:
     """A dialogue from alternating texts: opening, reply, user message, reply ..."""
     messages = tuple(Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(texts))
-    return MessageContext(persona=persona(**who), messages=messages, emotion=emotion, change=change, truncated=truncated,
-                          rules=PRESETS[preset], seed=seed)
+    return MessageContext(
+        persona=persona(**who), messages=messages, emotion=emotion, change=change, truncated=truncated, rules=PRESETS[preset], seed=seed
+    )
 
 
 def talk(num_turns: int, *, emotions: list[float], changes: list[float], seed: int = 1, **who) -> list[str | None]:
@@ -94,8 +114,12 @@ def test_facts_come_in_order_and_once() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(list(Temperament)), st.sampled_from(list(HiddenIntent)), st.lists(
-    st.tuples(st.floats(10, 99.9), st.floats(-10, 10)), min_size=9, max_size=9))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(list(Temperament)),
+    st.sampled_from(list(HiddenIntent)),
+    st.lists(st.tuples(st.floats(10, 99.9), st.floats(-10, 10)), min_size=9, max_size=9),
+)
 def test_nothing_is_said_twice(seed: int, temperament: Temperament, intent: HiddenIntent, path: list[tuple[float, float]]) -> None:
     emotions, changes = [e for e, _ in path], [c for _, c in path]
     everything = talk(9, emotions=emotions, changes=changes, seed=seed, temperament=temperament, intent=intent)
@@ -111,10 +135,7 @@ def test_nothing_is_said_twice(seed: int, temperament: Temperament, intent: Hidd
 
 def test_a_message_depends_on_its_context_alone() -> None:
     here = context(OPENING, "That sounds hard. What happened?", seed=5)
-    program = (
-        "from tests.unit.test_messages import *; "
-        "print(next_message(context(OPENING, 'That sounds hard. What happened?', seed=5)))"
-    )
+    program = "from tests.unit.test_messages import *; print(next_message(context(OPENING, 'That sounds hard. What happened?', seed=5)))"
     fresh = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
     assert next_message(here) == next_message(here) == fresh
     assert len({next_message(replace(here, seed=seed)) for seed in range(40)}) > 8

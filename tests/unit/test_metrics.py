@@ -19,15 +19,32 @@ from rlver_dist.tracking.metrics import NON_FINITE, Metric, Reduction, reduce_me
 def make_turn(index: int, reply: str, num_tokens: int, before: float, after: float, *, appraised: bool = True) -> Turn:
     appraisal = Appraisal(content="c", fit="f", activity="a", feeling="f", change=after - before)
     return Turn(
-        index=index, prompt_ids=[1, 2], reply_ids=[3] * num_tokens, logprobs=[-0.5] * num_tokens, reply=reply, thinking="",
-        truncated=not appraised, emotion_before=before, emotion_after=after, appraisal=appraisal if appraised else None,
-        user_message=None, policy_version=(1, 1),
+        index=index,
+        prompt_ids=[1, 2],
+        reply_ids=[3] * num_tokens,
+        logprobs=[-0.5] * num_tokens,
+        reply=reply,
+        thinking="",
+        well_formed=appraised,
+        truncated=not appraised,
+        emotion_before=before,
+        emotion_after=after,
+        appraisal=appraisal if appraised else None,
+        user_message=None,
+        policy_version=(1, 1),
     )
 
 
 def make_dialogue(name: str, turns: list[Turn], end_reason: EndReason, final_emotion: float) -> Dialogue:
     return Dialogue(
-        id=name, persona_id="p", group_id="g", seed=0, opening="hello", start_emotion=30.0, turns=turns, end_reason=end_reason,
+        id=name,
+        persona_id="p",
+        group_id="g",
+        seed=0,
+        opening="hello",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=end_reason,
         final_emotion=final_emotion,
     )
 
@@ -85,19 +102,42 @@ def test_mean_does_not_depend_on_the_shards(values, data):
 
 def test_dialogue_metrics_by_hand():
     turns = [make_turn(0, "so it goes", 10, 30, 38), make_turn(1, "so it goes", 20, 38, 100)]
+    turns[1].thinking_tokens = 9
     left_content = make_dialogue("a", turns, EndReason.EMOTION_HIGH, 100)
     broken = make_dialogue("b", [make_turn(0, "", 6, 30, 30, appraised=False)], EndReason.MALFORMED, 8)
     failed = make_dialogue("c", [make_turn(0, "lost words", 99, 30, 90)], EndReason.INFRASTRUCTURE, 90)
     reduced = reduce_metrics(dialogue_metrics([left_content, broken, failed], {"a": 1.0, "b": 0.0}))
     expected = {
-        "rollout/dialogues": 3, "rollout/failed": 1, "rollout/turns_per_dialogue": 1.5,
-        "rollout/reply_tokens": 12, "rollout/truncated_share": 1 / 3, "rollout/distinct2": 0.5, "rollout/end_emotion_high": 1 / 3,
-        "rollout/end_malformed": 1 / 3, "rollout/end_infrastructure": 1 / 3, "rollout/end_goodbye": 0, "reward/mean": 0.5,
-        "reward/std": 0.5, "reward/emotion_final": 54, "reward/emotion_change_per_turn": 35, "reward/success_share": 0.5,
-        "reward/failure_share": 0.5, NON_FINITE: 0,
+        "rollout/dialogues": 3,
+        "rollout/failed": 1,
+        "rollout/turns_per_dialogue": 1.5,
+        "rollout/reply_tokens": 12,
+        "rollout/thinking_tokens": 3,
+        "rollout/truncated_share": 1 / 3,
+        "rollout/well_formed_share": 2 / 3,
+        "rollout/distinct2": 0.5,
+        "rollout/end_emotion_high": 1 / 3,
+        "rollout/end_malformed": 1 / 3,
+        "rollout/end_infrastructure": 1 / 3,
+        "rollout/end_goodbye": 0,
+        "reward/mean": 0.5,
+        "reward/std": 0.5,
+        "reward/emotion_final": 54,
+        "reward/emotion_change_per_turn": 35,
+        "reward/success_share": 0.5,
+        "reward/failure_share": 0.5,
+        NON_FINITE: 0,
     }
     assert {key: reduced[key] for key in expected} == pytest.approx(expected)
     assert sum(value for key, value in reduced.items() if key.startswith("rollout/end_")) == pytest.approx(1)
+
+
+def test_dialogues_that_ended_before_a_reply_count_as_ended():
+    overflowed = make_dialogue("a", [], EndReason.CONTEXT_OVERFLOW, 30)
+    spoken = make_dialogue("b", [make_turn(0, "hm", 5, 30, 40)], EndReason.MAX_TURNS, 40)
+    reduced = reduce_metrics(dialogue_metrics([overflowed, spoken], {"b": 0.4}))
+    expected = {"rollout/end_context_overflow": 0.5, "rollout/turns_per_dialogue": 0.5, "rollout/failed": 0, "reward/emotion_final": 35}
+    assert {key: reduced[key] for key in expected} == pytest.approx(expected)
 
 
 def test_dialogue_metrics_where_everything_failed():
@@ -113,7 +153,7 @@ def test_dialogue_metrics_refuses_a_reward_without_dialogue():
 
 def test_every_key_written_in_the_code_is_documented():
     root = Path(__file__).parents[2]
-    literal = re.compile(r'"((?:rollout|reward|simulator|learner|sync|time|perf|progress)/[a-z0-9_]+)"')
+    literal = re.compile(r'"((?:rollout|reward|simulator|learner|critic|warm_up|sync|time|perf|progress)/[a-z0-9_]+)"')
     keys = {key for source in (root / "rlver_dist").rglob("*.py") for key in literal.findall(source.read_text(encoding="utf-8"))}
     documented = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert "reward/emotion_final" in keys

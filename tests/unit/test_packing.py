@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlver_dist.experience.balance import plan_micro_batches, split_updates
-from rlver_dist.experience.packing import pack
+from rlver_dist.experience.packing import Span, column, pack
+from rlver_dist.experience.prefixes import Unit, make_units
 from rlver_dist.experience.samples import TurnSample
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
@@ -77,63 +78,61 @@ def test_update_invariants(group_ids: list[str], num_updates: int):
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
+def alone(*indices: int) -> list[Unit]:
+    return [Unit(indices=[index], trunk=[], num_tokens=1) for index in indices]
+
+
 def test_pack_by_hand():
     samples = [make_sample([10, 11, 12], [False, True, True]), make_sample([99], [False]), make_sample([20, 21], [False, True])]
-    row = pack(samples, advantages=[1.5, 9.0, -2.0], indices=[2, 0])
+    row = pack(samples, alone(2, 0))
+    assert row.indices == [2, 0]
     assert row.token_ids.tolist() == [20, 21, 10, 11, 12]
     assert row.position_ids.tolist() == [0, 1, 0, 1, 2]
-    assert row.lengths == [2, 3]
-    assert row.loss_mask.tolist() == [False, True, False, True, True]
-    assert row.rollout_logprobs.tolist() == [0.0, -21 / 8, 0.0, -11 / 8, -12 / 8]
-    assert row.advantages.tolist() == [0.0, -2.0, 0.0, 1.5, 1.5]
+    assert row.spans == [Span(length=2), Span(length=3)]
+    assert row.targets.tolist() == [1, 3, 4]
+    assert row.before.tolist() == [0, 2, 3]
+    assert column([torch.tensor([1.5, 2.5]), torch.tensor([]), torch.tensor([-2.0])], row).tolist() == [-2.0, 1.5, 2.5]
+    assert column([sample.trained_logprobs() for sample in samples], row).tolist() == [-21 / 8, -11 / 8, -12 / 8]
 
 
-def test_no_index_gives_a_row_that_trains_nothing():
-    row = pack([make_sample([1, 2], [False, True])], [1.0], indices=[])
-    assert row.token_ids.shape == (2,)
-    assert row.lengths == [2]
-    assert not row.loss_mask.any()
+def test_no_unit_gives_a_row_that_trains_nothing():
+    row = pack([make_sample([1, 2], [False, True])], [])
+    assert (row.indices, row.spans, row.token_ids.shape) == ([], [Span(length=2)], (2,))
+    assert len(row.targets) == len(row.before) == len(column([torch.ones(1)], row)) == 0
 
 
 def test_all_rows_have_the_same_types():
     sample = make_sample([1, 2], [False, True])
-    expected = {
-        "token_ids": torch.int64,
-        "position_ids": torch.int64,
-        "loss_mask": torch.bool,
-        "rollout_logprobs": torch.float32,
-        "advantages": torch.float32,
-    }
     for indices in ([], [0], [0, 0]):
-        row = pack([sample], [1.0], indices).to("cpu")
-        assert {name: getattr(row, name).dtype for name in expected} == expected
-        assert {len(getattr(row, name)) for name in expected} == {sum(row.lengths)}
+        row = pack([sample], alone(*indices)).to("cpu")
+        assert {tensor.dtype for tensor in (row.token_ids, row.position_ids, row.targets, row.before)} == {torch.int64}
+        assert column([torch.ones(1)], row).dtype == torch.float32
+        assert len(row.token_ids) == len(row.position_ids) == sum(span.length for span in row.spans)
 
 
-def test_pack_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="2 advantages for 1 samples"):
-        pack([make_sample([1, 2], [False, True])], [1.0, 2.0], [0])
+def test_pack_refuses_a_first_token_that_is_trained():
     with pytest.raises(ValueError, match="first token"):
-        pack([make_sample([1, 2], [True, True])], [1.0], [0])
+        pack([make_sample([1, 2], [True, True])], alone(0))
 
 
 @given(st.lists(DRAWN_SAMPLE, max_size=6), st.integers(1, 3), st.integers(1, 12))
 def test_planned_and_packed_rows_split_back_into_the_samples(drawn: list[list[tuple[int, bool]]], num_ranks: int, max_tokens: int):
     samples = [make_sample([token for token, _ in rows], [at > 0 and trained for at, (_, trained) in enumerate(rows)]) for rows in drawn]
-    advantages = [float(index + 1) for index in range(len(samples))]
-    num_trained = 0
-    for micro_batches in plan_micro_batches([len(sample.token_ids) for sample in samples], num_ranks, max_tokens):
-        for indices in micro_batches:
-            row = pack(samples, advantages, indices)
-            num_trained += int(row.loss_mask.sum())
-            if not indices:
+    units = make_units(samples, range(len(samples)), share=False, max_tokens=max_tokens)
+    values = [index + torch.arange(sample.num_trained) / 8 for index, sample in enumerate(samples)]
+    seen = []
+    for micro_batches in plan_micro_batches([unit.num_tokens for unit in units], num_ranks, max_tokens):
+        for chosen in micro_batches:
+            row = pack(samples, [units[index] for index in chosen])
+            if not chosen:
                 continue
-            tensors = (row.token_ids, row.position_ids, row.loss_mask, row.rollout_logprobs, row.advantages)
-            columns = [tensor.split(row.lengths) for tensor in tensors]
-            for index, segment in zip(indices, zip(*columns, strict=True), strict=True):
-                token_ids, position_ids, loss_mask, rollout_logprobs, spread = (column.tolist() for column in segment)
-                sample = samples[index]
-                assert (token_ids, loss_mask, rollout_logprobs) == (sample.token_ids, sample.loss_mask, sample.rollout_logprobs)
-                assert position_ids == list(range(len(token_ids)))
-                assert spread == [advantages[index] if trained else 0.0 for trained in sample.loss_mask]
-    assert num_trained == sum(sum(sample.loss_mask) for sample in samples)
+            seen += row.indices
+            lengths = [span.length for span in row.spans]
+            assert [part.tolist() for part in row.token_ids.split(lengths)] == [samples[index].token_ids for index in row.indices]
+            assert row.position_ids.tolist() == [position for length in lengths for position in range(length)]
+            mask = torch.zeros(len(row.token_ids), dtype=torch.bool)
+            mask[row.targets] = True
+            assert [part.tolist() for part in mask.split(lengths)] == [samples[index].loss_mask for index in row.indices]
+            assert torch.equal(row.before, row.targets - 1)
+            assert column(values, row).tolist() == [value for index in row.indices for value in values[index].tolist()]
+    assert sorted(seen) == list(range(len(samples)))

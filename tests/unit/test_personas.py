@@ -13,8 +13,13 @@ from rlver_dist.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "rlver_profiles_sample.jsonl"
 OWN = {
-    "id": "p1", "name": "Dana Kowal", "profile": "You are Dana Kowal, 34, a bus driver.", "scene": "The bus was late.",
-    "temperament": "passive", "hidden_intent": "be_heard", "want": "You want to be heard.",
+    "id": "p1",
+    "name": "Dana Kowal",
+    "profile": "You are Dana Kowal, 34, a bus driver.",
+    "scene": "The bus was late.",
+    "temperament": "passive",
+    "hidden_intent": "be_heard",
+    "want": "You want to be heard.",
 }
 RLVER = {
     "id": "r1",
@@ -55,8 +60,19 @@ def refusal(path: Path) -> str:
 def test_a_short_row_takes_the_defaults(tmp_path):
     assert load_personas(write(tmp_path, OWN, "")) == [
         Persona(
-            id="p1", name="Dana Kowal", profile=OWN["profile"], scene=OWN["scene"], temperament=Temperament.PASSIVE, traits=(),
-            hidden_intent=HiddenIntent.BE_HEARD, want=OWN["want"], hides="", language="en", topic="", situation_id="p1", opening="",
+            id="p1",
+            name="Dana Kowal",
+            profile=OWN["profile"],
+            scene=OWN["scene"],
+            temperament=Temperament.PASSIVE,
+            traits=(),
+            hidden_intent=HiddenIntent.BE_HEARD,
+            want=OWN["want"],
+            hides="",
+            language="en",
+            topic="",
+            situation_id="p1",
+            opening="",
             facts=(),
         )
     ]
@@ -96,7 +112,7 @@ def test_a_missing_field_is_named(tmp_path):
     assert refusal(path).startswith(f"{path}:1: scene: missing")
 
 
-@pytest.mark.parametrize("line, message", [("{\"id\": ", "not JSON"), ("[1, 2]", "holds a list"), ("", "holds no persona")])
+@pytest.mark.parametrize("line, message", [('{"id": ', "not JSON"), ("[1, 2]", "holds a list"), ("", "holds no persona")])
 def test_what_is_no_persona_is_refused(tmp_path, line, message):
     assert message in refusal(write(tmp_path, line))
 

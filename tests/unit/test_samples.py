@@ -1,4 +1,4 @@
-"""Dialogues to rows of tokens, rewards, and the selection of what is trained on."""
+"""Dialogues to rows of tokens."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.config import EndReward, EndRewardConfig
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import to_samples
 
 
 def make_turn(index: int, prompt_ids: list[int], reply_ids: list[int], logprobs: list[float] | None = None) -> Turn:
     return Turn(
-        index=index, prompt_ids=prompt_ids, reply_ids=reply_ids, reply="hm", thinking="", truncated=False, emotion_before=30.0,
-        emotion_after=35.0, appraisal=None, user_message=None, policy_version=(0, 0),
+        index=index, prompt_ids=prompt_ids, reply_ids=reply_ids, reply="hm", thinking="", well_formed=True, truncated=False,
+        emotion_before=30.0, emotion_after=35.0, appraisal=None, user_message=None, policy_version=(0, 0),
         logprobs=[-float(token) for token in reply_ids] if logprobs is None else logprobs,
     )  # fmt: skip
 
@@ -35,6 +33,8 @@ def test_turns_that_extend_the_history_merge_into_one_row():
     assert sample.loss_mask == [False, False, True, True, False, True]
     assert sample.rollout_logprobs == [0.0, 0.0, -3.0, -4.0, 0.0, -6.0]
     assert (sample.reward, sample.dialogue_id, sample.group_id, sample.turn_index) == (0.45, "d", "g", 0)
+    assert sample.num_trained == 3
+    assert sample.trained_logprobs().tolist() == [-3.0, -4.0, -6.0]
 
 
 def test_an_edited_history_opens_a_new_row():
@@ -98,39 +98,3 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn:
 def test_a_broken_turn_is_refused(turn: Turn, message: str):
     with pytest.raises(ValueError, match=message):
         to_samples(make_dialogue([turn]), reward=0.0)
-
-
-@pytest.mark.parametrize("end", [EndReason.EMOTION_HIGH, EndReason.EMOTION_LOW, EndReason.GOODBYE, EndReason.MAX_TURNS])
-def test_ends_that_are_not_the_policys_are_paid_by_emotion(end: EndReason):
-    nothing = EndRewardConfig(malformed=EndReward.zero, over_long=EndReward.zero, context_overflow=EndReward.zero)
-    assert dialogue_reward(make_dialogue([], end), nothing) == pytest.approx(0.45)
-
-
-@pytest.mark.parametrize("end", [end for end in EndReason if end.is_policy_fault])
-def test_ends_that_the_policy_caused_follow_their_own_rule(end: EndReason):
-    for paid in (EndReward.emotion, EndReward.zero):
-        unlike = EndReward.zero if paid is EndReward.emotion else EndReward.emotion
-        rules = EndRewardConfig(**{other.value: unlike for other in EndReason if other.is_policy_fault} | {end.value: paid})
-        assert dialogue_reward(make_dialogue([], end), rules) == pytest.approx(0.45 if paid is EndReward.emotion else 0.0)
-
-
-def test_an_infrastructure_failure_is_never_scored():
-    with pytest.raises(ValueError, match=r"never scored \(engine lost\)"):
-        dialogue_reward(make_dialogue([], EndReason.INFRASTRUCTURE), EndRewardConfig())
-
-
-def test_selection_drops_failures_then_lonely_dialogues():
-    turns = [make_turn(0, [1], [2])]
-    dialogues = [
-        make_dialogue(turns, name="b1", group="b"),
-        make_dialogue(turns, name="a2", group="a"),
-        make_dialogue(turns, EndReason.INFRASTRUCTURE, name="b2", group="b"),
-        make_dialogue(turns, EndReason.MALFORMED, name="a0", group="a"),
-        make_dialogue([], EndReason.CONTEXT_OVERFLOW, name="a1", group="a"),
-        make_dialogue([make_turn(0, [1], [])], EndReason.MALFORMED, name="b0", group="b"),
-        make_dialogue(turns, EndReason.INFRASTRUCTURE, name="c1", group="c"),
-    ]
-    selection = select_trainable(dialogues)
-    assert [dialogue.id for dialogue in selection.kept] == ["a0", "a2"]
-    assert (selection.num_failed, selection.num_dropped_groups, selection.num_dropped) == (4, 1, 1)
-    assert select_trainable(reversed(dialogues)) == selection

@@ -8,7 +8,10 @@ from rlver_dist.simulator.sentences import MAX_SENTENCES, content_words, ngrams,
 
 def test_sentences_split_at_stops_and_lines_and_lose_their_bullets():
     assert sentences("You rang twice. Nobody came!\n- Take a photo\n2) Write it down") == [
-        "You rang twice.", "Nobody came!", "Take a photo", "Write it down",
+        "You rang twice.",
+        "Nobody came!",
+        "Take a photo",
+        "Write it down",
     ]
 
 

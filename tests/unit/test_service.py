@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from rlver_dist.config import Preset, SimulatorConfig
+from rlver_dist.choices import Preset
+from rlver_dist.config import SimulatorConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import DataError, RlverError
@@ -37,8 +38,15 @@ def request(*replies: str, dialogue_id: str = "d1", emotion: float = 30.0, max_t
         messages.append(Message(role=Role.ASSISTANT, text=reply))
         if turn < len(replies) - 1:
             messages.append(Message(role=Role.USER, text=FACTS[turn]))
-    return UserRequest(dialogue_id=dialogue_id, turn_index=len(replies) - 1, persona=who or persona(),
-                       messages=tuple(messages) if replies else (), emotion=emotion, seed=3, max_turns=max_turns)
+    return UserRequest(
+        dialogue_id=dialogue_id,
+        turn_index=len(replies) - 1,
+        persona=who or persona(),
+        messages=tuple(messages) if replies else (),
+        emotion=emotion,
+        seed=3,
+        max_turns=max_turns,
+    )
 
 
 def test_opening() -> None:
@@ -48,8 +56,11 @@ def test_opening() -> None:
 @pytest.mark.parametrize(
     ("reply", "before", "turns", "after", "reason"),
     [
-        ("4.5", 30.0, 8, 34.5, None), ("25", 95.0, 8, 100.0, EndReason.EMOTION_HIGH), ("-25", 19.9, 8, 9.9, EndReason.EMOTION_LOW),
-        ("-25", 20.0, 8, 10.0, None), ("2", 30.0, 1, 32.0, EndReason.MAX_TURNS),
+        ("4.5", 30.0, 8, 34.5, None),
+        ("25", 95.0, 8, 100.0, EndReason.EMOTION_HIGH),
+        ("-25", 19.9, 8, 9.9, EndReason.EMOTION_LOW),
+        ("-25", 20.0, 8, 10.0, None),
+        ("2", 30.0, 1, 32.0, EndReason.MAX_TURNS),
     ],
 )
 def test_emotion_and_end(reply: str, before: float, turns: int, after: float, reason: EndReason | None) -> None:
@@ -62,8 +73,11 @@ def test_emotion_and_end(reply: str, before: float, turns: int, after: float, re
 def test_goodbye_is_an_end() -> None:
     who = replace(persona(), facts=FACTS[:1])
     messages = [OPENING, "1", FACTS[0], "0", "That's everything, really.", "0"]
-    asked = replace(request("0", who=who, emotion=50.0), turn_index=2, messages=tuple(
-        Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(messages)))
+    asked = replace(
+        request("0", who=who, emotion=50.0),
+        turn_index=2,
+        messages=tuple(Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(messages)),
+    )
     answer = SIMULATOR.respond(asked)
     assert (answer.message, answer.end_reason) == (None, EndReason.GOODBYE)
 

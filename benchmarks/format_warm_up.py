@@ -1,0 +1,221 @@
+"""How little imitation teaches SmolLM2 the think format: `warm_up.*` of `+on=cpu` chosen by measurement.
+
+    python -m benchmarks.format_warm_up --dialogues 48 --lr 5e-5 1e-4 --epochs 3
+
+Holds the warm-up's dialogues once, in one process with a vLLM engine. For each choice it then trains the model from the start on the
+first so many of them and, after every epoch, holds two turns with users of the evaluation split. Columns: seconds of training,
+optimizer steps, share of well-formed replies, of truncated ones, tokens up to the reply and of the reply, distinct-2 of what was heard,
+and the mean change of emotion a reply. The first two rows are the model as it came, without and with the instruction to think.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlver_dist.choices import Device, Precision
+from rlver_dist.config import RolloutConfig, RunConfig, SimulatorConfig
+from rlver_dist.data.personas import load_split
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.evaluation.held_out import evaluation_tasks
+from rlver_dist.experience.samples import TurnSample
+from rlver_dist.models import resolve
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, collect
+from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
+from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.simulator.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.embedded import EmbeddedSimulator
+from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.service import RewardService
+from rlver_dist.tracking.dialogue_metrics import distinct_n
+from rlver_dist.training_config import ModelConfig, WarmUpConfig
+from rlver_dist.warm_up import warm_up_samples
+
+MODEL_YAML = Path(__file__).parents[1] / "conf" / "model" / "smollm2_135m_instruct.yaml"
+
+
+class Measurement:
+    """The engine, the users and the dialogues that every choice is measured with."""
+
+    def __init__(self, config: RunConfig, temperature: float, num_personas: int) -> None:
+        self.config = config
+        self.folder = resolve(config.model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.limits = CollectLimits(
+            max_turns=2, max_reply_tokens=config.rollout.max_reply_tokens, max_context_tokens=config.model.max_context_tokens,
+            end_on_truncation=False, strict_format=False, temperature=temperature, max_concurrent=64, request_timeout_s=600.0,
+        )  # fmt: skip
+        self.personas = load_split("bank", "evaluation")[:num_personas]
+        self.users = RewardService(EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=EmbeddedAppraiser())).respond
+        self.engine = PolicyEngine(
+            EngineSettings(
+                model_path=self.folder, dtype=Precision.bfloat16, device=Device.cpu, seed=0, max_context_tokens=2048,
+                stop_token_ids=(self.renderer(think=False).end_token_id,), max_concurrent=64, kv_cache_gib=1,
+                cpu_threads=torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        self.version = self.num_rows = 0
+
+    def renderer(self, *, think: bool) -> Renderer:
+        """The policy's renderer with or without thinking."""
+        return Renderer(self.tokenizer, system_prompt(self.config.model, think), think)
+
+    async def hold(
+        self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
+    ) -> list[Dialogue]:
+        """`warm_up.HoldFn`."""
+        started = time.monotonic()
+        dialogues = await collect(tasks, generate=self.engine.generate, respond=users, renderer=renderer, limits=limits)
+        cut = statistics.fmean(turn.truncated for dialogue in dialogues for turn in dialogue.turns)
+        print(f"{name}: {len(tasks)} in {time.monotonic() - started:.0f} s, {cut:.0%} truncated", flush=True)
+        return dialogues
+
+    async def samples(self) -> list[TurnSample]:
+        """The warm-up's samples, of the model as it is served now."""
+        personas = load_split("bank", "train")
+        return await warm_up_samples(
+            config=self.config, tokenizer=self.tokenizer, personas=personas, users=self.users, limits=self.limits, hold=self.hold
+        )
+
+    async def serve(self, model: torch.nn.Module) -> None:
+        """Let the engine take a model's weights."""
+        self.version += 1
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/weights.safetensors"
+            save_file({name: tensor.bfloat16().clone() for name, tensor in model.state_dict().items()}, path)
+            await self.engine.update_from_file(path, self.version)
+
+    async def report(self, name: str, *, think: bool, num_shown: int) -> None:
+        """Hold the evaluation dialogues and print one row, and some samples."""
+        renderer = self.renderer(think=think)
+        limits = self.limits
+        if not think:  # the tokens that are left for a reply beside a thought
+            limits = replace(limits, max_reply_tokens=limits.max_reply_tokens - self.config.warm_up.max_thought_tokens)
+        self.num_rows += 1
+        # Other ids in every row: users answer a dialogue once.
+        tasks = evaluation_tasks(self.personas, phase=f"row-{self.num_rows}", seed=self.config.seed)
+        dialogues = await collect(tasks, generate=self.engine.generate, respond=self.users, renderer=renderer, limits=limits)
+        turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+        thoughts = [turn.thinking_tokens for turn in turns]
+        print(
+            f"{name:<34} well-formed {statistics.fmean(turn.well_formed for turn in turns):6.1%}  "
+            f"truncated {statistics.fmean(turn.truncated for turn in turns):6.1%}  tokens {statistics.fmean(thoughts):5.1f} + "
+            f"{statistics.fmean(len(turn.reply_ids) - thought for turn, thought in zip(turns, thoughts, strict=True)):5.1f}  "
+            f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  "
+            f"emotion {statistics.fmean(turn.emotion_after - turn.emotion_before for turn in turns):+.2f}",
+            flush=True,
+        )
+        for dialogue in dialogues[:num_shown]:
+            print(f"    {dialogue.opening}\n    -> {self.tokenizer.decode(dialogue.turns[0].reply_ids)!r}", flush=True)
+
+
+class Imitator:
+    """Plain supervised training: float32 weights, bfloat16 arithmetic, AdamW with a constant rate."""
+
+    def __init__(self, folder: str, lr: float, temperature: float, pad_id: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
+        self._temperature = temperature
+        self._pad_id = pad_id
+
+    def epoch(self, samples: list[TurnSample], batch_size: int, rng: random.Random) -> list[float]:
+        """One pass in shuffled batches; returns each batch's mean loss in nats a token."""
+        order = rng.sample(samples, len(samples))
+        return [self._step(order[start : start + batch_size]) for start in range(0, len(order) - len(order) % batch_size, batch_size)]
+
+    def _step(self, batch: list[TurnSample]) -> float:
+        num_trained = sum(sum(sample.loss_mask) for sample in batch)
+        total = 0.0
+        by_length = sorted(batch, key=lambda sample: len(sample.token_ids))
+        for start in range(0, len(batch), 8):
+            loss = self._loss(by_length[start : start + 8]) / num_trained
+            loss.backward()
+            total += loss.item()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return total
+
+    def _loss(self, batch: list[TurnSample]) -> torch.Tensor:
+        longest = max(len(sample.token_ids) for sample in batch)
+        tokens = torch.full((len(batch), longest), self._pad_id)
+        trained = torch.zeros(len(batch), longest, dtype=torch.bool)
+        for row, sample in enumerate(batch):
+            tokens[row, : len(sample.token_ids)] = torch.tensor(sample.token_ids)
+            trained[row, : len(sample.loss_mask)] = torch.tensor(sample.loss_mask)
+        # Padding stands on the right, where causal attention never looks.
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.model.base_model(tokens).last_hidden_state[:, :-1][trained[:, 1:]]
+            logits = self.model.get_output_embeddings()(hidden)
+        return cross_entropy(logits.float() / self._temperature, tokens[:, 1:][trained[:, 1:]], reduction="sum")
+
+
+async def measure(arguments: argparse.Namespace) -> None:
+    """All rows."""
+    model = yaml.safe_load(MODEL_YAML.read_text(encoding="utf-8"))
+    if arguments.instruction:
+        model["think_instruction"] = arguments.instruction
+    warm_up = WarmUpConfig(
+        dialogues=max(arguments.dialogues), max_turns=arguments.turns, max_thought_tokens=arguments.thought_tokens,
+        batch_size=arguments.batch_size,
+    )  # fmt: skip
+    rollout = RolloutConfig(think=True, max_reply_tokens=arguments.reply_tokens)
+    config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
+    bench = Measurement(config, arguments.temperature, arguments.personas)
+    await bench.engine.start()
+    try:
+        await bench.report("as it came, no think", think=False, num_shown=arguments.shown)
+        await bench.report("as it came, think", think=True, num_shown=arguments.shown)
+        samples = await bench.samples()
+        print(f"{len(samples)} samples of {statistics.fmean(sum(sample.loss_mask) for sample in samples):.1f} trained tokens, such as")
+        for sample in samples[:: max(1, len(samples) // 12)]:
+            print("    " + repr(bench.tokenizer.decode(sample.token_ids[sample.loss_mask.index(True) :])))
+        for dialogues in arguments.dialogues:
+            part = [sample for sample in samples if int(sample.dialogue_id.split("-")[1]) < dialogues]
+            for lr in arguments.lr:
+                imitator = Imitator(bench.folder, lr, arguments.temperature, bench.tokenizer.eos_token_id)
+                rng, seconds, losses = random.Random(0), 0.0, []
+                for epoch in range(1, arguments.epochs + 1):
+                    started = time.monotonic()
+                    losses += imitator.epoch(part, arguments.batch_size, rng)
+                    seconds += time.monotonic() - started
+                    await bench.serve(imitator.model)
+                    print(f"{seconds:.0f} s, {len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}")
+                    shown = arguments.shown if epoch == arguments.epochs else 0
+                    await bench.report(f"{dialogues} dialogues, lr {lr:g}, epoch {epoch}", think=True, num_shown=shown)
+    finally:
+        bench.engine.close()
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Measure the think format before and after imitation.")
+    parser.add_argument("--dialogues", type=int, nargs="+", default=[48])
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-5])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--thought-tokens", type=int, default=24)
+    parser.add_argument("--reply-tokens", type=int, default=80)
+    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--personas", type=int, default=40)
+    parser.add_argument("--shown", type=int, default=5)
+    parser.add_argument("--instruction", default="", help="model.think_instruction; by default the model file's or the schema's")
+    asyncio.run(measure(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

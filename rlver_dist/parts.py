@@ -1,0 +1,131 @@
+"""What the driver drives: engines, users, learners and trackers as plain coroutines, whatever they run on.
+
+Components:
+    generate     samples replies with the policy's current weights
+    users        appraise replies and answer them: `users` under the run's rules, `evaluation_users` under SAGE's
+    policy       the policy learner: updates, scores with the frozen base model, saves, loads, exports
+    critic       the critic learner, where the algorithm has one
+    sync         carries the policy's weights to every engine
+    trackers     take each iteration's metrics
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rlver_dist.config import RunConfig
+from rlver_dist.dialogue import Dialogue
+from rlver_dist.experience.samples import TurnSample
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.simulator.appraisal import Appraiser
+from rlver_dist.simulator.emotion import EmotionRules
+from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.jsonl import Tracker
+from rlver_dist.tracking.metrics import Metric
+from rlver_dist.training_config import WarmUpConfig
+
+
+class Policy(Protocol):
+    """All ranks of the policy learner, addressed as one. Columns hold one `[n]` tensor a sample, over its trained tokens."""
+
+    async def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
+        """Optimizer steps on one iteration's samples."""
+
+    async def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+        """Supervised warm-up; training starts anew from the result."""
+
+    async def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
+        """KL to the reference at each trained token, nats."""
+
+    async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
+        """Negative log-likelihood of all trained tokens under the base model at temperature 1 in nats, and their number."""
+
+    async def save(self, directory: Path) -> None:
+        """Write everything that training needs to go on."""
+
+    async def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote."""
+
+    async def export(self, directory: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+
+
+class Critic(Protocol):
+    """All ranks of the critic learner, addressed as one."""
+
+    async def values(self, samples: list[TurnSample]) -> list[Tensor]:
+        """Expected reward before each trained token."""
+
+    async def update(self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]) -> list[Metric]:
+        """Optimizer steps towards `returns`; `values` are those that `values` gave."""
+
+    async def save(self, directory: Path) -> None:
+        """Write everything that training needs to go on."""
+
+    async def load(self, directory: Path) -> None:
+        """Go on from what `save` wrote."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Parts:
+    """See the module's docstring; `renderer` is the run's own, `plain_renderer` never asks for thinking, both for `tokenizer`."""
+
+    generate: GenerateFn
+    users: RespondFn
+    evaluation_users: RespondFn
+    second_appraiser: Appraiser
+    evaluation_rules: EmotionRules
+    policy: Policy
+    critic: Critic | None
+    sync: Callable[[int], Awaitable[list[Metric]]]
+    service_metrics: Callable[[], Awaitable[list[Metric]]]
+    tokenizer: Any
+    renderer: Renderer
+    plain_renderer: Renderer
+    trackers: Sequence[Tracker]
+    console: Console
+
+
+def train_limits(config: RunConfig) -> CollectLimits:
+    """Limits of training dialogues: a broken think format ends them."""
+    return _limits(config, config.rollout.max_turns, config.rollout.temperature, strict_format=True)
+
+
+def evaluation_limits(config: RunConfig) -> CollectLimits:
+    """Limits of evaluation dialogues: the reply's text is what counts, and the format is reported apart."""
+    return _limits(config, config.evaluation.max_turns, config.evaluation.temperature, strict_format=False)
+
+
+def _limits(config: RunConfig, max_turns: int, temperature: float, *, strict_format: bool) -> CollectLimits:
+    rollout = config.rollout
+    return CollectLimits(
+        max_turns=max_turns,
+        max_reply_tokens=rollout.max_turn_tokens,
+        max_context_tokens=config.model.max_context_tokens,
+        end_on_truncation=rollout.end_on_truncation,
+        strict_format=strict_format,
+        temperature=temperature,
+        max_concurrent=rollout.max_concurrent,
+        request_timeout_s=rollout.request_timeout_s,
+    )
+
+
+async def hold(
+    parts: Parts, name: str, tasks: Sequence[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
+) -> list[Dialogue]:
+    """Hold all dialogues of `tasks` under a progress bar called `name`; sorted by id."""
+    with parts.console.phase(name, len(tasks)) as advance:
+        seen = 0
+
+        def progress(done: int, total: int, replies: int) -> None:
+            nonlocal seen
+            advance(done - seen, replies=replies)
+            seen = done
+
+        return await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)

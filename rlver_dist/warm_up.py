@@ -1,0 +1,194 @@
+"""Supervised warm-up: what a model that cannot follow the think format imitates, so that it learns that format and nothing else.
+
+Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
+reply it is asked, in a chat of its own, what the person feels and needs. Thought and reply, after the prompt with thinking and the
+history as it was heard, become a sample. Nothing is chosen by what it is worth, so that reinforcement learning starts from the
+replies that the model gives anyway.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from rlver_dist.config import RunConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.data.sampler import PersonaSampler
+from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.errors import ConfigError
+from rlver_dist.experience.samples import TurnSample
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
+from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.simulator.protocol import UserRequest, UserResponse
+from rlver_dist.training_config import require
+
+THOUGHT_SYSTEM_PROMPT = "You name in one short sentence what a person feels and needs."
+THOUGHT_QUESTION = '"{message}" What does this person feel and need?'
+THOUGHT_EXAMPLES = (
+    ("My dog died last week. The house is so quiet.", "They miss their dog and want company."),
+    ("I got the job! I start on Monday.", "They are proud and want someone to cheer with them."),
+    ("My boss shouted at me in front of everyone.", "They feel humiliated and need someone on their side."),
+)
+"""Worked exchanges before each question, without which a small model retells the message at length."""
+THOUGHT_TEMPERATURE = 0.7
+"""Of the thoughts; hotter ones of a small model have little to do with the message."""
+SEED_STREAM = -1
+"""Stands where training has the number of an iteration, so that no seed of training is used here."""
+
+_TAGS = re.compile(r"<[^<>]*>|[<>]")
+_WHOLE_SENTENCES = re.compile(r".*[.!?][\"')\]]*(?=\s|$)")
+
+
+class HoldFn(Protocol):
+    """Holds dialogues, under a name that is shown meanwhile: `collector.collect` with the engines already bound."""
+
+    async def __call__(
+        self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
+    ) -> list[Dialogue]:
+        """One dialogue a task, sorted by id."""
+        ...
+
+
+class ThoughtRenderer(Renderer):
+    """The chat in which a model is asked for a thought; every first prompt holds the worked examples before the question."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, THOUGHT_SYSTEM_PROMPT)
+        for message, thought in THOUGHT_EXAMPLES:
+            question = self._encode_text(THOUGHT_QUESTION.format(message=message))
+            self._head += [*question, *self._generation, *self.encode_reply("", thought), *self._glue]
+
+
+async def warm_up_samples(
+    *, config: RunConfig, tokenizer: Any, personas: Sequence[Persona], users: RespondFn, limits: CollectLimits, hold: HoldFn
+) -> list[TurnSample]:
+    """Sample replies and thoughts and put them together; equal configurations and weights give equal samples.
+
+    Args:
+        config: of the run; `warm_up`, `model` and `seed` are read.
+        tokenizer: the policy's.
+        personas: of training.
+        users: the training users.
+        limits: of training's dialogues; no sample is longer than `max_reply_tokens`, thinking included.
+        hold: see `HoldFn`.
+
+    Returns:
+        One sample a reply, each a dialogue and a group of its own, with reward and log-probs 0; in dialogue and turn order.
+
+    Raises:
+        ConfigError: there is no room for replies, or there are fewer samples than one batch takes.
+    """
+    warm_up, room = config.warm_up, limits.max_reply_tokens - config.warm_up.max_thought_tokens
+    require(
+        room > 0, "warm_up.max_thought_tokens", warm_up.max_thought_tokens, f"use less than {limits.max_reply_tokens} tokens of a reply"
+    )
+    plain = Renderer(tokenizer, system_prompt(config.model, think=False))
+    tasks = _reply_tasks(config, personas)
+    reply_limits = replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=room)
+    dialogues = await hold("warm-up: replies", tasks, users, reply_limits, plain)
+
+    answers = await hold("warm-up: thoughts", *_questions(dialogues, tasks), _thought_limits(config, limits), ThoughtRenderer(tokenizer))
+    thoughts = {answer.id: clean_thought(turn.reply, cut=turn.truncated) for answer in answers for turn in answer.turns}
+    thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)
+    samples = [sample for dialogue in dialogues for sample in _samples(dialogue, thoughts, thinking, limits)]
+    if len(samples) < warm_up.batch_size:
+        raise _too_few(config, samples, [*dialogues, *answers])
+    return samples
+
+
+def clean_thought(text: str, *, cut: bool) -> str:
+    """`text` in one line and without tags; where it was cut at the token limit only its whole sentences, which may be none."""
+    line = " ".join(_TAGS.sub(" ", text).split())
+    if not cut:
+        return line
+    whole = _WHOLE_SENTENCES.match(line)
+    return whole.group() if whole else ""
+
+
+def _reply_tasks(config: RunConfig, personas: Sequence[Persona]) -> list[DialogueTask]:
+    """Tasks by number, each with a persona drawn apart from training's order."""
+    drawn = PersonaSampler(personas, derive_seed(config.seed, SEED_STREAM)).next(config.warm_up.dialogues)
+    names = [f"warm_up-{number:04d}" for number in range(len(drawn))]
+    return [
+        DialogueTask(id=name, group_id=name, persona=persona, seed=derive_seed(config.seed, SEED_STREAM, number))
+        for number, (name, persona) in enumerate(zip(names, drawn, strict=True))
+    ]
+
+
+def _key(dialogue: Dialogue, turn: Turn) -> str:
+    return f"{dialogue.id}-t{turn.index}"
+
+
+def _exchanges(dialogue: Dialogue) -> Iterator[tuple[Turn, str]]:
+    """Each turn with the user's message that it answers."""
+    message: str | None = dialogue.opening
+    for turn in dialogue.turns:
+        assert message is not None, "a dialogue goes on only after a message"
+        yield turn, message
+        message = turn.user_message
+
+
+def _is_whole(turn: Turn) -> bool:
+    return bool(turn.reply) and not turn.truncated
+
+
+def _questions(dialogues: list[Dialogue], held: list[DialogueTask]) -> tuple[list[DialogueTask], RespondFn]:
+    """The thoughts that are asked for, as dialogues of one turn with the key of a sample as id, and the user who asks for them."""
+    personas = {task.id: task.persona for task in held}
+    tasks, told = [], {}
+    for dialogue in dialogues:
+        for turn, message in _exchanges(dialogue):
+            if _is_whole(turn):
+                key = _key(dialogue, turn)
+                seed = derive_seed(dialogue.seed, turn.index, SEED_STREAM)
+                tasks.append(DialogueTask(id=key, group_id=key, persona=personas[dialogue.id], seed=seed))
+                told[key] = message
+
+    async def ask(request: UserRequest) -> UserResponse:
+        if request.turn_index < 0:
+            question = THOUGHT_QUESTION.format(message=told[request.dialogue_id])
+            return UserResponse(appraisal=None, emotion=request.emotion, message=question, end_reason=None)
+        return UserResponse(appraisal=None, emotion=request.emotion, message=None, end_reason=EndReason.GOODBYE)
+
+    return tasks, ask
+
+
+def _thought_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
+    return replace(limits, max_turns=1, max_reply_tokens=config.warm_up.max_thought_tokens, temperature=THOUGHT_TEMPERATURE)
+
+
+def _samples(dialogue: Dialogue, thoughts: Mapping[str, str], thinking: Renderer, limits: CollectLimits) -> Iterator[TurnSample]:
+    """A sample for each whole reply of a dialogue that has a thought and fits the limits with it."""
+    prompt_ids: list[int] = []
+    said: Turn | None = None
+    for turn, message in _exchanges(dialogue):
+        prompt_ids = thinking.next_prompt(prompt_ids, said.reply_ids, said.reply, message) if said else thinking.opening_prompt(message)
+        said = turn
+        if not _is_whole(turn) or not thoughts.get(_key(dialogue, turn)):
+            continue
+        try:
+            reply_ids = thinking.encode_reply(thoughts[_key(dialogue, turn)], turn.reply)
+        except ValueError:  # a reply with a tag in it
+            continue
+        if len(reply_ids) <= limits.max_reply_tokens and len(prompt_ids) + len(reply_ids) <= limits.max_context_tokens:
+            yield _sample(_key(dialogue, turn), turn.index, prompt_ids, reply_ids)
+
+
+def _sample(key: str, turn_index: int, prompt_ids: list[int], reply_ids: list[int]) -> TurnSample:
+    return TurnSample(
+        token_ids=[*prompt_ids, *reply_ids], loss_mask=[False] * len(prompt_ids) + [True] * len(reply_ids),
+        rollout_logprobs=[0.0] * (len(prompt_ids) + len(reply_ids)), reward=0.0, dialogue_id=key, group_id=key, turn_index=turn_index,
+    )  # fmt: skip
+
+
+def _too_few(config: RunConfig, samples: list[TurnSample], held: list[Dialogue]) -> ConfigError:
+    warm_up = config.warm_up
+    failures = [dialogue.error for dialogue in held if dialogue.error]
+    failed = f" ({len(failures)} of the dialogues failed, the first with: {failures[0]})" if failures else ""
+    return ConfigError(
+        f"warm_up.dialogues={warm_up.dialogues}: gave {len(samples)} whole replies with a thought, fewer than "
+        f"warm_up.batch_size={warm_up.batch_size}{failed}; raise warm_up.dialogues, warm_up.max_thought_tokens or "
+        "rollout.max_reply_tokens, or lower warm_up.batch_size"
+    )

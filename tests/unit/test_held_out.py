@@ -1,0 +1,122 @@
+"""What an evaluation makes of finished dialogues: text as heard for the scoring model, and the figures of before and after."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
+from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
+from rlver_dist.evaluation.held_out import HeldOut, compare, summarize, visible_samples
+from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.simulator.emotion import EmotionRules
+
+REPLIES = ("That hurts.", "What now?")
+TALK = f"""<|im_start|>system
+Be kind.<|im_end|>
+<|im_start|>user
+My day was bad.<|im_end|>
+<|im_start|>assistant
+{REPLIES[0]}<|im_end|>
+<|im_start|>user
+Go on.<|im_end|>
+<|im_start|>assistant
+{REPLIES[1]}"""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Renderer:
+    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+
+
+def decode(renderer: Renderer, ids: list[int]) -> str:
+    return renderer._tokenizer.decode(ids)
+
+
+class ByLength:
+    """A point a character."""
+
+    def appraise(self, context):
+        return Appraisal(content="", fit="", activity="", feeling="", change=min(len(context.messages[-1].text), context.max_change))
+
+
+def persona(name: str) -> Persona:
+    return Persona(
+        id=name, name="Ada", profile="", scene="", temperament=Temperament.PASSIVE, traits=("shy", "warm", "proud"),
+        hidden_intent=HiddenIntent.BE_HEARD, want="", hides="", language="en", topic="", situation_id="s", opening="Hello", facts=(),
+    )  # fmt: skip
+
+
+def make_dialogue(renderer: Renderer, *, replies: tuple[str, ...] = REPLIES, cut: bool = False, well_formed: bool = True) -> Dialogue:
+    """A dialogue as held by a policy that thinks where `renderer` does; with `cut` every reply hit the token limit."""
+    prompt_ids, turns = renderer.opening_prompt("My day was bad."), []
+    appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
+    for index, reply in enumerate(replies):
+        ids = renderer.encode_reply("secret", reply)[: -1 if cut else None] if reply else []
+        last = index == len(replies) - 1
+        turns.append(
+            Turn(
+                index=index, prompt_ids=prompt_ids, reply_ids=ids, logprobs=[-1.0] * len(ids), reply=reply, thinking="secret",
+                well_formed=well_formed and bool(reply), truncated=cut, emotion_before=30.0, emotion_after=35.0,
+                appraisal=appraisal if reply else None, user_message=None if last else "Go on.", policy_version=(0, 0),
+            )
+        )  # fmt: skip
+        prompt_ids = renderer.next_prompt(prompt_ids, ids, reply, "Go on.")
+    return Dialogue(
+        id="d", persona_id="p", group_id="p", seed=1, opening="My day was bad.", start_emotion=30.0, turns=turns,
+        end_reason=EndReason.MAX_TURNS, final_emotion=40.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+def test_scored_tokens_are_the_replies_in_the_dialogue_as_heard(plain: Renderer, think: bool, cut: bool) -> None:
+    held_with = Renderer(plain._tokenizer, "Think first.", think=True) if think else plain
+    [sample] = visible_samples([make_dialogue(held_with, cut=cut)], plain)
+    assert decode(plain, sample.token_ids) == TALK + ("" if cut else "<|im_end|>")
+    scored = [token for token, is_scored in zip(sample.token_ids, sample.loss_mask, strict=True) if is_scored]
+    assert decode(plain, scored) == ("" if cut else "<|im_end|>").join([*REPLIES, ""])
+
+
+def test_without_thinking_the_scored_tokens_are_those_sampled(plain: Renderer) -> None:
+    dialogue = make_dialogue(plain)
+    [sample] = visible_samples([dialogue], plain)
+    assert sample.token_ids == dialogue.turns[1].prompt_ids + dialogue.turns[1].reply_ids
+    assert sum(sample.loss_mask) == sum(len(turn.reply_ids) for turn in dialogue.turns)
+
+
+def test_neither_turns_without_a_reply_nor_failed_dialogues_are_scored(plain: Renderer) -> None:
+    silent, half, failed = make_dialogue(plain, replies=("",)), make_dialogue(plain, replies=(REPLIES[0], "")), make_dialogue(plain)
+    failed.end_reason = EndReason.INFRASTRUCTURE
+    [sample] = visible_samples([silent, half, failed], plain)
+    assert decode(plain, sample.token_ids).endswith(f"{REPLIES[0]}<|im_end|>")
+
+
+def test_scoring_with_a_thinking_prompt_is_refused(plain: Renderer) -> None:
+    with pytest.raises(ValueError, match="think=False"):
+        visible_samples([], Renderer(plain._tokenizer, "Be kind.", think=True))
+
+
+def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Renderer) -> None:
+    kept = make_dialogue(plain)
+    broken = make_dialogue(plain, replies=REPLIES[:1], well_formed=False)
+    failed = make_dialogue(plain, well_formed=False)
+    failed.end_reason, failed.error = EndReason.INFRASTRUCTURE, "engine lost"
+    rules = EmotionRules(start=30.0, max_change=10.0)
+    results = summarize([kept, broken, failed], [persona("p")], ByLength(), rules, perplexity=7.0)
+    assert results.well_formed == pytest.approx(2 / 3) and results.failed == 1
+    assert (results.emotion, results.perplexity) == ([40.0, 40.0], 7.0)
+    # "That hurts." has 11 characters, clipped to 10 points, "What now?" has 9.
+    assert results.second_emotion == [49.0, 40.0]
+    # Bigrams (that hurts.) (what now?) (that hurts.).
+    assert results.distinct2 == pytest.approx(2 / 3)
+    assert summarize([], [], ByLength(), rules, perplexity=7.0).well_formed == 0.0
+
+
+def test_comparison_pairs_personas_and_reports_the_format() -> None:
+    shared = {"distinct2": 0.5, "perplexity": 9.0, "failed": 0}
+    before = HeldOut(persona_ids=["a", "b", "c"], emotion=[30.0, 40.0, 99.0], second_emotion=[1.0, 2.0, 3.0], well_formed=0.25, **shared)
+    after = HeldOut(persona_ids=["b", "a"], emotion=[42.0, 36.0], second_emotion=[2.0, 1.0], well_formed=0.75, **shared)
+    compared = compare(before, after, num_samples=100)
+    assert compared["well_formed"] == {"before": 0.25, "after": 0.75}
+    assert (compared["before"], compared["after"], compared["difference"]) == (35.0, 39.0, 4.0)
+    assert compared["num_eval_personas"] == 2 and compared["second_appraiser"]["difference"] == 0.0
