@@ -55,7 +55,7 @@ class Measurement:
         self.folder = resolve(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.limits = CollectLimits(
-            max_turns=2, max_reply_tokens=config.rollout.max_reply_tokens, max_context_tokens=config.model.max_context_tokens,
+            max_turns=2, max_reply_tokens=config.rollout.max_turn_tokens, max_context_tokens=config.model.max_context_tokens,
             end_on_truncation=False, strict_format=False, temperature=temperature, max_concurrent=64, request_timeout_s=600.0,
         )  # fmt: skip
         self.personas = load_split("bank", "evaluation")[:num_personas]
@@ -102,8 +102,8 @@ class Measurement:
         """Hold the evaluation dialogues and print one row, and some samples."""
         renderer = self.renderer(think=think)
         limits = self.limits
-        if not think:  # the tokens that are left for a reply beside a thought
-            limits = replace(limits, max_reply_tokens=limits.max_reply_tokens - self.config.warm_up.max_thought_tokens)
+        if not think:
+            limits = replace(limits, max_reply_tokens=self.config.rollout.max_reply_tokens)
         self.num_rows += 1
         # Other ids in every row: users answer a dialogue once.
         tasks = evaluation_tasks(self.personas, phase=f"row-{self.num_rows}", seed=self.config.seed)
@@ -172,7 +172,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         dialogues=max(arguments.dialogues), max_turns=arguments.turns, max_thought_tokens=arguments.thought_tokens,
         batch_size=arguments.batch_size,
     )  # fmt: skip
-    rollout = RolloutConfig(think=True, max_reply_tokens=arguments.reply_tokens)
+    rollout = RolloutConfig(think=True, max_reply_tokens=arguments.reply_tokens, max_thinking_tokens=arguments.thinking_tokens)
     config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
     bench = Measurement(config, arguments.temperature, arguments.personas)
     await bench.engine.start()
@@ -209,7 +209,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--thought-tokens", type=int, default=24)
-    parser.add_argument("--reply-tokens", type=int, default=80)
+    parser.add_argument("--thinking-tokens", type=int, default=32)
+    parser.add_argument("--reply-tokens", type=int, default=56)
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--personas", type=int, default=40)
     parser.add_argument("--shown", type=int, default=5)

@@ -73,7 +73,7 @@ def main() -> None:
         times = [[seconds(model, rows) for rows in layouts] for _ in range(repeats)]
         alone, shared = (statistics.median(column) for column in zip(*times, strict=True))
         tokens = [sum(len(row.token_ids) for row in rows) for rows in layouts]
-        print(f"{num_turns:>5} {tokens[0]:>13} {tokens[1]:>7} {alone:>8.2f} {shared:>9.2f} {alone / shared:>8.2f}x")
+        print(f"{num_turns:>5} {tokens[0]:>13} {tokens[1]:>7} {alone:>8.2f} {shared:>9.2f} {alone / shared:>8.2f}x", flush=True)
 
 
 if __name__ == "__main__":

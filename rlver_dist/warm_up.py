@@ -22,7 +22,6 @@ from rlver_dist.experience.samples import TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.training_config import require
 
 THOUGHT_SYSTEM_PROMPT = "You name in one short sentence what a person feels and needs."
 THOUGHT_QUESTION = '"{message}" What does this person feel and need?'
@@ -67,26 +66,23 @@ async def warm_up_samples(
     """Sample replies and thoughts and put them together; equal configurations and weights give equal samples.
 
     Args:
-        config: of the run; `warm_up`, `model` and `seed` are read.
+        config: of the run.
         tokenizer: the policy's.
         personas: of training.
         users: the training users.
-        limits: of training's dialogues; no sample is longer than `max_reply_tokens`, thinking included.
+        limits: of training's dialogues; thought and reply of a sample stay within `max_reply_tokens`.
         hold: see `HoldFn`.
 
     Returns:
         One sample a reply, each a dialogue and a group of its own, with reward and log-probs 0; in dialogue and turn order.
 
     Raises:
-        ConfigError: there is no room for replies, or there are fewer samples than one batch takes.
+        ConfigError: there are fewer samples than one batch takes.
     """
-    warm_up, room = config.warm_up, limits.max_reply_tokens - config.warm_up.max_thought_tokens
-    require(
-        room > 0, "warm_up.max_thought_tokens", warm_up.max_thought_tokens, f"use less than {limits.max_reply_tokens} tokens of a reply"
-    )
+    warm_up = config.warm_up
     plain = Renderer(tokenizer, system_prompt(config.model, think=False))
     tasks = _reply_tasks(config, personas)
-    reply_limits = replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=room)
+    reply_limits = replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
     dialogues = await hold("warm-up: replies", tasks, users, reply_limits, plain)
 
     answers = await hold("warm-up: thoughts", *_questions(dialogues, tasks), _thought_limits(config, limits), ThoughtRenderer(tokenizer))
@@ -189,6 +185,6 @@ def _too_few(config: RunConfig, samples: list[TurnSample], held: list[Dialogue])
     failed = f" ({len(failures)} of the dialogues failed, the first with: {failures[0]})" if failures else ""
     return ConfigError(
         f"warm_up.dialogues={warm_up.dialogues}: gave {len(samples)} whole replies with a thought, fewer than "
-        f"warm_up.batch_size={warm_up.batch_size}{failed}; raise warm_up.dialogues, warm_up.max_thought_tokens or "
-        "rollout.max_reply_tokens, or lower warm_up.batch_size"
+        f"warm_up.batch_size={warm_up.batch_size}{failed}; raise warm_up.dialogues, warm_up.max_thought_tokens, "
+        "rollout.max_thinking_tokens or rollout.max_reply_tokens, or lower warm_up.batch_size"
     )

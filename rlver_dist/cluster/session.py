@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rlver_dist.config import ClusterConfig
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600
+MAX_CAUSE = 400
+"""Characters of a failure's one line."""
 LOGS = "/tmp/ray/session_latest/logs"
 
 
@@ -97,6 +100,7 @@ def causes() -> Iterator[None]:
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, RlverError):
             raise cause from error
-        # Ray's text is a whole remote traceback: its first line says which actor, its last one what happened.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise BoundaryError(f"{lines[0]} ... {lines[-1]} (actors' logs: {LOGS})") from error
+        # A traceback's first line says which actor, its last one what happened. Ray's own reports begin with what happened.
+        said = f"{lines[0]} ... {lines[-1]}" if isinstance(error, RayTaskError) else lines[0]
+        raise BoundaryError(f"{textwrap.shorten(said, MAX_CAUSE)} (actors' logs: {LOGS})") from error

@@ -1,0 +1,71 @@
+"""The critic's model: the layers of a language model under a value head.
+
+The value at a trained token is read where the policy's log-prob of it is: from the hidden state of the token before, which has seen
+the history and what was said of the turn so far, but not the token itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rlver_dist.errors import ConfigError
+from rlver_dist.experience.packing import Span
+from rlver_dist.learner.scoring import hidden_states, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ValueHead(nn.Module):
+    """Hidden states to values, linear or through one hidden layer.
+
+    The last layer starts at zero, so that the first values are 0 and not noise, which would reach the policy as advantages.
+    """
+
+    def __init__(self, hidden_size: int, head_units: int, seed: int) -> None:
+        """`head_units` of 0 makes the head linear; `seed` draws the hidden layer, alike on every rank."""
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            hidden = [nn.Linear(hidden_size, head_units), nn.Tanh()] if head_units else []
+            last = nn.Linear(head_units or hidden_size, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*hidden, last)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[S, H]` -> `[S]` float32, in reward."""
+        return self.layers(hidden.to(self.layers[-1].weight.dtype)).squeeze(-1).float()
+
+
+class ValueModel(nn.Module):
+    """Trunk and head in one, for a trunk that learns."""
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead, *, recompute: bool) -> None:
+        """`recompute` trades the trunk's activations for time."""
+        super().__init__()
+        self.trunk, self.head = trunk, head
+        if recompute:
+            trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span], before: torch.Tensor) -> torch.Tensor:
+        """Values `[S]` at the row's tokens `before`; see `PolicyModel.forward` for the arguments."""
+        return self.head(hidden_states(self.trunk, token_ids, position_ids, spans)[before])
+
+
+def load_trunk(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedModel:
+    """The first `num_layers` layers (0: all) of a language model and its last norm, without the vocabulary head.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    trunk = load_model(path, dtype).base_model
+    if num_layers > len(trunk.layers):
+        raise ConfigError(f"critic.num_layers={num_layers}: the model has {len(trunk.layers)} layers; use at most that, or 0 for all")
+    if num_layers:
+        trunk.layers = trunk.layers[:num_layers]
+        trunk.config.num_hidden_layers = num_layers
+    return trunk

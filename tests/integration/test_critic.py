@@ -1,0 +1,373 @@
+"""The critic's DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a batch.
+
+Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank scenarios share a process.
+"""
+
+import dataclasses
+import math
+import random
+import socket
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rlver_dist.choices import CriticTrunk, Precision
+from rlver_dist.config import RolloutConfig, RunConfig
+from rlver_dist.errors import ConfigError, RlverError
+from rlver_dist.experience.samples import TurnSample
+from rlver_dist.learner.value_model import ValueHead, load_trunk
+from rlver_dist.tracking.metrics import reduce_metrics
+from rlver_dist.training_config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig
+
+CRITIC = dict(lr=0.003, warmup_steps=3, weight_decay=0.1, micro_batch_tokens=4096, zero_stage=1)
+CONFIG = RunConfig(
+    model=ModelConfig(dtype=Precision.float32),
+    algorithm=AlgorithmConfig(name="ppo", group_size=1, updates_per_iteration=2),
+    rollout=RolloutConfig(dialogues_per_iteration=6),
+    learner=LearnerConfig(lr=0.003, warmup_steps=3, grad_clip=0.05, zero_stage=1),
+    critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.03, epochs=2),
+)
+FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
+CUTS = {
+    "stage1": {},
+    "stage0": dict(zero_stage=0),
+    "stage2": dict(zero_stage=2),
+    "stage3": dict(zero_stage=3),
+    "many_micro_batches": dict(micro_batch_tokens=128),
+    "unshared": dict(share_prefixes=False),
+    "recompute": dict(gradient_checkpointing=True),
+    "offload1": dict(offload_optimizer=True, micro_batch_tokens=128),
+    "offload2": dict(offload_optimizer=True, zero_stage=2),
+    "offload3": dict(offload_optimizer=True, zero_stage=3, micro_batch_tokens=128),
+}
+TWO_RANKS = ["stage0", "stage1", "stage2", "stage3", "offload2", "offload3"]
+ITERATIONS = 2
+VOCABULARY = 400
+SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+
+
+def make_model(folder):
+    """A random model small enough that float32 sums over all its weights keep five digits."""
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, **SHAPE)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+
+
+def make_samples():
+    """Six dialogues of one to three turns, each turn a sample over a growing history, and a return for each trained token."""
+    draw = random.Random(0)
+    samples = []
+    for dialogue in range(6):
+        history = draw.choices(range(VOCABULARY), k=draw.randrange(5, 30))
+        for turn in range(1 + dialogue % 3):
+            reply = draw.choices(range(VOCABULARY), k=draw.randrange(4, 16))
+            samples.append(
+                TurnSample(
+                    token_ids=[*history, *reply],
+                    loss_mask=[False] * len(history) + [True] * len(reply),
+                    rollout_logprobs=[0.0] * len(history) + [-6.0] * len(reply),
+                    reward=0.0,
+                    dialogue_id=str(dialogue),
+                    group_id=str(dialogue),
+                    turn_index=turn,
+                )
+            )
+            # Half of what was said is left out, as thinking is.
+            history = [*history, *reply[len(reply) // 2 :], *draw.choices(range(VOCABULARY), k=draw.randrange(1, 10))]
+    return samples, [torch.tensor([draw.uniform(-0.5, 1.5) for _ in range(sample.num_trained)]) for sample in samples]
+
+
+def configure(folder, dtype=Precision.float32, **changes):
+    model = ModelConfig(path=f"{folder}/model", dtype=dtype)
+    return dataclasses.replace(CONFIG, model=model, critic=dataclasses.replace(CONFIG.critic, **changes))
+
+
+def weights_of(learner):
+    parameters = dict(learner._engine._engine.module.named_parameters())
+    with learner._engine.gathered(parameters.values()):
+        return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+def iterate(learner):
+    samples, returns = make_samples()
+    values = learner.values(samples)
+    return learner.update(samples, values, returns), values
+
+
+def train(learner):
+    metrics, values = zip(*(iterate(learner) for _ in range(ITERATIONS)), strict=True)
+    return {"metrics": metrics, "values": values, "weights": weights_of(learner)}
+
+
+def resume(build, config, directory):
+    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint."""
+    uninterrupted = build(config)
+    iterate(uninterrupted)
+    uninterrupted.save(directory)
+    resumed = build(config)
+    resumed.load(directory)
+    results = []
+    for learner in (uninterrupted, resumed):
+        metrics, values = iterate(learner)
+        results.append({"metrics": metrics, "values": values, "weights": weights_of(learner)})
+    return results
+
+
+def diverge(learner):
+    """The error of an update towards returns that are no numbers."""
+    samples, returns = make_samples()
+    with pytest.raises(RlverError) as error:
+        learner.update(samples, learner.values(samples), [column * math.nan for column in returns])
+    return str(error.value)
+
+
+def train_policy(place, folder, offload):
+    from rlver_dist.learner.policy import PolicyLearner
+
+    config = configure(folder)
+    changes = dict(offload_optimizer=offload, micro_batch_tokens=128)
+    learner = PolicyLearner(config=dataclasses.replace(config, learner=dataclasses.replace(config.learner, **changes)), **place)
+    samples, advantages = make_samples()
+    metrics = [learner.update(samples, advantages, 0.0) for _ in range(ITERATIONS)]
+    return {"metrics": metrics, "weights": {name: tensor.clone() for name, tensor in learner.iter_full_tensors()}}
+
+
+def one_rank(_, port, folder):
+    build, place = learner_builder(0, 1, port)
+    results = {name: train(build(configure(folder, **changes))) for name, changes in CUTS.items()}
+    results["bfloat16"] = train(build(configure(folder, Precision.bfloat16)))
+    results["bfloat16_offload"] = train(build(configure(folder, Precision.bfloat16, offload_optimizer=True)))
+    results["frozen"] = train(build(configure(folder, **FROZEN)))
+    results["resume"] = resume(build, configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint")
+    results["resume_frozen"] = resume(build, configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen")
+    results["diverged"] = [diverge(build(configure(folder, dtype))) for dtype in Precision]
+    results["policy"] = [train_policy(place, folder, offload) for offload in (False, True)]
+    nothing = build(configure(folder))
+    results["nothing"] = (nothing.values([]), nothing.update([], [], []))
+    nothing.close()
+    torch.save(results, f"{folder}/one_rank.pt")
+
+
+def two_ranks(rank, port, folder):
+    build, _ = learner_builder(rank, 2, port)
+    cuts = {name: {"micro_batch_tokens": 128, **CUTS[name]} for name in TWO_RANKS}
+    results = {name: train(build(configure(folder, **changes))) for name, changes in cuts.items()}
+    results["frozen"] = train(build(configure(folder, **FROZEN, zero_stage=3)))
+    results["resume"] = resume(build, configure(folder, zero_stage=3), f"{folder}/checkpoint2")
+    samples, returns = make_samples()
+    last = build(configure(folder, zero_stage=3))
+    results["one_sample"] = last.update(samples[:1], last.values(samples[:1]), returns[:1])
+    last.close()
+    torch.save(results, f"{folder}/two_ranks_{rank}.pt")
+
+
+def learner_builder(rank, world_size, port):
+    from rlver_dist.learner.critic import CriticLearner
+
+    place = dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
+    return (lambda config: CriticLearner(config=config, **place)), place
+
+
+def spawn(target, world_size, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(target, (port, str(folder)), nprocs=world_size)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("critic")
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    spawn(one_rank, 1, folder)
+    return torch.load(folder / "one_rank.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    spawn(two_ranks, 2, folder)
+    return [torch.load(folder / f"two_ranks_{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+class PlainCritic(nn.Module):
+    """Hidden states of the token before each trained one, one sample a forward pass, eager attention."""
+
+    def __init__(self, folder, num_layers, head):
+        super().__init__()
+        self.trunk = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").model
+        self.trunk.layers = self.trunk.layers[:num_layers]
+        self.head = head
+
+    def forward(self, sample):
+        hidden = self.trunk(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[0, :-1]
+        return self.head(hidden[torch.tensor(sample.loss_mask)[1:]])[:, 0]
+
+
+def plain_run(critic, parameters):
+    """AdamW, torch's clipping, two steps of three dialogues an epoch; the loss as PPO2 has it, over the step's number of tokens."""
+    torch.set_num_threads(1)
+    settings, clip = CONFIG.critic, CONFIG.critic.value_clip
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    pairs = list(zip(*make_samples(), strict=True))
+    parts = [[index for index, (sample, _) in enumerate(pairs) if (int(sample.dialogue_id) >= 3) == second] for second in (False, True)]
+    run = {"start": {name: tensor.clone() for name, tensor in critic.state_dict().items()}, "norms": [], "values": [], "clipped": 0}
+    for _ in range(ITERATIONS):
+        with torch.no_grad():
+            old = [critic(sample) for sample, _ in pairs]
+        run["values"].append(old)
+        for part in parts * settings.epochs:
+            optimizer.param_groups[0]["lr"] = settings.lr * min(1, (len(run["norms"]) + 1) / settings.warmup_steps)
+            optimizer.zero_grad()
+            total, count = 0.0, 0
+            for index in part:
+                sample, returns = pairs[index]
+                values = critic(sample)
+                squared = (values - returns) ** 2
+                clipped = (old[index] + (values - old[index]).clamp(-clip, clip) - returns) ** 2
+                total += 0.5 * torch.maximum(squared, clipped).sum()
+                count += len(values)
+                run["clipped"] += int((clipped > squared).sum())
+            (total / count).backward()
+            run["norms"].append(float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip)))
+            optimizer.step()
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained_reference(folder):
+    head = nn.Linear(SHAPE["hidden_size"], 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    critic = PlainCritic(folder, 2, head)
+    run = plain_run(critic, list(critic.parameters()))
+    return {**run, "weights": rename(critic.state_dict()), "start": rename(run["start"])}
+
+
+def rename(weights):
+    return {name.replace("head.", "head.layers.0."): tensor for name, tensor in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def frozen_reference(folder):
+    head = nn.Sequential(nn.Linear(SHAPE["hidden_size"], 8), nn.Tanh(), nn.Linear(8, 1))
+    head.load_state_dict(ValueHead(SHAPE["hidden_size"], 8, CONFIG.seed).layers.state_dict())
+    critic = PlainCritic(folder, 1, head)
+    run = plain_run(critic, list(head.parameters()))
+    return {**run, "weights": {f"layers.{name}": tensor for name, tensor in head.state_dict().items()}}
+
+
+def relative_error(weights, expected):
+    """Norm of the difference over the norm of the expected tensors, all tensors as one vector."""
+    assert weights.keys() == expected.keys()
+    squares = [((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()]
+    difference, size = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
+    return difference / size
+
+
+def check_same_training(result, reference):
+    steps = 2 * CONFIG.critic.epochs
+    norms = [sum(reference["norms"][start : start + steps]) / steps for start in range(0, len(reference["norms"]), steps)]
+    metrics = [reduce_metrics(records) for records in result["metrics"]]
+    assert [record["critic/grad_norm"] for record in metrics] == pytest.approx(norms, rel=1e-5)
+    assert relative_error(result["weights"], reference["weights"]) < 1e-5
+    for ours, expected in zip(result["values"], reference["values"], strict=True):
+        torch.testing.assert_close(torch.cat(ours), torch.cat(expected), rtol=1e-4, atol=1e-5)
+        assert [len(column) for column in ours] == [len(column) for column in expected]
+
+
+def test_references_clip_both_ways(trained_reference, frozen_reference):
+    for run in (trained_reference, frozen_reference):
+        assert max(run["norms"]) > CONFIG.critic.grad_clip
+        assert run["clipped"] > 10
+    moved = [(trained_reference["weights"][name] - start).abs().max() for name, start in trained_reference["start"].items()]
+    assert min(moved) > 1e-4
+
+
+@pytest.mark.parametrize("scenario", CUTS)
+def test_one_rank_equals_plain_pytorch(scenario, one, trained_reference):
+    check_same_training(one[scenario], trained_reference)
+
+
+@pytest.mark.parametrize("scenario", TWO_RANKS)
+def test_two_ranks_equal_plain_pytorch(scenario, two, trained_reference):
+    for result in two:
+        check_same_training(result[scenario], trained_reference)
+    for ours, theirs in zip(*(result[scenario]["values"] for result in two), strict=True):
+        assert torch.equal(torch.cat(ours), torch.cat(theirs))
+
+
+def test_frozen_trunk_trains_the_head_alone(one, two, frozen_reference):
+    for result in (one, *two):
+        check_same_training(result["frozen"], frozen_reference)
+
+
+def test_metrics_pool_over_ranks(one, two):
+    alone = reduce_metrics(one["stage2"]["metrics"][1])
+    pooled = reduce_metrics(two[0]["stage2"]["metrics"][1] + two[1]["stage2"]["metrics"][1])
+    keys = [key for key in alone if key.startswith("critic/")]
+    assert {"critic/value_loss", "critic/clip_fraction", "critic/lr", "critic/explained_variance"} < set(keys)
+    assert [pooled[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-4, abs=1e-6)
+    assert alone["critic/clip_fraction"] > 0
+
+
+def test_explained_variance_of_the_returns(one):
+    returns = torch.cat(make_samples()[1]).double()
+    first, last = (
+        (reduce_metrics(records), values) for records, values in zip(*(one["stage1"][key] for key in ("metrics", "values")), strict=True)
+    )
+    assert first[0]["critic/explained_variance"] == pytest.approx(0.0, abs=1e-12)
+    assert first[0]["critic/value_mean"] == 0.0 and first[0]["critic/return_mean"] == pytest.approx(returns.mean().item())
+    error = returns - torch.cat(last[1]).double()
+    expected = 1 - float((error - error.mean()).square().mean() / (returns - returns.mean()).square().mean())
+    assert last[0]["critic/explained_variance"] == pytest.approx(expected) and expected != 0
+
+
+@pytest.mark.parametrize("scenario", ["bfloat16", "bfloat16_offload"])
+def test_bfloat16_follows_float32(scenario, one, trained_reference):
+    start, end = trained_reference["start"], one[scenario]["weights"]
+    expected = {name: tensor - start[name] for name, tensor in trained_reference["weights"].items()}
+    assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.3
+
+
+@pytest.mark.parametrize("scenario", ["resume", "resume_frozen"])
+def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
+    results = [one[scenario]] + ([result[scenario] for result in two] if scenario == "resume" else [])
+    for uninterrupted, resumed in results:
+        assert all(torch.equal(resumed["weights"][name], tensor) for name, tensor in uninterrupted["weights"].items())
+        assert torch.equal(torch.cat(resumed["values"]), torch.cat(uninterrupted["values"]))
+        rates = [reduce_metrics(result["metrics"])["critic/lr"] for result in (uninterrupted, resumed)]
+        assert rates == [pytest.approx(CONFIG.critic.lr)] * 2
+
+
+def test_a_rank_without_work_keeps_step(two):
+    metrics = reduce_metrics(two[0]["one_sample"] + two[1]["one_sample"])
+    assert metrics["critic/grad_norm"] > 0 and metrics["critic/value_loss"] > 0
+
+
+def test_no_sample_is_no_update(one):
+    values, metrics = one["nothing"]
+    assert values == [] and [metric.key for metric in metrics] == ["time/critic_update_s"]
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(one):
+    for message in one["diverged"]:
+        assert message.startswith("critic: the gradient is not finite") and "lower its lr" in message
+
+
+def test_policy_optimizer_on_the_host_trains_the_same(one):
+    kept, offloaded = one["policy"]
+    assert relative_error(offloaded["weights"], kept["weights"]) < 1e-6
+    norms = [[reduce_metrics(records)["learner/grad_norm"] for records in result["metrics"]] for result in (kept, offloaded)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and min(norms[0]) > CONFIG.learner.grad_clip
+
+
+def test_more_layers_than_the_model_has(folder):
+    with pytest.raises(ConfigError, match=r"critic\.num_layers=3: the model has 2 layers"):
+        load_trunk(str(folder / "model"), torch.float32, 3)
