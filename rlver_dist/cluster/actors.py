@@ -54,7 +54,7 @@ class LearnerActor:
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: str, threads: int) -> None:
         self._config, self._rank = config, rank
-        self._place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": "cpu" if device == "cpu" else "gpu", "num_threads": threads}
+        self._place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device, "num_threads": threads}
         self._learner: Any = None
 
     def rendezvous(self) -> tuple[str, int]:

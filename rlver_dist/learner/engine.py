@@ -94,7 +94,7 @@ def return_freed_memory() -> None:
 
 def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
     """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights."""
-    zero = {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -228,9 +228,13 @@ class TrainingEngine:
         if path is None:
             raise RlverError(f"{self._tag}: no checkpoint of it in {directory}")
 
+    def free(self) -> None:
+        """Let go of optimizer and hooks, which would keep a dropped engine alive; the engine is of no use afterwards."""
+        self._engine.destroy()
+
     def close(self) -> None:
         """Free the engine and leave the process group."""
-        self._engine.destroy()
+        self.free()
         torch.distributed.destroy_process_group()
 
 

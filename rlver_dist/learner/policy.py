@@ -138,8 +138,7 @@ class PolicyLearner:
             tally.add("lr", self._engine.lr, 1)
             tally.add("grad_norm", self._engine.step(), 1)
         engine.return_freed_memory()
-        elapsed = time.perf_counter() - started
-        own = [row for rows in updates for row in rows if row.indices]
+        elapsed, own = time.perf_counter() - started, [row for rows in updates for row in rows if row.indices]
         return [
             *tally.metrics("learner/"),
             Metric("learner/trained_tokens", sum(len(row.targets) for row in own), Reduction.sum),
@@ -258,6 +257,7 @@ class PolicyLearner:
         """Replace the engine by a fresh one around its weights, which are returned, on the CPU."""
         current = {name: tensor.cpu().clone() for name, tensor in self.iter_full_tensors()}
         # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one another.
+        self._engine.free()
         del self._engine
         gc.collect()
         self._engine = self._build_engine(config, current)

@@ -6,7 +6,7 @@ the history and what was said of the turn so far, but not the token itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[S, H]` -> `[S]` float32, in reward."""
-        return self.layers(hidden.to(self.layers[-1].weight.dtype)).squeeze(-1).float()
+        return self.layers(hidden.to(next(self.parameters()).dtype)).squeeze(-1).float()
 
 
 class ValueModel(nn.Module):
@@ -62,7 +62,7 @@ def load_trunk(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedMode
     Raises:
         ConfigError: the model has fewer layers.
     """
-    trunk = load_model(path, dtype).base_model
+    trunk: Any = load_model(path, dtype).base_model
     if num_layers > len(trunk.layers):
         raise ConfigError(f"critic.num_layers={num_layers}: the model has {len(trunk.layers)} layers; use at most that, or 0 for all")
     if num_layers:
