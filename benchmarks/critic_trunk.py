@@ -25,8 +25,7 @@ from torch import Tensor
 from rlver_dist.algorithms.losses import value_loss
 from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.learner.rows import share_rows
-from rlver_dist.learner.scoring import hidden_states
-from rlver_dist.learner.value_model import ValueHead, load_trunk
+from rlver_dist.learner.value_model import ValueHead, frozen_features, load_trunk
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import SMOLLM2, resolve
 
@@ -55,15 +54,14 @@ def read_samples(path: Path) -> list[TurnSample]:
     return [sample for record in read_records(path) if record.reward is not None for sample in to_samples(record.dialogue, record.reward)]
 
 
-@torch.no_grad()
 def featurise(trunk, samples: Sequence[TurnSample]) -> Iteration:
     """Features before each trained token, in the learner's way."""
     started = time.perf_counter()
     rows = share_rows(samples, range(len(samples)), rank=0, world_size=1, max_tokens=ROW_TOKENS, share=True, device="cpu")
-    features = [hidden_states(trunk, row.token_ids, row.position_ids, row.spans)[row.before] for row in rows]
+    features = [frozen_features(trunk, row) for row in rows]
     seconds = time.perf_counter() - started
     returns = [torch.full((samples[index].num_trained,), samples[index].reward) for row in rows for index in row.indices]
-    return Iteration(features=torch.cat(features).float(), returns=torch.cat(returns), seconds=seconds)
+    return Iteration(features=torch.cat(features), returns=torch.cat(returns), seconds=seconds)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

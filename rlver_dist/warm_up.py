@@ -1,9 +1,9 @@
 """Supervised warm-up: what a model that cannot follow the think format imitates, so that it learns that format and nothing else.
 
 Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
-reply it is asked, in a chat of its own, what the person feels and needs. Thought and reply, after the prompt with thinking and the
-history as it was heard, become a sample. Nothing is chosen by what it is worth, so that reinforcement learning starts from the
-replies that the model gives anyway.
+reply it is asked, in a chat of its own with three worked examples, what the person feels and needs; the examples give the thoughts
+their form. Thought and reply, after the prompt with thinking and the history as it was heard, become a sample. Nothing is chosen by
+what it is worth; only replies that were cut are left out, so that the model does not learn to break off, which shortens its replies.
 """
 
 from __future__ import annotations

@@ -23,9 +23,8 @@ from rlver_dist.experience.packing import Columns, PackedRow, column
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import engine
 from rlver_dist.learner.rows import collect_columns, require_columns, share_rows
-from rlver_dist.learner.scoring import hidden_states
 from rlver_dist.learner.tally import Tally
-from rlver_dist.learner.value_model import ValueHead, ValueModel, load_trunk
+from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_trunk
 from rlver_dist.models import resolve
 from rlver_dist.tracking.metrics import Metric, Reduction
 
@@ -160,11 +159,8 @@ class CriticLearner:
         rows = self._share(samples, part)
         return Batch(num_trained=sum(samples[index].num_trained for index in part), rows=rows, inputs=[self._inputs(row) for row in rows])
 
-    @torch.no_grad()
     def _inputs(self, row: PackedRow) -> tuple[Any, ...]:
-        if not self._frozen:
-            return row.token_ids, row.position_ids, row.spans, row.before
-        return (hidden_states(self._trunk, row.token_ids, row.position_ids, row.spans)[row.before],)
+        return (frozen_features(self._trunk, row),) if self._frozen else (row.token_ids, row.position_ids, row.spans, row.before)
 
     def save(self, directory: str) -> None:
         """Write the state that `load` needs to go on: what learns, optimizer, schedule and step counter."""

@@ -214,7 +214,7 @@ class PolicyLearner:
         return sums[0].item(), int(sums[1])
 
     def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
-        """Supervised warm-up: lower the mean negative log-likelihood, at temperature 1, of the samples' trained tokens.
+        """Supervised warm-up: lower the mean negative log-likelihood of the samples' trained tokens, at the sampling temperature.
 
         Has an AdamW of its own with the constant rate `config.lr`. Afterwards the learner is as one that was built on the
         resulting weights: a fresh optimizer and schedule, and these weights as the KL reference.
@@ -247,7 +247,7 @@ class PolicyLearner:
         """One optimizer step; returns the sum of this rank's negative log-likelihoods and the number of its tokens."""
         num_trained, total, count = sum(samples[index].num_trained for index in part), 0.0, 0
         for row in self._share(samples, part):
-            nll = -score_row(self._engine.forward, row, 1.0)[0].sum()
+            nll = -score_row(self._engine.forward, row, self._temperature)[0].sum()
             self._engine.backward(nll / num_trained)
             total, count = total + nll.item(), count + len(row.targets)
         self._engine.step()

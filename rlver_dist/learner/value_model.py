@@ -1,7 +1,9 @@
 """The critic's model: the layers of a language model under a value head.
 
 The value at a trained token is read where the policy's log-prob of it is: from the hidden state of the token before, which has seen
-the history and what was said of the turn so far, but not the token itself.
+the history and what was said of the turn so far, but not the token itself. A trunk that learns brings there what the value needs. In a
+frozen one that hidden state is about the next token, so the head gets the mean over all tokens so far instead, where what the user
+said weighs as much as the words of the reply.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from rlver_dist.errors import ConfigError
-from rlver_dist.experience.packing import Span
+from rlver_dist.experience.packing import PackedRow, Span
 from rlver_dist.learner.scoring import hidden_states, load_model
 
 if TYPE_CHECKING:
@@ -69,3 +71,25 @@ def load_trunk(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedMode
         trunk.layers = trunk.layers[:num_layers]
         trunk.config.num_hidden_layers = num_layers
     return trunk
+
+
+@torch.no_grad()
+def frozen_features(trunk: torch.nn.Module, row: PackedRow) -> torch.Tensor:
+    """What a frozen trunk says of the state before each trained token: `[S, H]` float32."""
+    hidden = hidden_states(trunk, row.token_ids, row.position_ids, row.spans)
+    return running_means(hidden, row.position_ids, row.spans)[row.before]
+
+
+def running_means(hidden: torch.Tensor, position_ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
+    """Mean over each token and all that it attends to, `[T, H]` float32, of `hidden` `[T, H]` brought to root mean square 1 each.
+
+    A span's context, where it has one, starts a span without one, as `pack` lays them out.
+    """
+    sums = torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
+    start = 0
+    for span in spans:
+        own = sums[start : start + span.length].cumsum(dim=0)
+        context_end = span.context_start + span.context_length
+        sums[start : start + span.length] = own + sums[context_end - 1] if span.context_length else own
+        start += span.length
+    return sums / (position_ids[:, None] + 1)

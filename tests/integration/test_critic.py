@@ -27,7 +27,7 @@ CONFIG = RunConfig(
     algorithm=AlgorithmConfig(name="ppo", group_size=1, updates_per_iteration=2),
     rollout=RolloutConfig(dialogues_per_iteration=6),
     learner=LearnerConfig(lr=0.003, warmup_steps=3, grad_clip=0.05, zero_stage=1),
-    critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.03, epochs=2),
+    critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.02, epochs=2),
 )
 FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
 CUTS = {
@@ -197,16 +197,22 @@ def two(folder):
 
 
 class PlainCritic(nn.Module):
-    """Hidden states of the token before each trained one, one sample a forward pass, eager attention."""
+    """Value of the state before each trained token, one sample a forward pass, eager attention.
 
-    def __init__(self, folder, num_layers, head):
+    The state is the hidden state of the token before, or the mean of all up to there at equal size.
+    """
+
+    def __init__(self, folder, num_layers, head, *, pools=False):
         super().__init__()
         self.trunk = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").model
         self.trunk.layers = self.trunk.layers[:num_layers]
-        self.head = head
+        self.head, self.pools = head, pools
 
     def forward(self, sample):
         hidden = self.trunk(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[0, :-1]
+        if self.pools:
+            hidden = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt()
+            hidden = torch.stack([hidden[: position + 1].mean(dim=0) for position in range(len(hidden))])
         return self.head(hidden[torch.tensor(sample.loss_mask)[1:]])[:, 0]
 
 
@@ -258,7 +264,7 @@ def rename(weights):
 def frozen_reference(folder):
     head = nn.Sequential(nn.Linear(SHAPE["hidden_size"], 8), nn.Tanh(), nn.Linear(8, 1))
     head.load_state_dict(ValueHead(SHAPE["hidden_size"], 8, CONFIG.seed).layers.state_dict())
-    critic = PlainCritic(folder, 1, head)
+    critic = PlainCritic(folder, 1, head, pools=True)
     run = plain_run(critic, list(head.parameters()))
     return {**run, "weights": {f"layers.{name}": tensor for name, tensor in head.state_dict().items()}}
 

@@ -272,7 +272,7 @@ def reference_warm_up(folder):
         shuffler.shuffle(order)
         for start in range(0, len(order), WARM_UP.batch_size):
             batch = [samples[index] for index in order[start : start + WARM_UP.batch_size]]
-            loss = -torch.cat([score_alone(loop.model, sample, 1.0)[0] for sample in batch]).mean()
+            loss = -torch.cat([score_alone(loop.model, sample, CONFIG.rollout.temperature)[0] for sample in batch]).mean()
             losses.append(loss.item())
             loop.step(loss)
     return {"model": loop.model, "losses": losses}
