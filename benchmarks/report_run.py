@@ -17,9 +17,33 @@ from typing import Any
 
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.ledger.parquet import read_dialogues
+from rlver_dist.tracking.curve import draw_curve
 from rlver_dist.tracking.jsonl import read_metrics
 
 NUM_REPLIES = 5
+PHASES = (
+    "time/rollout_s",
+    "time/learner_s",
+    "time/scoring_s",
+    "time/policy_update_s",
+    "time/critic_update_s",
+    "time/sync_s",
+    "time/iteration_s",
+    "perf/rollout_tokens_per_s",
+    "perf/learner_tokens_per_s",
+)
+ENDS = (
+    "reward/mean",
+    "reward/emotion_final",
+    "critic/explained_variance",
+    "learner/entropy",
+    "learner/logprob_gap",
+    "rollout/reply_tokens",
+    "rollout/thinking_tokens",
+    "rollout/well_formed_share",
+    "rollout/truncated_share",
+    "rollout/distinct2",
+)
 
 
 def figures(summary: dict[str, Any]) -> list[str]:
@@ -28,7 +52,13 @@ def figures(summary: dict[str, Any]) -> list[str]:
     for name, row in (("emotion", summary), ("emotion, second appraiser", summary["second_appraiser"])):
         low, high = row["interval95"]
         lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
-    for name in ("distinct2", "perplexity"):
+    if "warm_up" in summary:
+        row = summary["warm_up"]
+        low, high = row["interval95"]
+        lines.append(
+            f"| emotion, warm-up alone | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |"
+        )
+    for name in ("distinct2", "perplexity", "well_formed"):
         before, after = summary[name]["before"], summary[name]["after"]
         lines.append(f"| {name} | {before:.3g} | {after:.3g} | x {after / before:.2f} | |")
     return lines
@@ -36,19 +66,15 @@ def figures(summary: dict[str, Any]) -> list[str]:
 
 def phases(metrics: list[dict[str, float]]) -> list[str]:
     """Mean of each phase over the iterations, and the ends of some curves."""
-    keys = ("time/rollout_s", "time/learner_s", "time/sync_s", "time/iteration_s", "perf/rollout_tokens_per_s", "perf/learner_tokens_per_s")
     lines = ["| metric | mean over iterations |", "|---|---|"]
-    lines += [f"| {key} | {sum(line[key] for line in metrics) / len(metrics):.1f} |" for key in keys]
+    for key in PHASES:
+        values = [line[key] for line in metrics if key in line]
+        lines += [f"| {key} | {sum(values) / len(values):.1f} |"] if values else []
     lines += ["", "| metric | first | last |", "|---|---|---|"]
-    ends = (
-        "reward/emotion_final",
-        "learner/entropy",
-        "learner/logprob_gap",
-        "rollout/reply_tokens",
-        "rollout/truncated_share",
-        "rollout/distinct2",
-    )
-    return lines + [f"| {key} | {metrics[0][key]:.3g} | {metrics[-1][key]:.3g} |" for key in ends]
+    for key in ENDS:
+        values = [line[key] for line in metrics if key in line]
+        lines += [f"| {key} | {values[0]:.3g} | {values[-1]:.3g} |"] if values else []
+    return lines
 
 
 def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
@@ -58,7 +84,8 @@ def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
         lines += [f"- **{old.persona_id}**: {old.opening}"]
         for when, dialogue in (("before", old), ("after", new)):
             turn = dialogue.turns[0]
-            lines.append(f"  - {when} ({turn.emotion_after - turn.emotion_before:+.1f}): {' '.join(turn.reply.split())}")
+            thought = f"*{' '.join(turn.thinking.split())}* " if turn.thinking else ""
+            lines.append(f"  - {when} ({turn.emotion_after - turn.emotion_before:+.1f}): {thought}{' '.join(turn.reply.split())}")
     return lines
 
 
@@ -91,7 +118,12 @@ def main() -> None:
         "",
         *phases(metrics),
         "",
-        "## First replies to the same users, as they are",
+        "## Mean final emotion of the training dialogues",
+        "```",
+        *draw_curve(summary["curve"]),
+        "```",
+        "",
+        "## First replies to the same users, as they are (thoughts in italics)",
         *replies(before, after),
     ]
     (arguments.out / "README.md").write_text("\n".join(page) + "\n", encoding="utf-8")

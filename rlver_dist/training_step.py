@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,10 +59,12 @@ async def train_on(
     samples = samples_of(selection.kept, rewards)
     if not samples:
         return Learned(rewards=rewards, advantages={}, metrics=left_out, kl_coef=kl_coef)
+    started = time.monotonic()
     in_reward = kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
     values, kl_tokens = await asyncio.gather(
         critic.values(samples) if critic else _nothing(), policy.kl_tokens(samples) if in_reward else _nothing()
     )
+    scored_s = time.monotonic() - started
     updates = []
     if critic and values is not None:
         advantages, returns = ppo_credit(samples, algorithm, values, kl_tokens, kl_coef)
@@ -72,6 +75,7 @@ async def train_on(
         updates.append(policy.update(samples, advantages, kl_coef))
     # Policy and critic share nothing but the samples, so they learn at the same time.
     metrics = [metric for part in await asyncio.gather(*updates) for metric in part]
+    metrics.append(Metric("time/scoring_s", scored_s, Reduction.last))
     if kl_tokens is not None:
         metrics.append(_mean_kl(kl_tokens))
     metrics.append(Metric("learner/kl_coef", kl_coef, Reduction.last))
