@@ -27,6 +27,8 @@ class Progress:
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
         before: results of the evaluation before training; empty until it has run.
+        warmed_up: the format warm-up has run.
+        control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
     """
@@ -36,6 +38,8 @@ class Progress:
     totals: dict[str, float]
     curve: list[float]
     before: dict[str, Any]
+    warmed_up: bool
+    control: dict[str, Any]
     kl_coef: float
     wall_s: float
 

@@ -203,7 +203,12 @@ class RunConfig:
         way_out = f"with max_thinking_tokens, where rollout.think is on, use less than model.max_context_tokens={longest}"
         require(sampled < longest, "rollout.max_reply_tokens", self.rollout.max_reply_tokens, way_out)
         warms_up, thought = self.rollout.think and self.warm_up.dialogues > 0, self.warm_up.max_thought_tokens
+        replies, step = self.warm_up.dialogues * self.warm_up.max_turns, self.warm_up.batch_size
+        require(not warms_up or step <= replies, "warm_up.batch_size", step, f"use at most {replies}, warm_up.dialogues x max_turns")
         require(not warms_up or thought < sampled, "warm_up.max_thought_tokens", thought, f"use less than {sampled}, the tokens of a turn")
+        prefit, last = self.critic.prefit_iterations, self.num_iterations
+        moves = not self.has_critic or prefit < last
+        require(moves, "critic.prefit_iterations", prefit, f"use less than num_iterations={last}, or the policy never moves")
         for group, learner in (("learner", self.learner), ("critic", self.critic)):
             exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
             require(exact, f"{group}.zero_stage", learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rlver_dist.checkpoints import CheckpointStore, Progress
 from rlver_dist.config import RunConfig
@@ -23,7 +24,7 @@ from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts, hold, train_limits
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
-from rlver_dist.stages import control_results, evaluate, warm_up
+from rlver_dist.stages import evaluate, warm_up
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction, reduce_metrics
 from rlver_dist.training_step import Learned, train_on
@@ -39,23 +40,30 @@ class Driver:
         train: Sequence[Persona],
         evaluation: Sequence[Persona],
         *,
-        warmed_up: bool = False,
         started: float | None = None,
     ) -> None:
-        """`warmed_up`: the policy has its warm-up behind it; `started`: `time.monotonic()` at the run's start, None for now."""
+        """`started`: `time.monotonic()` at the run's start, None for now."""
         self._config = config
         self._parts = parts
         self._train = train
         self._evaluation = list(evaluation[: config.evaluation.num_personas])
-        self._warmed_up = warmed_up
         self._sampler = PersonaSampler(train, config.seed)
         self._output = Path(config.output_dir)
         self._store = CheckpointStore(self._output, config.keep_checkpoints)
         self._started = time.monotonic() if started is None else started
         self._earlier_s = 0.0
         self._saved = 0
+        self._between_states = False
         self.progress = Progress(
-            iteration=0, sampler=self._sampler.state(), totals={}, curve=[], before={}, kl_coef=config.algorithm.kl_coef, wall_s=0.0
+            iteration=0,
+            sampler=self._sampler.state(),
+            totals={},
+            curve=[],
+            before={},
+            warmed_up=False,
+            control={},
+            kl_coef=config.algorithm.kl_coef,
+            wall_s=0.0,
         )
 
     @property
@@ -66,6 +74,8 @@ class Driver:
     async def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: counters, sampler, results before training, learners."""
         self.progress = CheckpointStore.read(checkpoint)
+        if self._config.algorithm.kl_target == 0:
+            self.progress.kl_coef = self._config.algorithm.kl_coef
         self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)
         for learner in self._learners():
@@ -75,17 +85,16 @@ class Driver:
     async def run(self) -> tuple[HeldOut | None, HeldOut | None]:
         """Warm up, evaluate, train, evaluate, export. Returns the results before and after; None where evaluation is off.
 
-        Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on.
+        Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on;
+        cancelled again, it leaves the update alone and saves nothing.
         """
         await self._parts.sync(self.progress.iteration)
-        if self._config.rollout.think and self._config.warm_up.dialogues and not self._warmed_up:
-            await warm_up(config=self._config, parts=self._parts, train=self._train, evaluation=self._evaluation)
-        before = await self._before()
+        before = await self._start()
         try:
             for iteration in range(self.progress.iteration, self._config.num_iterations):
                 await self._iterate(iteration)
         except asyncio.CancelledError:
-            if self.progress.iteration > self._saved:
+            if self.progress.iteration > self._saved and not self._between_states:
                 await self.save()
             raise
         after = await self._evaluate(Phase.after)
@@ -94,19 +103,24 @@ class Driver:
             advance(1)
         return before, after
 
-    def control(self) -> HeldOut | None:
-        """Results of the policy before its warm-up, replying without thinking."""
-        return control_results(self._output)
-
     def _learners(self) -> list:
         return [self._parts.policy, *([self._parts.critic] if self._parts.critic else [])]
 
-    async def _before(self) -> HeldOut | None:
-        if self._evaluation and not self.progress.before:
+    async def _start(self) -> HeldOut | None:
+        """What comes before the first iteration, once a run: warm-up and evaluation."""
+        progress, config = self.progress, self._config
+        warms_up = config.rollout.think and config.warm_up.dialogues > 0 and progress.iteration == 0 and not progress.warmed_up
+        if warms_up:
+            control = await warm_up(config=config, parts=self._parts, train=self._train, evaluation=self._evaluation)
+            progress.control = asdict(control) if control else {}
+            progress.warmed_up = True
+        if self._evaluation and not progress.before:
             results = await self._evaluate(Phase.before)
             assert results is not None
-            self.progress.before = asdict(results)
-        return HeldOut(**self.progress.before) if self.progress.before else None
+            progress.before = asdict(results)
+        if warms_up:
+            await self._whole(self.save())
+        return HeldOut(**progress.before) if progress.before else None
 
     async def _evaluate(self, phase: Phase) -> HeldOut | None:
         if not self._evaluation:
@@ -127,16 +141,22 @@ class Driver:
             self._parts.renderer,
         )
         clock.lap("rollout")
-        # Once weights move, only the end of the iteration is a state that a checkpoint can hold.
-        finishing = asyncio.ensure_future(self._learn(iteration, dialogues, clock))
-        try:
-            await asyncio.shield(finishing)
-        except asyncio.CancelledError:
-            await finishing
-            raise
+        await self._whole(self._learn(iteration, dialogues, clock))
         done, every = self.progress.iteration, self._config.save_every
         if done == self._config.num_iterations or (every and done % every == 0):
-            await self.save()
+            await self._whole(self.save())
+
+    async def _whole(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Await `work` to its end, also where this task is cancelled once meanwhile: in its midst there is no state to save."""
+        self._between_states = True
+        running = asyncio.ensure_future(work)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.shield(running)
+            self._between_states = False
+            raise
+        self._between_states = False
 
     async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
         """Update, sync, write down, count."""

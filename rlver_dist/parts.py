@@ -94,19 +94,21 @@ class Parts:
 
 def train_limits(config: RunConfig) -> CollectLimits:
     """Limits of training dialogues: a broken think format ends them."""
-    return _limits(config, config.rollout.max_turns, config.rollout.temperature, strict_format=True)
+    rollout = config.rollout
+    return _limits(config, rollout.max_turns, rollout.max_turn_tokens, rollout.temperature, strict_format=True)
 
 
-def evaluation_limits(config: RunConfig) -> CollectLimits:
+def evaluation_limits(config: RunConfig, think: bool) -> CollectLimits:
     """Limits of evaluation dialogues: the reply's text is what counts, and the format is reported apart."""
-    return _limits(config, config.evaluation.max_turns, config.evaluation.temperature, strict_format=False)
+    tokens = config.rollout.max_turn_tokens if think else config.rollout.max_reply_tokens
+    return _limits(config, config.evaluation.max_turns, tokens, config.evaluation.temperature, strict_format=False)
 
 
-def _limits(config: RunConfig, max_turns: int, temperature: float, *, strict_format: bool) -> CollectLimits:
+def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: float, *, strict_format: bool) -> CollectLimits:
     rollout = config.rollout
     return CollectLimits(
         max_turns=max_turns,
-        max_reply_tokens=rollout.max_turn_tokens,
+        max_reply_tokens=max_tokens,
         max_context_tokens=config.model.max_context_tokens,
         end_on_truncation=rollout.end_on_truncation,
         strict_format=strict_format,

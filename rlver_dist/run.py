@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts
 from rlver_dist.simulator.lexical import LexicalAppraiser
 from rlver_dist.simulator.presets import resolve_rules
-from rlver_dist.stages import warm_start
+from rlver_dist.stages import WARM_START
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
@@ -93,17 +94,8 @@ async def _run(
     trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
     try:
         with causes():
-            # A checkpoint lies in `checkpoints/` of its run's folder, beside the warm-up that it began with.
-            warmed_up = warm_start(Path(config.output_dir) if start is None else start.parent.parent)
-            built = await build(config, layout, console, None if warmed_up is None else str(warmed_up.resolve()))
-            driver = Driver(
-                config,
-                _parts(built, console, trackers),
-                train,
-                evaluation,
-                warmed_up=warmed_up is not None or start is not None,
-                started=started,
-            )
+            built = await build(config, layout, console, _warm_start(config, start))
+            driver = Driver(config, _parts(built, console, trackers), train, evaluation, started=started)
             if start is not None:
                 await driver.resume(start)
             before, after = await driver.run()
@@ -114,6 +106,17 @@ async def _run(
                 await built.close()
         for tracker in trackers:
             tracker.close()
+
+
+def _warm_start(config: RunConfig, start: Path | None) -> str | None:
+    """The warmed-up policy that the run in checkpoint `start` began with, in this run's folder; None where there is none."""
+    if start is None or not CheckpointStore.read(start).warmed_up:
+        return None
+    kept = Path(config.output_dir) / WARM_START
+    # A checkpoint lies in `checkpoints/` of its run's folder; one of another run brings that run's warm-up along.
+    if not kept.exists():
+        shutil.copytree(start.resolve().parent.parent / WARM_START, kept)
+    return str(kept.resolve())
 
 
 def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
@@ -155,7 +158,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     def interrupt(number: int) -> None:
         received.append(number)
         if len(received) == 1:
-            print("\nstopping after the update at hand; once more to stop at once", file=sys.stderr, flush=True)
+            print("\nstopping after the update at hand; once more to stop without it", file=sys.stderr, flush=True)
         if len(received) <= 2:
             task.cancel()
 
@@ -187,8 +190,8 @@ def _report(
     pairs = []
     if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
-        if (control := driver.control()) is not None:
-            summary["warm_up"] = compare(control, before, config.evaluation.bootstrap_samples)
+        if driver.progress.control:
+            summary["warm_up"] = compare(HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples)
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
         pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import EndReason
 from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, summarize, visible_samples
+from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts, evaluation_limits, hold, train_limits
@@ -20,21 +19,7 @@ from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.warm_up import warm_up_samples
 
 WARM_START = "warm_start"
-"""Folder of the policy that the warm-up made, in a run's folder."""
-WARM_UP_RESULTS = "warm_up.json"
-"""Results of the policy before the warm-up, replying without thinking; written last, so it says that the stage is done."""
-
-
-def warm_start(folder: Path) -> Path | None:
-    """The policy that a finished warm-up of the run in `folder` made; None where there was none."""
-    return folder / WARM_START if (folder / WARM_UP_RESULTS).exists() else None
-
-
-def control_results(folder: Path) -> HeldOut | None:
-    """What the policy scored before the warm-up of the run in `folder`; None where it was not measured."""
-    path = folder / WARM_UP_RESULTS
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    return HeldOut(**kept) if kept else None
+"""Folder of the policy that the warm-up made, in a run's folder; with a KL term it is the reference."""
 
 
 async def evaluate(
@@ -45,20 +30,27 @@ async def evaluate(
     Replies are scored by what the user hears; a broken think format costs nothing here and is reported apart.
     """
     tasks = evaluation_tasks(personas, phase=phase.value, seed=config.seed)
-    dialogues = await hold(parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, evaluation_limits(config), renderer)
+    dialogues = await hold(
+        parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, evaluation_limits(config, renderer.think), renderer
+    )
     with parts.console.phase(f"controls {phase.value}", 1) as advance:
         samples = visible_samples(dialogues, parts.plain_renderer)
         nll, tokens = await parts.policy.base_nll(samples) if samples else (math.nan, 1)
         results = summarize(dialogues, personas, parts.second_appraiser, parts.evaluation_rules, math.exp(nll / max(tokens, 1)))
         advance(1)
     path = dialogues_path(Path(config.output_dir), phase=phase, iteration=iteration)
-    scores = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
+    held = (dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE)
+    scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held}
     write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
     return results
 
 
-async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], evaluation: Sequence[Persona]) -> None:
-    """Measure the policy as it came, teach it the think format, export the result and bring the engines to it."""
+async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], evaluation: Sequence[Persona]) -> HeldOut | None:
+    """Measure the policy as it came, teach it the think format, export the result and bring the engines to it.
+
+    Returns:
+        The control: results before the warm-up, replying without thinking; None without evaluation personas.
+    """
     control: HeldOut | None = None
     if evaluation:
         control = await evaluate(Phase.control, config=config, parts=parts, personas=evaluation, iteration=0, renderer=parts.plain_renderer)
@@ -77,9 +69,6 @@ async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], 
     parts.console.note(
         f"warm-up: {len(samples)} replies, loss {values['warm_up/loss_first']:.2f} -> {values['warm_up/loss_last']:.2f} nats a token"
     )
-    output = Path(config.output_dir)
-    await parts.policy.export(output / WARM_START)
-    aside = output / f"{WARM_UP_RESULTS}.tmp"
-    aside.write_text(json.dumps(asdict(control) if control else None), encoding="utf-8")
-    os.replace(aside, output / WARM_UP_RESULTS)
+    await parts.policy.export(Path(config.output_dir) / WARM_START)
     await parts.sync(0)
+    return control

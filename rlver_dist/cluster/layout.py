@@ -113,8 +113,8 @@ def resolve_layout(cluster: ClusterConfig, *, has_critic: bool, reward_replicas:
         gpus_per_learner_rank=learner_share,
         gpu_memory_fraction=shares[2],
         threads=0,
-        # NCCL refuses two members of a group on one GPU.
-        weight_transfer="nccl" if min(shares[0], learner_share) == 1 else "shared_file",
+        # NCCL refuses two members of a group on one GPU; the policy's first rank and the engines form one.
+        weight_transfer="nccl" if min(shares[0], shares[1]) == 1 else "shared_file",
     )
     if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
         way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"

@@ -57,7 +57,6 @@ class CriticLearner:
         master_port: int,
         device: Literal["cpu", "gpu"],
         num_threads: int,
-        model_path: str | None = None,
     ) -> None:
         """Join the process group, load the trunk and build the engine.
 
@@ -69,7 +68,6 @@ class CriticLearner:
             master_port: free TCP port there.
             device: what to compute on.
             num_threads: compute threads on a CPU; 0 leaves torch's choice.
-            model_path: folder of the model to start from; None takes `config.model.path`.
         """
         self._config = config.critic
         self._num_updates = config.algorithm.updates_per_iteration
@@ -85,12 +83,12 @@ class CriticLearner:
             device=self._device,
         )
         self._frozen = config.critic.trunk is CriticTrunk.frozen
-        self._trunk, self._engine = self._build(config, model_path or resolve(config.model.path), world_size)
+        self._trunk, self._engine = self._build(config, world_size)
         self._latest: tuple[list[TurnSample], list[Batch]] = ([], [])
 
-    def _build(self, config: RunConfig, path: str, world_size: int) -> tuple[torch.nn.Module, engine.TrainingEngine]:
+    def _build(self, config: RunConfig, world_size: int) -> tuple[torch.nn.Module, engine.TrainingEngine]:
         """The trunk, and the engine around what learns."""
-        critic, dtype = config.critic, config.model.dtype
+        critic, dtype, path = config.critic, config.model.dtype, resolve(config.model.path)
         settings = engine.deepspeed_config(critic, Precision.float32 if self._frozen else dtype)
         if self._frozen:
             trunk = load_trunk(path, getattr(torch, dtype.value), critic.num_layers).requires_grad_(False).eval().to(self._device)

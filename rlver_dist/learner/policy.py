@@ -232,8 +232,7 @@ class PolicyLearner:
         for _ in range(config.epochs):
             shuffler.shuffle(order)
             for start in range(0, len(order), config.batch_size):
-                # In order, a dialogue's samples stand next to each other and can share their history.
-                steps.append(self._imitate_step(samples, sorted(order[start : start + config.batch_size])))
+                steps.append(self._imitate_step(samples, order[start : start + config.batch_size]))
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
             self._reference, self._reference_is_base = self._load_frozen(self._path, merged), False

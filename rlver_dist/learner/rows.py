@@ -37,7 +37,7 @@ def share_rows(
 
     Args:
         samples: all samples, the same on every rank.
-        part: which of them; those of one dialogue stand next to each other.
+        part: which of them; samples of one dialogue share contexts where they stand next to each other.
         rank: 0 to world_size - 1.
         world_size: ranks that share the work.
         max_tokens: budget of a row.
@@ -76,4 +76,5 @@ def collect_columns(
         for index, part in zip(row.indices, numbers.detach().float().split(lengths), strict=True):
             per_sample[index].copy_(part)
     torch.distributed.all_reduce(columns)
-    return list(columns.cpu().split(counts))
+    # A view would be pickled with the numbers of all samples.
+    return [column.clone() for column in columns.cpu().split(counts)]

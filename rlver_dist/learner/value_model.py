@@ -49,7 +49,8 @@ class ValueModel(nn.Module):
     def __init__(self, trunk: PreTrainedModel, head: ValueHead, *, recompute: bool) -> None:
         """`recompute` trades the trunk's activations for time."""
         super().__init__()
-        self.trunk, self.head = trunk, head
+        # ZeRO-3 lays all parameters into one buffer, so they are of one dtype.
+        self.trunk, self.head = trunk, head.to(trunk.dtype)
         if recompute:
             trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

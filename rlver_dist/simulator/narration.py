@@ -40,6 +40,7 @@ _AIM: dict[HiddenIntent, str] = {
 _FAULT: dict[str, str] = {
     "repetition": "they go round in circles",
     "echo": "they have said this before",
+    "formula": "it begins as they began before",
     "apologies": "they only apologise",
     "feeling_density": "it is a heap of feeling words",
     "superlatives": "it is laid on too thick",

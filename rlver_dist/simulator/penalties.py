@@ -14,6 +14,7 @@ from rlver_dist.simulator.sentences import FUNCTION_WORDS, ngrams, overlap, plai
 WEIGHTS: dict[str, float] = {
     "repetition": 10.0,
     "echo": 8.0,
+    "formula": 4.0,
     "apologies": 7.0,
     "feeling_density": 12.0,
     "superlatives": 7.0,
@@ -105,6 +106,15 @@ def _repetition(tokens: list[str]) -> float:
     return max(ramp(twice, 0.12, 0.45), ramp(thrice, 0.04, 0.30), ramp(most, 3.5, 7.0) if most / len(tokens) > 0.06 else 0.0)
 
 
+def _formula(tokens: list[str], past: list[list[str]]) -> float:
+    """How far the reply begins as an earlier one of the dialogue did, whatever comes after."""
+    same = max(
+        (next((n for n, (a, b) in enumerate(zip(tokens, one, strict=False)) if a != b), min(len(tokens), len(one))) for one in past),
+        default=0,
+    )
+    return ramp(same, 1.5, 4.0)
+
+
 def _unaddressed(text: str, tokens: list[str]) -> float:
     """How far a longer reply talks past the listener, as somebody's story does: hardly a "you", no question, nothing urged."""
     turned = sum(token in _LISTENER for token in tokens) / len(tokens) + (0.012 if "?" in text else 0.0)
@@ -141,6 +151,7 @@ def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -
     strengths = {
         "repetition": _repetition(tokens),
         "echo": max(ramp(overlap(tokens, past, 3), 0.25, 0.75), ramp(overlap(tokens, past, 2), 0.45, 0.9)) if past else 0.0,
+        "formula": _formula(tokens, past),
         "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if apologies(text) else 0.0,
         "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
         "superlatives": ramp(superlatives, 1.0, 4.0),

@@ -48,8 +48,9 @@ class Strategy(str, Enum):
 _S = Strategy
 SUPPORT = frozenset(list(Strategy)[: list(Strategy).index(_S.SELF_DISCLOSURE) + 1])
 """Strategies that help some users; the others are ways to fail."""
-COMFORT = frozenset({_S.REFLECT_FEELING, _S.VALIDATE, _S.PRAISE_EFFORT, _S.ABSOLVE, _S.PRESENCE})
-"""Support that may name nothing of the matter and still be meant for the user; the rest counts only on the user's own matter."""
+COMFORT = frozenset({_S.REFLECT_FEELING, _S.VALIDATE, _S.ABSOLVE, _S.PRESENCE})
+"""Support that may name nothing of the matter and still be meant for the user; the rest counts only on the user's own matter.
+Praise is of the rest: a compliment that would fit anybody ("your kind words ...") speaks of nothing that this user did."""
 _INTENTS = (
     HiddenIntent.BALANCED_VIEW,
     HiddenIntent.PRACTICAL_ADVICE,

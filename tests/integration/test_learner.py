@@ -1,4 +1,4 @@
-"""The DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages and ways of cutting a batch.
+"""The DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a batch.
 
 Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank scenarios share a process.
 """
@@ -26,6 +26,26 @@ CONFIG = RunConfig(
     learner=LearnerConfig(lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1),
 )
 WARM_UP = WarmUpConfig(dialogues=8, epochs=3, batch_size=5, lr=0.01)
+CUTS = {
+    "plain": {},
+    "unshared": dict(share_prefixes=False),
+    "many_micro_batches": dict(micro_batch_tokens=128),
+    "recompute": dict(gradient_checkpointing=True),
+    "stage0": dict(zero_stage=0),
+    "stage2": dict(zero_stage=2),
+    "stage3": dict(zero_stage=3),
+    "offload1": dict(offload_optimizer=True),
+}
+TWO_RANKS = {
+    "stage0": dict(zero_stage=0),
+    "stage1": dict(zero_stage=1),
+    "stage2": dict(zero_stage=2),
+    "unshared": dict(zero_stage=2, share_prefixes=False),
+    "offload2": dict(zero_stage=2, offload_optimizer=True),
+    "offload3": dict(zero_stage=3, offload_optimizer=True),
+    "bfloat16_stage2": dict(zero_stage=2, dtype=Precision.bfloat16),
+    "bfloat16_stage3": dict(zero_stage=3, dtype=Precision.bfloat16),
+}
 KL_COEF = 0.1
 ITERATIONS = 3
 VOCABULARY = 400
@@ -104,16 +124,8 @@ def train(learner):
 
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port)
-    results = {
-        "plain": train(build(configure(folder))),
-        "unshared": train(build(configure(folder, share_prefixes=False))),
-        "many_micro_batches": train(build(configure(folder, micro_batch_tokens=128))),
-        "recompute": train(build(configure(folder, gradient_checkpointing=True))),
-        "stage0": train(build(configure(folder, zero_stage=0))),
-        "stage2": train(build(configure(folder, zero_stage=2))),
-        "stage3": train(build(configure(folder, zero_stage=3))),
-        "bfloat16": train(build(configure(folder, dtype=Precision.bfloat16))),
-    }
+    results = {name: train(build(configure(folder, **changes))) for name, changes in CUTS.items()}
+    results["bfloat16"] = train(build(configure(folder, dtype=Precision.bfloat16)))
     samples, advantages = make_samples()
     uninterrupted = build(configure(folder))
     uninterrupted.update(samples, advantages, KL_COEF)
@@ -143,8 +155,7 @@ def one_rank(_, port, folder):
 def two_ranks(rank, port, folder):
     build = build_learner(rank, 2, port)
     samples, _ = make_samples()
-    results = {f"stage{stage}": train(build(configure(folder, zero_stage=stage, micro_batch_tokens=128))) for stage in (0, 1, 2)}
-    results["unshared"] = train(build(configure(folder, zero_stage=2, share_prefixes=False, micro_batch_tokens=128)))
+    results = {name: train(build(configure(folder, micro_batch_tokens=128, **changes))) for name, changes in TWO_RANKS.items()}
     sharded = build(configure(folder, zero_stage=3, micro_batch_tokens=128))
     results["stage3"] = train(sharded)
     results["kl_tokens"] = sharded.kl_tokens(samples)
@@ -298,12 +309,12 @@ def test_reference_run_clips_both_ways(reference_run):
     assert relative_error(reference_run["start"], reference_run["model"].state_dict()) > 1e-2
 
 
-@pytest.mark.parametrize("scenario", ["plain", "unshared", "many_micro_batches", "recompute", "stage0", "stage2", "stage3"])
+@pytest.mark.parametrize("scenario", CUTS)
 def test_one_rank_equals_plain_pytorch(scenario, one, reference_run):
     check_same_training(one[scenario], reference_run)
 
 
-@pytest.mark.parametrize("scenario", ["stage0", "stage1", "stage2", "stage3", "unshared"])
+@pytest.mark.parametrize("scenario", ["stage0", "stage1", "stage2", "stage3", "unshared", "offload2", "offload3"])
 def test_two_ranks_equal_one(scenario, two, reference_run):
     for result in two:
         check_same_training(result[scenario], reference_run)
@@ -322,11 +333,13 @@ def test_metrics_pool_over_ranks(one, two):
     assert [pooled[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-4, abs=1e-6)
 
 
-def test_bfloat16_follows_float32(one, reference_run):
-    start, end = reference_run["start"], one["bfloat16"]["weights"]
+@pytest.mark.parametrize("scenario", ["bfloat16", "bfloat16_stage2", "bfloat16_stage3"])
+def test_bfloat16_follows_float32(scenario, one, two, reference_run):
+    start = reference_run["start"]
     expected = {name: tensor - start[name] for name, tensor in reference_run["model"].state_dict().items()}
-    moved = {name: end[name] - start[name] for name in expected}
-    assert relative_error(moved, expected) < 0.3
+    for result in [one] if scenario == "bfloat16" else two:
+        end = result[scenario]["weights"]
+        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.3
 
 
 def test_probe_is_the_models_own_logprob_at_temperature_one(one, reference_run):

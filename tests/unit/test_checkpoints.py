@@ -8,7 +8,15 @@ from rlver_dist.errors import DataError
 
 def progress(iteration: int) -> Progress:
     return Progress(
-        iteration=iteration, sampler={"epoch": 1}, totals={"dialogues_total": 8.0}, curve=[30.0, 31.5], before={"emotion": [1.0]}
+        iteration=iteration,
+        sampler={"epoch": 1},
+        totals={"dialogues_total": 8.0},
+        curve=[30.0, 31.5],
+        before={"emotion": [1.0]},
+        warmed_up=True,
+        control={"emotion": [0.5]},
+        kl_coef=0.1,
+        wall_s=12.5,
     )
 
 

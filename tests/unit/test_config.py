@@ -79,6 +79,8 @@ def test_only_recipe_and_placement_change_places():
         ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1"),
         ("critic.zero_stage=0", "critic.zero_stage=0"),
         ("critic.epochs=0", "critic.epochs=0"),
+        ("+exp=ppo_think critic.prefit_iterations=1000", "critic.prefit_iterations=1000"),
+        ("+exp=ppo_think warm_up.dialogues=4", "warm_up.batch_size=16"),
         ("learner.zero_stage=7", "learner.zero_stage=7"),
         ("warm_up.lr=0", "warm_up.lr=0"),
         ("model.lora.rank=-1", "model.lora.rank=-1"),
@@ -89,7 +91,7 @@ def test_only_recipe_and_placement_change_places():
 )
 def test_a_bad_value_is_named_with_the_way_out(override, words):
     with pytest.raises(ConfigError) as caught:
-        composed("+exp=grpo_no_think", override)
+        composed(*(override.split() if "+exp" in override else ["+exp=grpo_no_think", override]))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "use" in str(caught.value) or "set" in str(caught.value)

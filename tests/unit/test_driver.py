@@ -306,10 +306,59 @@ def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, r
     harness = Harness(tmp_path, thinking, plain_renderer=renderer, **changes)
     asyncio.run(harness.driver.run())
     assert harness.journal[:4] == ["sync 0", "imitate 2", "export warm_start", "sync 0"]
-    control = harness.driver.control()
-    assert control is not None and control.well_formed == 1.0
+    control = harness.driver.progress.control
+    assert control["well_formed"] == 1.0
     assert (tmp_path / "dialogues" / "control_000000.parquet").exists()
-    again = Harness(tmp_path, thinking, plain_renderer=renderer, **{**changes, "num_iterations": 1})
-    again.driver = Driver(again.config, again.driver._parts, load_split("bank", "train"), load_split("bank", "evaluation"), warmed_up=True)
-    asyncio.run(again.driver.run())
+    again = Harness(tmp_path, thinking, plain_renderer=renderer, **{**changes, "num_iterations": 2})
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None
+
+    async def go_on():
+        await again.driver.resume(checkpoint)
+        await again.driver.run()
+
+    asyncio.run(go_on())
     assert not any(entry.startswith("imitate") for entry in again.journal)
+    assert again.driver.progress.control == control
+
+
+def test_a_second_interrupt_leaves_the_update_alone_and_saves_nothing(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=0, num_iterations=50)
+    update = harness.policy.update
+
+    async def slow_update(samples, advantages, kl_coef):
+        metrics = await update(samples, advantages, kl_coef)
+        if harness.journal.count("update") == 2:
+            await asyncio.sleep(60)
+        return metrics
+
+    harness.policy.update = slow_update
+
+    async def interrupted():
+        running = asyncio.ensure_future(harness.driver.run())
+        while harness.journal.count("update") < 2:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            running.cancel()
+            await asyncio.sleep(0.05)
+        assert running.done()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(interrupted())
+    assert CheckpointStore(tmp_path, 2).latest() is None
+
+
+def test_a_fixed_kl_weight_follows_the_configuration_at_a_resume(tmp_path, renderer):
+    first = Harness(tmp_path, renderer, algorithm=ppo(kl_coef=0.1), num_iterations=1)
+    asyncio.run(first.driver.run())
+    second = Harness(tmp_path, renderer, algorithm=ppo(kl_coef=0.3))
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None
+
+    async def go_on():
+        await second.driver.resume(checkpoint)
+        await second.driver.run()
+
+    asyncio.run(go_on())
+    assert second.policy.kl_coefs == [0.3]

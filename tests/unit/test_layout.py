@@ -65,6 +65,12 @@ def test_a_single_learner_rank_shares_its_gpu_with_the_critic():
     assert placed.num_gpus == pytest.approx(1.0) and placed.gpus_per_learner_rank == pytest.approx(0.3)
 
 
+def test_a_critic_beside_the_policy_does_not_cut_the_engines_off():
+    placed = layout(ClusterConfig(), 2, has_critic=True)
+    assert (placed.engines, placed.learner_ranks, placed.critic_ranks) == (1, 1, 1)
+    assert placed.gpus_per_learner_rank == 0.5 and placed.weight_transfer == "nccl"
+
+
 def test_a_critic_on_cpus_is_an_actor_of_its_own():
     placed = layout(ClusterConfig(device=Device.cpu), 0, has_critic=True)
     assert (placed.learner_ranks, placed.critic_ranks) == (1, 1)
