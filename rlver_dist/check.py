@@ -43,13 +43,15 @@ def _critic(config: RunConfig) -> str:
     layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
     prefit = f", alone for the first {critic.prefit_iterations} iterations" if critic.prefit_iterations else ""
     steps = critic.epochs * config.algorithm.updates_per_iteration
-    return f"critic                {layers}, trunk {critic.trunk.value}, {steps} steps an iteration, lr {critic.lr:g}{prefit}"
+    rows = f"rows of up to {critic.micro_batch_tokens} tokens, ZeRO {critic.zero_stage}"
+    return f"critic                {layers}, trunk {critic.trunk.value}, {rows}, {steps} steps an iteration, lr {critic.lr:g}{prefit}"
 
 
 def _placement(config: RunConfig) -> list[str]:
     cluster = config.cluster
     if cluster.device is not Device.cpu and cluster.engines == 0:
-        return ["derived at launch from the GPUs that Ray sees: half for engines, half for the learner"]
+        learners = "the learners, policy and critic alike" if config.has_critic else "the learner"
+        return [f"derived at launch from the GPUs that Ray sees: half for engines, half for {learners}"]
     cores = os.cpu_count() or 1
     # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
     layout = resolve_layout(

@@ -149,3 +149,12 @@ def test_the_callers_thread_count_survives():
 def test_constants_keep_generic_kindness_low():
     # Full merit without a word about this user must not reach +2.5.
     assert appraisal.GAIN * appraisal.UNGROUNDED - appraisal.UNMET <= 2.5
+
+
+def test_a_compliment_that_would_fit_anybody_is_beside_the_point():
+    anybody = appraiser(EmbeddedAppraiser).appraise(
+        make_context(PERSONA, [PERSONA.opening], "Your kind words are a gift to everybody who hears them.")
+    )
+    # Praise is seen, but nothing that this user did is near it, so it neither earns nor counts as being on the matter.
+    assert anybody.features["strategy_praise_effort"] > 0.3 and anybody.features["stray"] > 0.5
+    assert anybody.change < -1

@@ -70,3 +70,12 @@ def test_strengths_lie_between_0_and_1_for_any_text(reply, earlier, truncated):
     found = measure(reply, earlier, HEARD, truncated)
     assert set(found) == set(WEIGHTS)
     assert all(0.0 <= value <= 1.0 for value in found.values())
+
+
+def test_replies_that_begin_alike_are_a_formula():
+    first, again = "Your kind words are like a garden.", "Your kind words are so rare at the station."
+    assert strengths(again, [first])["formula"] == 1.0
+    assert strengths(again)["formula"] == 0.0
+    # Two words in common is how people talk; from the fourth on it is a formula: (3 - 1.5) / (4 - 1.5).
+    assert strengths("You have been there", [first])["formula"] == 0.0
+    assert strengths("Your kind words helped", [first])["formula"] == 0.6
