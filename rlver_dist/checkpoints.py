@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,25 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def choose(store: CheckpointStore, resume: str) -> Path | None:
+def choose(store: CheckpointStore, resume: str, learners: Sequence[str]) -> Path | None:
     """The checkpoint to go on from under `resume` (see `RunConfig.resume`), None to start anew.
 
+    Args:
+        store: of the run's folder.
+        resume: the option.
+        learners: names of the learners whose state it has to hold.
+
     Raises:
-        DataError: `never`, but the folder has a checkpoint; or the named folder is none.
+        DataError: `never`, but the folder has a checkpoint; the named folder is none; or it lacks a learner.
     """
+    chosen = _choose(store, resume)
+    lacking = [name for name in learners if chosen is not None and not (chosen / name).is_dir()]
+    if lacking:
+        raise DataError(f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or another output_dir")
+    return chosen
+
+
+def _choose(store: CheckpointStore, resume: str) -> Path | None:
     newest = store.latest()
     if resume == "auto":
         return newest

@@ -46,7 +46,8 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
     """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large enough."""
     started = time.monotonic()
     console = Console(config.num_iterations)
-    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume)
+    learners = ("policy", "critic") if config.has_critic else ("policy",)
+    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume, learners)
     try:
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
         with console.phase("starting Ray", 1) as advance:

@@ -60,14 +60,18 @@ def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
 
 def test_choose(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    assert choose(store, "auto") is None and choose(store, "never") is None
+    assert choose(store, "auto", ()) is None and choose(store, "never", ("policy",)) is None
     first = write(store, 1)
-    assert choose(store, "auto") == first
-    assert choose(store, str(first)) == first
+    assert choose(store, "auto", ()) == first
+    assert choose(store, str(first), ()) == first
     with pytest.raises(DataError, match="resume=auto"):
-        choose(store, "never")
+        choose(store, "never", ())
     with pytest.raises(DataError, match=r"no manifest\.json there"):
-        choose(store, str(tmp_path))
+        choose(store, str(tmp_path), ())
+    (first / "policy").mkdir()
+    assert choose(store, "auto", ("policy",)) == first
+    with pytest.raises(DataError, match="holds no critic; use the recipe"):
+        choose(store, "auto", ("policy", "critic"))
 
 
 def test_a_broken_manifest_is_named(tmp_path):
