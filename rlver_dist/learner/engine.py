@@ -82,7 +82,16 @@ def start_rank(*, rank: int, world_size: int, master_address: str, master_port: 
     backend = "gloo" if device == "cpu" else "nccl"
     with _quiet():
         deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=world_size, verbose=False)
+    if device == "cpu":
+        _unlink_buffer(master_address, master_port, rank)
     return torch.device("cpu" if device == "cpu" else "cuda:0")
+
+
+def _unlink_buffer(master_address: str, master_port: int, rank: int) -> None:
+    """Take the name off DeepSpeed's shared-memory buffer, 66 MiB that it never removes; ranks have it open once all have started."""
+    torch.distributed.barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{rank}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def return_freed_memory() -> None:

@@ -4,8 +4,10 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 """
 
 import dataclasses
+import os
 import random
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -431,6 +433,10 @@ def test_after_warm_up_the_learner_is_as_one_built_on_the_exported_weights(one, 
     for result in two:
         for stage in (1, 3):
             assert relative_error(result[f"warm_up{stage}"]["training"]["weights"], built["weights"]) < 1e-4
+
+
+def test_no_shared_memory_is_left_behind(one, two):
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_*"))
 
 
 def test_no_sample_is_no_update(one):
