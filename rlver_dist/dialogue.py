@@ -7,6 +7,7 @@ sent between processes, written to Parquet and compared with `==`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -148,3 +149,8 @@ class Dialogue:
             if turn.user_message is not None:
                 heard.append(Message(role=Role.USER, text=turn.user_message))
         return heard
+
+
+def held(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
+    """Those that infrastructure did not end, in their order."""
+    return [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]

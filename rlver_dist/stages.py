@@ -9,13 +9,14 @@ from pathlib import Path
 
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import EndReason
+from rlver_dist.dialogue import held
 from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, summarize, visible_samples
 from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts, evaluation_limits, hold, train_limits
 from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.warm_up import warm_up_samples
 
 WARM_START = "warm_start"
@@ -39,8 +40,7 @@ async def evaluate(
         results = summarize(dialogues, personas, parts.second_appraiser, parts.evaluation_rules, math.exp(nll / max(tokens, 1)))
         advance(1)
     path = dialogues_path(Path(config.output_dir), phase=phase, iteration=iteration)
-    held = (dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE)
-    scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held}
+    scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held(dialogues)}
     write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
     return results
 
@@ -65,7 +65,7 @@ async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], 
     with parts.console.phase("warm-up: imitation", 1) as advance:
         metrics = await parts.policy.imitate(samples, config.warm_up, config.seed)
         advance(1)
-    values = {metric.key: metric.value for metric in metrics}
+    values = reduce_metrics(metrics)
     parts.console.note(
         f"warm-up: {len(samples)} replies, loss {values['warm_up/loss_first']:.2f} -> {values['warm_up/loss_last']:.2f} nats a token"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import Dialogue, EndReason, Message, Role
+from rlver_dist.dialogue import Dialogue, Message, Role, held
 from rlver_dist.evaluation.statistics import paired_bootstrap
 from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
@@ -86,11 +86,7 @@ def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[T
     """
     if renderer.think:
         raise ValueError("replies are scored without thinking; pass a renderer with think=False")
-    return [sample for dialogue in _complete(dialogues) for sample in to_samples(_as_heard(dialogue, renderer), reward=0.0)]
-
-
-def _complete(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
-    return [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+    return [sample for dialogue in held(dialogues) for sample in to_samples(_as_heard(dialogue, renderer), reward=0.0)]
 
 
 def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
@@ -113,7 +109,7 @@ def summarize(
 ) -> HeldOut:
     """Results of one evaluation; failed dialogues are counted and left out."""
     by_id = {persona.id: persona for persona in personas}
-    complete = _complete(dialogues)
+    complete = held(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
         persona_ids=[dialogue.persona_id for dialogue in complete],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from rlver_dist.dialogue import Dialogue, EndReason
+from rlver_dist.dialogue import Dialogue, EndReason, held
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SUCCESS_EMOTION = 100.0
@@ -28,19 +28,19 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
     """
     if strangers := sorted(rewards.keys() - {dialogue.id for dialogue in dialogues}):
         raise ValueError(f"rewards for dialogues that are not there: {', '.join(strangers[:3])}")
-    held = [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
-    turns = [turn for dialogue in held for turn in dialogue.turns]
+    complete = held(dialogues)
+    turns = [turn for dialogue in complete for turn in dialogue.turns]
     return [
         Metric("rollout/dialogues", len(dialogues), Reduction.sum),
-        Metric("rollout/failed", len(dialogues) - len(held), Reduction.sum),
-        _mean("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in held]),
+        Metric("rollout/failed", len(dialogues) - len(complete), Reduction.sum),
+        _mean("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in complete]),
         _mean("rollout/reply_tokens", [len(turn.reply_ids) for turn in turns]),
         _mean("rollout/thinking_tokens", [turn.thinking_tokens for turn in turns]),
         _mean("rollout/well_formed_share", [turn.well_formed for turn in turns]),
         _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
         *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),
-        *_reward_metrics(held, list(rewards.values())),
+        *_reward_metrics(complete, list(rewards.values())),
     ]
 
 
@@ -56,15 +56,15 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _reward_metrics(held: list[Dialogue], rewards: list[float]) -> list[Metric]:
-    appraised = [turn for dialogue in held for turn in dialogue.turns if turn.appraisal is not None]
+def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metric]:
+    appraised = [turn for dialogue in complete for turn in dialogue.turns if turn.appraisal is not None]
     return [
         _mean("reward/mean", rewards),
         Metric("reward/std", statistics.pstdev(rewards) if rewards else 0.0, Reduction.last),
-        _mean("reward/emotion_final", [dialogue.final_emotion for dialogue in held]),
+        _mean("reward/emotion_final", [dialogue.final_emotion for dialogue in complete]),
         _mean("reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]),
-        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in held]),
-        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in held]),
+        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
+        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
     ]
 
 

@@ -145,6 +145,11 @@ class Harness:
         )
         self.driver = Driver(self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation"))
 
+    async def go_on(self, checkpoint: Path) -> None:
+        """Resume and run to the end."""
+        await self.driver.resume(checkpoint)
+        await self.driver.run()
+
     async def generate(self, request):
         if self._fail and request.dialogue_id.startswith(self._fail):
             raise ConnectionError("engine gone")
@@ -220,11 +225,7 @@ def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer)
     checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
     assert checkpoint is not None
 
-    async def go_on():
-        await second.driver.resume(checkpoint)
-        return await second.driver.run()
-
-    asyncio.run(go_on())
+    asyncio.run(second.go_on(checkpoint))
     assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export policy"]
     assert sorted(first.asked + second.asked) == sorted(whole.asked)
     assert second.driver.progress.wall_s > first.driver.progress.wall_s
@@ -313,11 +314,7 @@ def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, r
     checkpoint = CheckpointStore(tmp_path, 2).latest()
     assert checkpoint is not None
 
-    async def go_on():
-        await again.driver.resume(checkpoint)
-        await again.driver.run()
-
-    asyncio.run(go_on())
+    asyncio.run(again.go_on(checkpoint))
     assert not any(entry.startswith("imitate") for entry in again.journal)
     assert again.driver.progress.control == control
 
@@ -356,9 +353,5 @@ def test_a_fixed_kl_weight_follows_the_configuration_at_a_resume(tmp_path, rende
     checkpoint = CheckpointStore(tmp_path, 2).latest()
     assert checkpoint is not None
 
-    async def go_on():
-        await second.driver.resume(checkpoint)
-        await second.driver.run()
-
-    asyncio.run(go_on())
+    asyncio.run(second.go_on(checkpoint))
     assert second.policy.kl_coefs == [0.3]
