@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from rlver_dist.experience.balance import split_updates
 from rlver_dist.experience.packing import Columns, PackedRow, column
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import engine
-from rlver_dist.learner.rows import collect_columns, require_columns, share_rows
+from rlver_dist.learner.rank import LearnerRank
+from rlver_dist.learner.rows import collect_columns, require_columns
 from rlver_dist.learner.tally import Tally
 from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_trunk
 from rlver_dist.models import resolve
@@ -44,49 +44,19 @@ class Batch:
     inputs: list[tuple[Any, ...]]
 
 
-class CriticLearner:
+class CriticLearner(LearnerRank):
     """Owns the critic's weights: values, updates, saves."""
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        rank: int,
-        world_size: int,
-        master_address: str,
-        master_port: int,
-        device: Literal["cpu", "gpu"],
-        num_threads: int,
-    ) -> None:
-        """Join the process group, load the trunk and build the engine.
-
-        Args:
-            config: the run's configuration.
-            rank: 0 to world_size - 1.
-            world_size: learner processes.
-            master_address: host of rank 0.
-            master_port: free TCP port there.
-            device: what to compute on.
-            num_threads: compute threads on a CPU; 0 leaves torch's choice.
-        """
+    def __init__(self, *, config: RunConfig, **place: Any) -> None:
+        """Join the process group at `place` (see `LearnerRank`), load the trunk and build the engine."""
+        super().__init__(config.critic, **place)
         self._config = config.critic
         self._num_updates = config.algorithm.updates_per_iteration
-        self._device = engine.start_rank(
-            rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
-        )
-        self._share = partial(
-            share_rows,
-            rank=rank,
-            world_size=world_size,
-            max_tokens=config.critic.micro_batch_tokens,
-            share=config.critic.share_prefixes,
-            device=self._device,
-        )
         self._frozen = config.critic.trunk is CriticTrunk.frozen
-        self._trunk, self._engine = self._build(config, world_size)
+        self._trunk, self._engine = self._build(config)
         self._latest: tuple[list[TurnSample], list[Batch]] = ([], [])
 
-    def _build(self, config: RunConfig, world_size: int) -> tuple[torch.nn.Module, engine.TrainingEngine]:
+    def _build(self, config: RunConfig) -> tuple[torch.nn.Module, engine.TrainingEngine]:
         """The trunk, and the engine around what learns."""
         critic, dtype, path = config.critic, config.model.dtype, resolve(config.model.path)
         settings = engine.deepspeed_config(critic, Precision.float32 if self._frozen else dtype)
@@ -97,7 +67,7 @@ class CriticLearner:
                 trunk = load_trunk(path, getattr(torch, dtype.value), critic.num_layers)
         head = ValueHead(trunk.config.hidden_size, critic.head_units, config.seed)
         model = head if self._frozen else ValueModel(trunk, head, recompute=critic.gradient_checkpointing)
-        return trunk, engine.TrainingEngine(model, config=critic, settings=settings, world_size=world_size, tag="critic")
+        return trunk, engine.TrainingEngine(model, config=critic, settings=settings, world_size=self._world_size, tag="critic")
 
     @torch.no_grad()
     def values(self, samples: list[TurnSample]) -> list[Tensor]:
@@ -159,18 +129,6 @@ class CriticLearner:
 
     def _inputs(self, row: PackedRow) -> tuple[Any, ...]:
         return (frozen_features(self._trunk, row),) if self._frozen else (row.token_ids, row.position_ids, row.spans, row.before)
-
-    def save(self, directory: str) -> None:
-        """Write the state that `load` needs to go on: what learns, optimizer, schedule and step counter."""
-        self._engine.save(directory)
-
-    def load(self, directory: str) -> None:
-        """Go on from what `save` wrote, with the same number of ranks."""
-        self._engine.load(directory)
-
-    def close(self) -> None:
-        """Free the engine and leave the process group."""
-        self._engine.close()
 
 
 def _fit(values: Columns, returns: Columns) -> list[Metric]:

@@ -13,8 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ from rlver_dist.experience.packing import Columns, PackedRow, Span, column
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import checkpoint, engine, weights
 from rlver_dist.learner.lora import add_adapters
-from rlver_dist.learner.rows import collect_columns, require_columns, score_row, share_rows
+from rlver_dist.learner.rank import LearnerRank
+from rlver_dist.learner.rows import collect_columns, require_columns, score_row
 from rlver_dist.learner.scoring import PolicyModel, load_model
 from rlver_dist.learner.tally import Tally
 from rlver_dist.models import resolve
@@ -38,49 +38,22 @@ Weights = dict[str, Tensor]
 """Whole tensors under their Hugging Face names."""
 
 
-class PolicyLearner:
+class PolicyLearner(LearnerRank):
     """Owns the policy's weights: updates, scores, sends, saves and exports them."""
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        rank: int,
-        world_size: int,
-        master_address: str,
-        master_port: int,
-        device: Literal["cpu", "gpu"],
-        num_threads: int,
-        model_path: str | None = None,
-    ) -> None:
-        """Join the process group, load the policy (and the reference, where a KL term is on) and build the engine.
+    def __init__(self, *, config: RunConfig, model_path: str | None = None, **place: Any) -> None:
+        """Join the process group at `place` (see `LearnerRank`), load the policy (and the reference for a KL term), build the engine.
 
         Args:
             config: the run's configuration.
-            rank: 0 to world_size - 1.
-            world_size: learner processes.
-            master_address: host of rank 0.
-            master_port: free TCP port there.
-            device: what to compute on.
-            num_threads: compute threads on a CPU; 0 leaves torch's choice.
             model_path: folder of a warmed-up policy to start from, which then is the reference too; None takes `config.model.path`.
+            place: `rank`, `world_size`, `master_address`, `master_port`, `device` and `num_threads`.
         """
+        super().__init__(config.learner, **place)
         self._config, self._algorithm = config, config.algorithm
-        self._rank, self._world_size = rank, world_size
         self._temperature = config.rollout.temperature
         self._base_path = resolve(config.model.path)
         self._path = model_path or self._base_path
-        self._device = engine.start_rank(
-            rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
-        )
-        self._share = partial(
-            share_rows,
-            rank=rank,
-            world_size=world_size,
-            max_tokens=config.learner.micro_batch_tokens,
-            share=config.learner.share_prefixes,
-            device=self._device,
-        )
         self._dtype = getattr(torch, config.model.dtype.value)
         self._engine = self._build_engine(config.learner)
         self._reference = self._load_frozen(self._path) if config.algorithm.kl_coef > 0 else None
@@ -282,18 +255,6 @@ class PolicyLearner:
         """Write all weights as one safetensors file for the rollout engines."""
         checkpoint.write_weights(self._engine, path, self._rank)
 
-    def save(self, directory: str) -> None:
-        """Write the state that `load` needs to go on: model, optimizer, schedule and step counter."""
-        self._engine.save(directory)
-
-    def load(self, directory: str) -> None:
-        """Go on from what `save` wrote, with the same number of ranks."""
-        self._engine.load(directory)
-
     def export(self, directory: str) -> None:
         """Write a Hugging Face folder with tokenizer and chat template."""
         checkpoint.export(self._engine, self._path, directory, self._rank)
-
-    def close(self) -> None:
-        """Free the engine and leave the process group."""
-        self._engine.close()

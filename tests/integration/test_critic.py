@@ -6,10 +6,10 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 import dataclasses
 import math
 import random
-import socket
 
 import pytest
 import torch
+from ranks import place, run_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -162,15 +162,7 @@ def two_ranks(rank, port, folder):
 def learner_builder(rank, world_size, port):
     from rlver_dist.learner.critic import CriticLearner
 
-    place = dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
-    return lambda config: CriticLearner(config=config, **place)
-
-
-def spawn(target, world_size, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(target, (port, str(folder)), nprocs=world_size)
+    return lambda config: CriticLearner(config=config, **place(rank, world_size, port))
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +174,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    spawn(one_rank, 1, folder)
-    return torch.load(folder / "one_rank.pt", weights_only=False)
+    return run_ranks(one_rank, 1, folder)[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    spawn(two_ranks, 2, folder)
-    return [torch.load(folder / f"two_ranks_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_ranks(two_ranks, 2, folder)
 
 
 class PlainCritic(nn.Module):

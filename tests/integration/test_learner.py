@@ -6,11 +6,11 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 import dataclasses
 import os
 import random
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import place, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -182,15 +182,7 @@ def imitate(learner, samples):
 def build_learner(rank, world_size, port):
     from rlver_dist.learner.policy import PolicyLearner
 
-    place = dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
-    return lambda config, **more: PolicyLearner(config=config, **more, **place)
-
-
-def spawn(target, world_size, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(target, (port, str(folder)), nprocs=world_size)
+    return lambda config, **more: PolicyLearner(config=config, **more, **place(rank, world_size, port))
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +194,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    spawn(one_rank, 1, folder)
-    return torch.load(folder / "one_rank.pt", weights_only=False)
+    return run_ranks(one_rank, 1, folder)[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    spawn(two_ranks, 2, folder)
-    return [torch.load(folder / f"two_ranks_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_ranks(two_ranks, 2, folder)
 
 
 def score_alone(model, sample, temperature):

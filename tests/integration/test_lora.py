@@ -4,12 +4,12 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 """
 
 import random
-import socket
 import sys
 
 import peft
 import pytest
 import torch
+from ranks import place, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -62,8 +62,6 @@ def make_samples():
 def build_learner(rank, world_size, port, folder):
     from rlver_dist.learner.policy import PolicyLearner
 
-    place = dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
-
     def build(name="qwen2", dtype=Precision.float32, **changes):
         config = RunConfig(
             model=ModelConfig(path=f"{folder}/{name}", dtype=dtype, lora=ADAPTERS),
@@ -71,7 +69,7 @@ def build_learner(rank, world_size, port, folder):
             rollout=RolloutConfig(temperature=0.7),
             learner=LearnerConfig(lr=0.01, warmup_steps=1, micro_batch_tokens=128, **changes),
         )
-        return PolicyLearner(config=config, **place)
+        return PolicyLearner(config=config, **place(rank, world_size, port))
 
     return build
 
@@ -127,13 +125,6 @@ def two_ranks(rank, port, folder):
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
 
 
-def spawn(target, world_size, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(target, (port, str(folder)), nprocs=world_size)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
@@ -143,14 +134,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    spawn(one_rank, 1, folder)
-    return torch.load(folder / "one_rank.pt", weights_only=False)
+    return run_ranks(one_rank, 1, folder)[0]
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    spawn(two_ranks, 2, folder)
-    return [torch.load(folder / f"two_ranks_{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return run_ranks(two_ranks, 2, folder)
 
 
 def load(folder, family, **options):
