@@ -210,7 +210,7 @@ class CriticConfig(LearnerConfig):
 @dataclass(kw_only=True, slots=True)
 class WarmUpConfig:
     """Supervised warm-up before reinforcement learning: teaches a model that cannot follow the think format that format, on its own
-    replies and thoughts, and nothing else. Runs where `rollout.think` is on."""
+    replies and thoughts. Runs where `rollout.think` is on."""
 
     dialogues: int = 0
     """Dialogues with training personas whose replies are imitated in the think format; 0 leaves the stage out."""

@@ -1,4 +1,4 @@
-"""Supervised warm-up: what a model that cannot follow the think format imitates, so that it learns that format and nothing else.
+"""Supervised warm-up: what a model that cannot follow the think format imitates, and the format is all it is meant to learn.
 
 Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
 reply it is asked, in a chat of its own with three worked examples, what the person feels and needs; the examples give the thoughts
