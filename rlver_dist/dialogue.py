@@ -65,7 +65,8 @@ class Appraisal:
         feeling: the feeling that results.
         change: emotion change in points, already clipped to the preset's limit.
         features: the rounded numbers that the rules used, by name (similarities, fluency, penalties); they make the change
-            derivable again from the record.
+            derivable again from the record. A chat model's appraisal holds what its fence took out of the reply (`fence_...`).
+        source: what judged, as JSON: model, calls a turn, temperature, seed and prompts; empty for the embedded rules.
     """
 
     content: str
@@ -74,6 +75,7 @@ class Appraisal:
     feeling: str
     change: float
     features: dict[str, float] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(kw_only=True, slots=True)

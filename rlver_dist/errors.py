@@ -37,6 +37,10 @@ class ResourceError(UserError):
     """The machine or cluster lacks what the run needs; the message says what is needed and what is there."""
 
 
+class BudgetError(UserError):
+    """Tokens, money or quota of an endpoint are used up; the run stops with a checkpoint and can be resumed."""
+
+
 class BoundaryError(RlverError):
     """A call that left this package failed (an engine, an endpoint, a file system); chained to its cause."""
 

@@ -17,7 +17,7 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import DataError
 from rlver_dist.ledger.records import DialogueRecord, Phase, appraisal_hashes, from_row, to_row
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PhaseName = Literal["train", "before", "after", "control"]
 VERSION_KEY = b"rlver_dist.ledger_schema"
 
@@ -39,6 +39,7 @@ _APPRAISAL = pa.struct(
         _required("feeling", pa.string()),
         _required("change", pa.float64()),
         _required("features", _list_of(_FEATURE)),
+        _required("source", pa.string()),
     ]
 )
 _TURN = pa.struct(

@@ -158,6 +158,7 @@ def _appraisal_to_row(appraisal: Appraisal) -> dict[str, Any]:
         "feeling": appraisal.feeling,
         "change": appraisal.change,
         "features": [{"name": name, "value": value} for name, value in appraisal.features.items()],
+        "source": appraisal.source,
     }
 
 
@@ -169,4 +170,5 @@ def _appraisal_from_row(row: dict[str, Any]) -> Appraisal:
         feeling=row["feeling"],
         change=row["change"],
         features={feature["name"]: feature["value"] for feature in row["features"]},
+        source=row["source"],
     )

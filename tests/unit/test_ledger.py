@@ -17,7 +17,14 @@ TEXT = st.text(max_size=12)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=4)
 APPRAISALS = st.builds(
-    Appraisal, content=TEXT, fit=TEXT, activity=TEXT, feeling=TEXT, change=NUMBER, features=st.dictionaries(TEXT, NUMBER, max_size=3)
+    Appraisal,
+    content=TEXT,
+    fit=TEXT,
+    activity=TEXT,
+    feeling=TEXT,
+    change=NUMBER,
+    features=st.dictionaries(TEXT, NUMBER, max_size=3),
+    source=TEXT,
 )
 TURNS = st.builds(
     Turn,
