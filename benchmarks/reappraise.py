@@ -9,6 +9,7 @@ said stays as it was.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlver_dist.data.personas import load_split
 from rlver_dist.evaluation.held_out import reappraise
 from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.simulator.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
 
 
@@ -27,13 +29,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's output_dir")
     parser.add_argument("--personas", type=int, default=16, help="how many dialogues of each evaluation")
     arguments = parser.parse_args()
-    rules = resolve_rules(SimulatorConfig(preset=Preset.sage)).emotion
+    rules = resolve_rules(SimulatorConfig(preset=Preset.sage))
     personas = {persona.id: persona for persona in load_split("bank", "evaluation")}
-    appraiser = EmbeddedAppraiser()
+    judge = RuleJudge(appraiser=EmbeddedAppraiser(), rules=rules)
     for phase in ("before", "after"):
         dialogues = read_dialogues(next((arguments.run / "dialogues").glob(f"{phase}_*.parquet")))[: arguments.personas]
         recorded = statistics.fmean(dialogue.final_emotion for dialogue in dialogues)
-        again = statistics.fmean(reappraise(dialogue, personas[dialogue.persona_id], appraiser, rules) for dialogue in dialogues)
+        again = statistics.fmean(asyncio.run(reappraise(one, personas[one.persona_id], judge, rules.emotion)) for one in dialogues)
         print(f"{phase}: recorded {recorded:.1f}, by the rules of now {again:.1f} ({len(dialogues)} dialogues)")
 
 

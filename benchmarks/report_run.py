@@ -49,7 +49,8 @@ ENDS = (
 def figures(summary: dict[str, Any]) -> list[str]:
     """The before-and-after table."""
     lines = ["| | before | after | difference | 95 % interval |", "|---|---|---|---|---|"]
-    for name, row in (("emotion", summary), ("emotion, second appraiser", summary["second_appraiser"])):
+    second = [("emotion, second judge", summary["second_appraiser"])] if "second_appraiser" in summary else []
+    for name, row in (("emotion", summary), *second):
         low, high = row["interval95"]
         lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
     if "warm_up" in summary:

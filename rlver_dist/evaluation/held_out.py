@@ -1,24 +1,26 @@
 """Held-out evaluation: what a policy's dialogues with the evaluation personas are worth, and the controls.
 
-Emotion under the training appraiser says whether the reward rose; the same dialogues appraised by one that training never sees say
-whether that is more than one appraiser's taste; distinct-2 and the base model's perplexity say whether the language held. All of these
+Emotion under the users' own judge says whether the reward rose; the same dialogues appraised by a second one that training never hears say
+whether that is more than one judge's taste; distinct-2 and the base model's perplexity say whether the language held. All of these
 look at the reply text alone, so that they mean the same with and without thinking; how well the format is kept stands apart.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, Message, Role, held
+from rlver_dist.errors import BoundaryError
 from rlver_dist.evaluation.statistics import paired_bootstrap
 from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser
 from rlver_dist.simulator.emotion import EmotionRules, move
+from rlver_dist.simulator.protocol import Judge, UserRequest
 from rlver_dist.tracking.dialogue_metrics import distinct_n
 
 BOOTSTRAP_SEED = 0
@@ -31,20 +33,22 @@ class HeldOut:
     Attributes:
         persona_ids: personas whose dialogue was completed.
         emotion: final emotion of each dialogue, 0 to 100.
-        second_emotion: the same dialogues' final emotion under the second appraiser.
+        second_emotion: the same dialogues' final emotion under the second judge, None where it failed; empty without one.
         distinct2: distinct bigrams over bigrams of all replies.
         perplexity: the base model's, of the replies in their dialogues (`visible_samples`).
         well_formed: share of all turns whose reply kept the format.
         failed: dialogues lost to infrastructure.
+        judges: who gave `emotion` and, where there is a second one, who gave `second_emotion`.
     """
 
     persona_ids: list[str]
     emotion: list[float]
-    second_emotion: list[float]
+    second_emotion: list[float | None]
     distinct2: float
     perplexity: float
     well_formed: float
     failed: int
+    judges: list[str] = field(default_factory=list)
 
 
 def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> list[DialogueTask]:
@@ -55,21 +59,43 @@ def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> l
     ]
 
 
-def reappraise(dialogue: Dialogue, persona: Persona, appraiser: Appraiser, rules: EmotionRules) -> float:
-    """Final emotion of a finished dialogue had `appraiser` been the user; what was said stays as it was."""
+async def reappraise(dialogue: Dialogue, persona: Persona, judge: Judge, rules: EmotionRules) -> float:
+    """Final emotion of a finished dialogue had `judge` been the user; what was said stays as it was."""
     emotion = dialogue.start_emotion
     heard = [Message(role=Role.USER, text=dialogue.opening)]
     for turn in dialogue.turns:
         if turn.appraisal is None:  # a reply that ended the dialogue unheard
             break
         heard.append(Message(role=Role.ASSISTANT, text=turn.reply))
-        context = AppraisalContext(
-            persona=persona, messages=tuple(heard), emotion=emotion, acceptance=1.0, max_change=rules.max_change, truncated=turn.truncated
+        request = UserRequest(
+            dialogue_id=dialogue.id,
+            turn_index=turn.index,
+            persona=persona,
+            messages=tuple(heard),
+            emotion=emotion,
+            seed=dialogue.seed,
+            max_turns=len(dialogue.turns),
+            truncated=turn.truncated,
         )
-        emotion = move(emotion, appraiser.appraise(context).change, rules)
+        emotion = move(emotion, (await judge.appraise(request)).change, rules)
         if turn.user_message is not None:
             heard.append(Message(role=Role.USER, text=turn.user_message))
     return emotion
+
+
+async def second_emotions(
+    dialogues: Sequence[Dialogue], personas: Sequence[Persona], judge: Judge, rules: EmotionRules
+) -> list[float | None]:
+    """Final emotion under `judge` of each dialogue that infrastructure did not end, in order; None where the judge failed."""
+    by_id = {persona.id: persona for persona in personas}
+
+    async def one(dialogue: Dialogue) -> float | None:
+        try:
+            return await reappraise(dialogue, by_id[dialogue.persona_id], judge, rules)
+        except BoundaryError:
+            return None
+
+    return await asyncio.gather(*map(one, held(dialogues)))
 
 
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
@@ -104,50 +130,61 @@ def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
     return replace(dialogue, turns=turns)
 
 
-def summarize(
-    dialogues: Sequence[Dialogue], personas: Sequence[Persona], second: Appraiser, rules: EmotionRules, perplexity: float
-) -> HeldOut:
-    """Results of one evaluation; failed dialogues are counted and left out."""
-    by_id = {persona.id: persona for persona in personas}
+def summarize(dialogues: Sequence[Dialogue], *, second_emotion: list[float | None], perplexity: float, judges: Sequence[str]) -> HeldOut:
+    """Results of one evaluation; failed dialogues are counted and left out. See `HeldOut` for the arguments."""
     complete = held(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
         persona_ids=[dialogue.persona_id for dialogue in complete],
         emotion=[dialogue.final_emotion for dialogue in complete],
-        second_emotion=[reappraise(dialogue, by_id[dialogue.persona_id], second, rules) for dialogue in complete],
+        second_emotion=second_emotion,
         distinct2=distinct_n([turn.reply for turn in turns], 2),
         perplexity=perplexity,
         well_formed=sum(turn.well_formed for turn in turns) / max(len(turns), 1),
         failed=len(dialogues) - len(complete),
+        judges=list(judges),
     )
 
 
 def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]:
-    """The figures of `summary.json`: emotion under both appraisers with paired intervals, and the language controls.
+    """The figures of `summary.json`: emotion under each judge with paired intervals, and the language controls.
 
-    Only personas whose dialogue was completed both times are paired.
+    Only personas whose dialogue was completed, and appraised by the judge in question, both times are paired. `second_appraiser` is
+    there where one second judge gave both.
     """
-    both = [persona for persona in before.persona_ids if persona in set(after.persona_ids)]
-
-    def paired(name: str) -> dict[str, Any]:
-        first = dict(zip(before.persona_ids, getattr(before, name), strict=True))
-        second = dict(zip(after.persona_ids, getattr(after, name), strict=True))
-        return _paired([first[persona] for persona in both], [second[persona] for persona in both], num_samples)
-
-    return {
-        **paired("emotion"),
-        "num_eval_personas": len(both),
-        "second_appraiser": paired("second_emotion"),
+    first = _paired(before, before.emotion, after, after.emotion, num_samples)
+    compared = {
+        **first,
+        "num_eval_personas": first.pop("num_personas"),
+        "judges": {"before": before.judges, "after": after.judges},
         "distinct2": {"before": before.distinct2, "after": after.distinct2},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "well_formed": {"before": before.well_formed, "after": after.well_formed},
         "failed": {"before": before.failed, "after": after.failed},
     }
+    if len(after.judges) == 2 and before.judges == after.judges:
+        compared["second_appraiser"] = _paired(before, before.second_emotion, after, after.second_emotion, num_samples)
+    return compared
 
 
-def _paired(before: list[float], after: list[float], num_samples: int) -> dict[str, Any]:
-    if not before:
-        return {"before": None, "after": None, "difference": None, "interval95": None}
-    mean_before, mean_after = sum(before) / len(before), sum(after) / len(after)
-    low, high = paired_bootstrap(before, after, num_samples, BOOTSTRAP_SEED)
-    return {"before": mean_before, "after": mean_after, "difference": mean_after - mean_before, "interval95": [low, high]}
+def _paired(
+    before: HeldOut, emotion_before: Sequence[float | None], after: HeldOut, emotion_after: Sequence[float | None], num_samples: int
+) -> dict[str, Any]:
+    second = dict(zip(after.persona_ids, emotion_after, strict=True))
+    pairs = [
+        (value, other)
+        for persona, value in zip(before.persona_ids, emotion_before, strict=True)
+        if value is not None and (other := second.get(persona)) is not None
+    ]
+    if not pairs:
+        return {"before": None, "after": None, "difference": None, "interval95": None, "num_personas": 0}
+    first, last = [value for value, _ in pairs], [other for _, other in pairs]
+    mean_before, mean_after = sum(first) / len(pairs), sum(last) / len(pairs)
+    interval = paired_bootstrap(first, last, num_samples, BOOTSTRAP_SEED)
+    return {
+        "before": mean_before,
+        "after": mean_after,
+        "difference": mean_after - mean_before,
+        "interval95": list(interval),
+        "num_personas": len(pairs),
+    }

@@ -1,14 +1,20 @@
 """What an evaluation makes of finished dialogues: text as heard for the scoring model, and the figures of before and after."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
+from rlver_dist.choices import Preset
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
-from rlver_dist.evaluation.held_out import HeldOut, compare, summarize, visible_samples
+from rlver_dist.errors import BoundaryError, BudgetError
+from rlver_dist.evaluation.held_out import HeldOut, compare, second_emotions, summarize, visible_samples
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.emotion import EmotionRules
+from rlver_dist.simulator.judges import RuleJudge
+from rlver_dist.simulator.presets import PRESETS
 
 REPLIES = ("That hurts.", "What now?")
 TALK = f"""<|im_start|>system
@@ -96,27 +102,71 @@ def test_scoring_with_a_thinking_prompt_is_refused(plain: Renderer) -> None:
         visible_samples([], Renderer(plain._tokenizer, "Be kind.", think=True))
 
 
+SAGE = PRESETS[Preset.sage]
+
+
 def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Renderer) -> None:
     kept = make_dialogue(plain)
     broken = make_dialogue(plain, replies=REPLIES[:1], well_formed=False)
     failed = make_dialogue(plain, well_formed=False)
     failed.end_reason, failed.error = EndReason.INFRASTRUCTURE, "engine lost"
-    rules = EmotionRules(start=30.0, max_change=10.0)
-    results = summarize([kept, broken, failed], [persona("p")], ByLength(), rules, perplexity=7.0)
+    judge = RuleJudge(appraiser=ByLength(), rules=SAGE)
+    second = asyncio.run(second_emotions([kept, broken, failed], [persona("p")], judge, SAGE.emotion))
+    # From 30 on. "That hurts." has 11 characters, clipped to 10 points, "What now?" has 9.
+    assert second == [49.0, 40.0]
+    results = summarize([kept, broken, failed], second_emotion=second, perplexity=7.0, judges=["a", "b"])
     assert results.well_formed == pytest.approx(2 / 3) and results.failed == 1
-    assert (results.emotion, results.perplexity) == ([40.0, 40.0], 7.0)
-    # "That hurts." has 11 characters, clipped to 10 points, "What now?" has 9.
-    assert results.second_emotion == [49.0, 40.0]
+    assert (results.emotion, results.second_emotion, results.perplexity) == ([40.0, 40.0], second, 7.0)
     # Bigrams (that hurts.) (what now?) (that hurts.).
     assert results.distinct2 == pytest.approx(2 / 3)
-    assert summarize([], [], ByLength(), rules, perplexity=7.0).well_formed == 0.0
+    assert summarize([], second_emotion=[], perplexity=7.0, judges=["a"]).well_formed == 0.0
+
+
+def test_a_second_judge_that_fails_leaves_a_gap_and_a_spent_budget_stops(plain: Renderer) -> None:
+    class Fails(ByLength):
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def appraise(self, context):
+            if context.messages[-1].text == REPLIES[1]:
+                raise self.error
+            return super().appraise(context)
+
+    talks = [make_dialogue(plain), make_dialogue(plain, replies=REPLIES[:1])]
+
+    def judged(error: Exception) -> list[float | None]:
+        judge = RuleJudge(appraiser=Fails(error), rules=SAGE)
+        return asyncio.run(second_emotions(talks, [persona("p")], judge, SAGE.emotion))
+
+    assert judged(BoundaryError("gone")) == [None, 40.0]
+    with pytest.raises(BudgetError, match="spent"):
+        judged(BudgetError("spent"))
+
+
+SHARED = {"distinct2": 0.5, "perplexity": 9.0, "failed": 0}
+
+
+def results(personas: str, emotion: list[float], second: list[float | None], **changes) -> HeldOut:
+    values = {**SHARED, "well_formed": 0.5, "judges": ["embedded", "lexical"], **changes}
+    return HeldOut(persona_ids=list(personas), emotion=emotion, second_emotion=second, **values)
 
 
 def test_comparison_pairs_personas_and_reports_the_format() -> None:
-    shared = {"distinct2": 0.5, "perplexity": 9.0, "failed": 0}
-    before = HeldOut(persona_ids=["a", "b", "c"], emotion=[30.0, 40.0, 99.0], second_emotion=[1.0, 2.0, 3.0], well_formed=0.25, **shared)
-    after = HeldOut(persona_ids=["b", "a"], emotion=[42.0, 36.0], second_emotion=[2.0, 1.0], well_formed=0.75, **shared)
+    before = results("abc", [30.0, 40.0, 99.0], [1.0, 2.0, 3.0], well_formed=0.25)
+    after = results("ba", [42.0, 36.0], [2.0, 1.0], well_formed=0.75)
     compared = compare(before, after, num_samples=100)
     assert compared["well_formed"] == {"before": 0.25, "after": 0.75}
     assert (compared["before"], compared["after"], compared["difference"]) == (35.0, 39.0, 4.0)
     assert compared["num_eval_personas"] == 2 and compared["second_appraiser"]["difference"] == 0.0
+    assert compared["judges"] == {"before": ["embedded", "lexical"], "after": ["embedded", "lexical"]}
+
+
+def test_second_emotions_are_paired_where_one_judge_gave_both() -> None:
+    before, after = results("ab", [30.0, 40.0], [None, 2.0]), results("ab", [32.0, 44.0], [8.0, 5.0])
+    compared = compare(before, after, num_samples=100)
+    assert compared["num_eval_personas"] == 2
+    second = compared["second_appraiser"]
+    assert (second["before"], second["after"], second["num_personas"]) == (2.0, 5.0, 1)
+    changed = compare(before, replace(after, judges=["embedded", "openai: big"]), num_samples=100)
+    alone = compare(results("ab", [1.0, 2.0], [], judges=["embedded"]), results("ab", [1.0, 2.0], [], judges=["embedded"]), num_samples=100)
+    assert "second_appraiser" not in changed and "second_appraiser" not in alone

@@ -1,0 +1,61 @@
+"""The second judge of held-out dialogues: a further opinion on what was said, by one that training never hears."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from rlver_dist.choices import SecondJudge, SimulatorBackend
+from rlver_dist.config import RunConfig
+from rlver_dist.simulator.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.http_chat import HttpChat
+from rlver_dist.simulator.judges import RuleJudge
+from rlver_dist.simulator.lexical import LexicalAppraiser
+from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.protocol import Judge
+
+
+@asynccontextmanager
+async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
+    """The judge of `evaluation.second_judge`, under the evaluation users' rules, and its connections as long; None where there is none.
+
+    Raises:
+        ConfigError: the environment lacks the endpoints' key.
+    """
+    simulator = config.simulator.for_evaluation()
+    rules = resolve_rules(simulator)
+    match config.evaluation.second_judge:
+        case SecondJudge.lexical:
+            yield RuleJudge(appraiser=LexicalAppraiser(), rules=rules)
+        case SecondJudge.embedded:
+            yield RuleJudge(appraiser=EmbeddedAppraiser(), rules=rules)
+        case SecondJudge.openai:
+            backend = HttpChat(config=replace(simulator.openai, model=_model(config)))
+            try:
+                yield LlmSimulator(rules=rules, backend=backend, settings=simulator.llm)
+            finally:
+                await backend.close()
+        case SecondJudge.none:
+            yield None
+
+
+def judge_names(config: RunConfig) -> list[str]:
+    """Who gives the emotions of an evaluation: the users' judge, and the second one where there is one."""
+    simulator, second = config.simulator, config.evaluation.second_judge
+    model = {SimulatorBackend.vllm: simulator.engine.model, SimulatorBackend.openai: simulator.openai.model}.get(simulator.backend)
+    further = ", ".join(simulator.further_judges)
+    panel = f" (median of {simulator.judges} judges{f', with {further}' if further else ''})" if simulator.judges > 1 else ""
+    first = (f"{simulator.backend.value}: {model}" if model else simulator.backend.value) + panel
+    match second:
+        case SecondJudge.none:
+            return [first]
+        case SecondJudge.openai:
+            return [first, f"{second.value}: {_model(config)}"]
+        case _:
+            return [first, second.value]
+
+
+def _model(config: RunConfig) -> str:
+    return config.evaluation.judge_model or config.simulator.openai.model
