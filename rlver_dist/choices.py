@@ -56,6 +56,37 @@ class Preset(str, Enum):
     rlver_challenging = "rlver_challenging"
 
 
+class SimulatorBackend(str, Enum):
+    """What speaks for the simulated users."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+    openai = "openai"
+
+
+class LlmCalls(str, Enum):
+    """Calls of the chat model a turn: appraise and then reply, or both under one schema."""
+
+    two = "two"
+    one = "one"
+
+
+class ResponseFormat(str, Enum):
+    """How an endpoint is held to JSON."""
+
+    json_schema = "json_schema"
+    json_object = "json_object"
+
+
+class SecondJudge(str, Enum):
+    """Who appraises held-out dialogues once more."""
+
+    lexical = "lexical"
+    embedded = "embedded"
+    openai = "openai"
+    none = "none"
+
+
 class Device(str, Enum):
     """What engines and learners compute on; `auto` is resolved from the GPUs that Ray sees."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.choices import AlgorithmName, Device, Precision, Preset, WandbMode
+from rlver_dist.choices import AlgorithmName, Device, Precision, SecondJudge, SimulatorBackend, WandbMode
+from rlver_dist.simulator_config import SimulatorConfig
 from rlver_dist.training_config import (
     AlgorithmConfig,
     CriticConfig,
@@ -29,32 +30,6 @@ class DataConfig:
     """Training personas: `bank` (shipped with the package) or a JSONL file, in this project's or RLVER's format."""
     evaluation: str = "bank"
     """Evaluation personas, likewise."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SimulatorConfig:
-    """The simulated users and the reward service in front of them."""
-
-    preset: Preset = Preset.rlver_vanilla
-    """Emotion rules in training; evaluation always uses `sage`."""
-    start_emotion: float | None = None
-    """Emotion at the opening in points; null takes the preset's."""
-    max_change: float | None = None
-    """Largest change a turn in points, either way; null takes the preset's."""
-    acceptance: float | None = None
-    """Difficulty, 0 to 1: share of a reply's merit that the user lets count; null takes the preset's."""
-    expressiveness: float | None = None
-    """Difficulty, 0 to 1: how readily user messages show feelings and needs; null takes the preset's."""
-    replicas: int = 1
-    """Reward service actors."""
-
-    def __post_init__(self) -> None:
-        for key, top in {"start_emotion": 100, "acceptance": 1, "expressiveness": 1}.items():
-            value = getattr(self, key)
-            require(value is None or 0 <= value <= top, f"simulator.{key}", value, f"use null or a value from 0 to {top}")
-        change = self.max_change
-        require(change is None or 0 < change <= 100, "simulator.max_change", change, "use null or a value above 0, up to 100")
-        at_least(1, "simulator.", replicas=self.replicas)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,6 +116,12 @@ class EvaluationConfig:
     """Sampling temperature; seeds are fixed, so that before and after differ by the weights alone."""
     bootstrap_samples: int = 10000
     """Resamples of the paired bootstrap interval."""
+    second_judge: SecondJudge = SecondJudge.lexical
+    """Who appraises the same dialogues once more, a judge that training never hears: `lexical` (rules on words), `embedded` (rules on
+    embeddings; where a chat model speaks for the users), `openai` (a chat model at simulator.openai.endpoints, with simulator.llm's
+    settings; simulator.openai's limits hold for it apart), or `none`."""
+    judge_model: str = ""
+    """Model of the second judge `openai`, as the endpoint knows it; empty takes simulator.openai.model."""
 
     def __post_init__(self) -> None:
         at_least(0, "evaluation.", num_personas=self.num_personas)
@@ -213,10 +194,29 @@ class RunConfig:
             exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
             require(exact, f"{group}.zero_stage", learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")
 
+        self._check_second_judge()
+
+    def _check_second_judge(self) -> None:
+        """It has to differ from the one that speaks for the users."""
+        second, simulator = self.evaluation.second_judge, self.simulator
+        embedded = second is SecondJudge.embedded and simulator.backend is SimulatorBackend.embedded
+        require(not embedded, "evaluation.second_judge", second.value, "use lexical, openai or none; the embedded users judge first")
+        if second is SecondJudge.openai:
+            model, key = self.evaluation.judge_model or simulator.openai.model, "evaluation.judge_model"
+            require(bool(model), key, "''", "evaluation.second_judge=openai needs the model's name as the endpoint knows it")
+            same = simulator.backend is SimulatorBackend.openai and model == simulator.openai.model
+            require(not same, key, model, "use another model than simulator.openai.model, which is the first judge")
+
     @property
     def has_critic(self) -> bool:
         """Whether the algorithm trains a critic."""
         return self.algorithm.name is AlgorithmName.ppo
+
+    @property
+    def uses_endpoints(self) -> bool:
+        """Whether anything asks the models at simulator.openai.endpoints: users, their judges, or the second judge."""
+        judged = self.evaluation.num_personas > 0 and self.evaluation.second_judge is SecondJudge.openai
+        return judged or self.simulator.backend is SimulatorBackend.openai or bool(self.simulator.further_judges)
 
     @property
     def num_personas(self) -> int:

@@ -19,6 +19,7 @@ from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
+from rlver_dist.errors import BudgetError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
@@ -87,13 +88,16 @@ class Driver:
 
         Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on;
         cancelled again, it leaves the update alone and saves nothing.
+
+        Raises:
+            BudgetError: the users' budget is used up; what was learned before has been saved.
         """
         await self._parts.sync(self.progress.iteration)
         before = await self._start()
         try:
             for iteration in range(self.progress.iteration, self._config.num_iterations):
                 await self._iterate(iteration)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, BudgetError):
             if self.progress.iteration > self._saved and not self._between_states:
                 await self.save()
             raise

@@ -16,12 +16,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from rlver_dist.check import describe
+from rlver_dist.choices import SimulatorBackend
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
-from rlver_dist.data.personas import load_split
+from rlver_dist.data.personas import leak_notice, load_split
 from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
-from rlver_dist.models import resolve
-from rlver_dist.simulator.suitability import check_personas
+from rlver_dist.refusals import check_parts
+from rlver_dist.simulator.suitability import check_languages, check_personas, check_second_judge
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -61,7 +62,11 @@ def run(config: RunConfig) -> int:
     """Check everything cheap, then train. Returns the exit code."""
     train = load_split(config.data.train, "train")
     evaluation = load_split(config.data.evaluation, "evaluation")
-    check_personas([*train, *evaluation])
+    if notice := leak_notice(train, evaluation):
+        print(f"warning: {notice}", file=sys.stderr)
+    check_spoken_for = check_personas if config.simulator.backend is SimulatorBackend.embedded else check_languages
+    check_spoken_for([*train, *evaluation])
+    check_second_judge(config.evaluation.second_judge, evaluation[: config.evaluation.num_personas])
     if config.evaluation.num_personas > len(evaluation):
         raise ConfigError(
             f"evaluation.num_personas={config.evaluation.num_personas}: data.evaluation={config.data.evaluation} has {len(evaluation)}; "
@@ -74,7 +79,7 @@ def run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> int:
-    resolve(config.model.path)
+    check_parts(config)
     from rlver_dist.run import run_on_cluster
 
     output = Path(config.output_dir)

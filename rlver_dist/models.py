@@ -41,8 +41,8 @@ def bundled_folder(name: str) -> Path:
     return cache_dir() / f"{name}-{BUILD}"
 
 
-def resolve(path: str) -> str:
-    """Folder of a bundled model, or `path` itself for a folder or a hub id.
+def resolve(path: str, key: str = "model.path") -> str:
+    """Folder of a bundled model, or `path` itself for a folder or a hub id; `key` is the option that errors name.
 
     Raises:
         DataError: a bundled model has not been prepared, or a path that looks local does not exist.
@@ -50,14 +50,19 @@ def resolve(path: str) -> str:
     if path in BUNDLED:
         folder = bundled_folder(path)
         if not (folder / "config.json").is_file():
-            raise DataError(f"model.path={path}: not prepared in {folder}; run launch/local.sh once, or python -m rlver_dist.models {path}")
+            raise DataError(f"{key}={path}: not prepared in {folder}; run launch/local.sh once, or python -m rlver_dist.models {path}")
         return str(folder)
     if path.startswith((".", "/", "~")):
         local = Path(path).expanduser()
         if not (local / "config.json").is_file():
-            raise DataError(f"model.path={path}: no config.json in that folder; name a Hugging Face model folder")
+            raise DataError(f"{key}={path}: no config.json in that folder; name a Hugging Face model folder")
         return str(local)
     return path
+
+
+def weight_bytes(folder: str) -> int | None:
+    """Bytes of a local model's weight files; None for a hub id, whose size nobody knows before the download."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) or None
 
 
 def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str):

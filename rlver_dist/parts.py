@@ -23,8 +23,8 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.appraisal import Appraiser
 from rlver_dist.simulator.emotion import EmotionRules
+from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import Tracker
 from rlver_dist.tracking.metrics import Metric
@@ -79,7 +79,7 @@ class Parts:
     generate: GenerateFn
     users: RespondFn
     evaluation_users: RespondFn
-    second_appraiser: Appraiser
+    second_judge: Judge | None
     evaluation_rules: EmotionRules
     policy: Policy
     critic: Critic | None

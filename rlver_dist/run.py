@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from rlver_dist.checkpoints import CheckpointStore, choose
-from rlver_dist.choices import Preset
 from rlver_dist.cluster.build import Built, build
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
 from rlver_dist.cluster.session import causes, close_session, open_session
-from rlver_dist.config import RunConfig, SimulatorConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.driver import Driver
-from rlver_dist.errors import EXIT_INTERRUPTED
+from rlver_dist.errors import EXIT_INTERRUPTED, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut, compare
+from rlver_dist.evaluation.second_judge import second_judge
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts
-from rlver_dist.simulator.lexical import LexicalAppraiser
 from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.protocol import Judge
 from rlver_dist.stages import WARM_START
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
@@ -53,13 +53,7 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
         with console.phase("starting Ray", 1) as advance:
             session = open_session(config.cluster)
             advance(1)
-        layout = resolve_layout(
-            config.cluster,
-            has_critic=config.has_critic,
-            reward_replicas=config.simulator.replicas,
-            num_gpus=session.num_gpus,
-            num_cpus=session.num_cpus,
-        )
+        layout = resolve_layout(config, num_gpus=session.num_gpus, num_cpus=session.num_cpus)
         on_accepted()
         if session.dashboard:
             console.note(f"Ray dashboard: http://{session.dashboard}")
@@ -73,13 +67,21 @@ async def _until_interrupted(config: RunConfig, console: Console, running: Corou
         try:
             await running
             return 0
+        except BudgetError as error:
+            raise BudgetError(f"{error}; {_way_on(config)}") from error
         except asyncio.CancelledError:
             if not interrupted():
                 raise
-            newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
-            way_on = "go on" if newest else f"no checkpoint yet (save_every={config.save_every}); start again"
-            console.note(f"interrupted after {newest.name if newest else 'step_0'}; {way_on} with: {_resume_command(config)}")
+            console.note(f"interrupted; {_way_on(config)}")
             return EXIT_INTERRUPTED
+
+
+def _way_on(config: RunConfig) -> str:
+    """What a run that stopped early has saved, and the command that goes on from there."""
+    newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
+    if newest is None:
+        return f"stopped with no checkpoint yet (save_every={config.save_every}); start again with: {_resume_command(config)}"
+    return f"stopped with {newest.name} saved; go on with: {_resume_command(config)}"
 
 
 async def _run(
@@ -96,10 +98,11 @@ async def _run(
     try:
         with causes():
             built = await build(config, layout, console, _warm_start(config, start))
-            driver = Driver(config, _parts(built, console, trackers), train, evaluation, started=started)
-            if start is not None:
-                await driver.resume(start)
-            before, after = await driver.run()
+            async with second_judge(config) as judge:
+                driver = Driver(config, _parts(config, built, judge, console, trackers), train, evaluation, started=started)
+                if start is not None:
+                    await driver.resume(start)
+                before, after = await driver.run()
         _report(config, console, driver, trackers, before, after)
     finally:
         if built is not None:
@@ -127,13 +130,13 @@ def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
     return trackers if wandb is None else [*trackers, wandb]
 
 
-def _parts(built: Built, console: Console, trackers: list[Tracker]) -> Parts:
+def _parts(config: RunConfig, built: Built, judge: Judge | None, console: Console, trackers: list[Tracker]) -> Parts:
     return Parts(
         generate=built.engines.generate,
         users=built.users.respond,
         evaluation_users=built.evaluation_users.respond,
-        second_appraiser=LexicalAppraiser(),
-        evaluation_rules=resolve_rules(SimulatorConfig(preset=Preset.sage)).emotion,
+        second_judge=judge,
+        evaluation_rules=resolve_rules(config.simulator.for_evaluation()).emotion,
         policy=built.learner,
         critic=built.critic,
         sync=built.sync,

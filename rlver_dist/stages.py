@@ -10,7 +10,8 @@ from pathlib import Path
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import held
-from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, summarize, visible_samples
+from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, second_emotions, summarize, visible_samples
+from rlver_dist.evaluation.second_judge import judge_names
 from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
@@ -37,7 +38,10 @@ async def evaluate(
     with parts.console.phase(f"controls {phase.value}", 1) as advance:
         samples = visible_samples(dialogues, parts.plain_renderer)
         nll, tokens = await parts.policy.base_nll(samples) if samples else (math.nan, 1)
-        results = summarize(dialogues, personas, parts.second_appraiser, parts.evaluation_rules, math.exp(nll / max(tokens, 1)))
+        perplexity = math.exp(nll / max(tokens, 1))
+        judge, rules = parts.second_judge, parts.evaluation_rules
+        second = await second_emotions(dialogues, personas, judge, rules) if judge else []
+        results = summarize(dialogues, second_emotion=second, perplexity=perplexity, judges=judge_names(config))
         advance(1)
     path = dialogues_path(Path(config.output_dir), phase=phase, iteration=iteration)
     scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held(dialogues)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rlver_dist.choices import AlgorithmName, CriticTrunk, EndReward, KLEstimator, KLPlacement, Precision
 from rlver_dist.errors import ConfigError
+from rlver_dist.guards_config import GuardsConfig
 
 
 def require(holds: bool, key: str, value: object, way_out: str) -> None:
@@ -122,6 +123,8 @@ class AlgorithmConfig:
     recipes make about 8, since it cuts by turns: use one number to compare the two."""
     end_rewards: EndRewardConfig = field(default_factory=EndRewardConfig)
     """Rewards of dialogues that the policy ended."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """What suspicious replies lose; nothing by default."""
 
     def __post_init__(self) -> None:
         at_least(2 if self.name is AlgorithmName.grpo else 1, "algorithm.", group_size=self.group_size)

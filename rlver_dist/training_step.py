@@ -14,8 +14,10 @@ from rlver_dist.choices import KLPlacement
 from rlver_dist.config import RunConfig
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.credit import dialogue_advantages, grpo_credit, ppo_credit, samples_of
+from rlver_dist.experience.guards import guard_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.parts import Critic, Policy
+from rlver_dist.tracking.guard_metrics import guard_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction, reduce_metrics
 
 
@@ -24,9 +26,9 @@ class Learned:
     """What a training step did.
 
     Attributes:
-        rewards: by dialogue id, of every dialogue that was scored.
+        rewards: by dialogue id, of every dialogue that was scored, after the guards.
         advantages: mean over a dialogue's trained tokens, by dialogue id; empty where there was nothing to learn from.
-        metrics: of the learners and of what was left out.
+        metrics: of the learners, of the guards and of what was left out.
         kl_coef: weight of the KL term in the next iteration.
     """
 
@@ -51,10 +53,13 @@ async def train_on(
     """
     algorithm = config.algorithm
     selection = select_trainable(dialogues, min_group=1 if critic else 2)
-    rewards = {dialogue.id: dialogue_reward(dialogue, algorithm.end_rewards) for dialogue in selection.kept}
+    earned = {dialogue.id: dialogue_reward(dialogue, algorithm.end_rewards) for dialogue in selection.kept}
+    guarded = guard_rewards(selection.kept, earned, algorithm.guards)
+    rewards = guarded.after
     left_out = [
         Metric("rollout/dropped_groups", selection.num_dropped_groups, Reduction.sum),
         Metric("rollout/untrained_dialogues", selection.num_failed + selection.num_dropped, Reduction.sum),
+        *guard_metrics(guarded),
     ]
     samples = samples_of(selection.kept, rewards)
     if not samples:

@@ -5,11 +5,40 @@ A layout is derived from the configuration and the number of GPUs and cores; `se
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlver_dist.choices import Device
-from rlver_dist.config import ClusterConfig
+from rlver_dist.config import RunConfig
 from rlver_dist.errors import ResourceError
+from rlver_dist.simulator_config import SimulatorConfig
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EngineGroup:
+    """vLLM engines of one model.
+
+    Attributes:
+        count: engines; 0 where there are none.
+        tensor_parallel: GPUs an engine.
+        gpus_per_rank: GPUs that Ray reserves for each of an engine's workers; 0 on CPUs.
+        gpu_memory_fraction: share of a GPU's memory that an engine takes.
+    """
+
+    count: int
+    tensor_parallel: int = 1
+    gpus_per_rank: float = 0.0
+    gpu_memory_fraction: float = 0.0
+
+    @property
+    def ranks(self) -> int:
+        """Workers of all engines."""
+        return self.count * self.tensor_parallel
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that Ray has to provide."""
+        return self.ranks * self.gpus_per_rank
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -18,46 +47,60 @@ class Layout:
 
     Attributes:
         device: "cpu" or "gpu".
-        engines: vLLM engines of the policy.
-        tensor_parallel: GPUs an engine.
+        policy: engines of the policy.
+        users: engines that speak for the simulated users.
         learner_ranks: data-parallel ranks of the policy learner.
         critic_ranks: data-parallel ranks of the critic learner; 0 where there is none.
         reward_replicas: reward service actors.
-        gpus_per_engine_rank: GPUs that Ray reserves for each of an engine's workers; 0 on CPUs.
         gpus_per_learner_rank: GPUs that Ray reserves for each rank of policy or critic; 0 on CPUs.
-        gpu_memory_fraction: share of a GPU's memory an engine takes.
         threads: threads of each engine and each learner rank on CPUs; 0 leaves it to the libraries (GPUs).
         weight_transfer: vLLM weight-transfer backend, "shared_file" or "nccl".
     """
 
     device: str
-    engines: int
-    tensor_parallel: int
+    policy: EngineGroup
+    users: EngineGroup
     learner_ranks: int
     critic_ranks: int
     reward_replicas: int
-    gpus_per_engine_rank: float
     gpus_per_learner_rank: float
-    gpu_memory_fraction: float
     threads: int
     weight_transfer: str
 
     @property
     def num_gpus(self) -> float:
         """GPUs that Ray has to provide in all."""
-        learner_gpus = (self.learner_ranks + self.critic_ranks) * self.gpus_per_learner_rank
-        return self.engines * self.tensor_parallel * self.gpus_per_engine_rank + learner_gpus
+        return self.policy.num_gpus + self.users.num_gpus + self.learner_gpus
+
+    @property
+    def learner_gpus(self) -> float:
+        """GPUs of all learner ranks."""
+        return (self.learner_ranks + self.critic_ranks) * self.gpus_per_learner_rank
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether engines may meet other parts on one GPU."""
+        return self.device == "gpu" and min(self.policy.gpus_per_rank, self.users.gpus_per_rank or 1.0) < 1
+
+    @property
+    def split(self) -> str:
+        """How the GPUs are split, as text."""
+        users = f" + users {self.users.num_gpus:g}" if self.users.count else ""
+        return f"policy engines {self.policy.num_gpus:g}{users} + learners {self.learner_gpus:g}"
 
     def rows(self) -> list[str]:
         """One line a component: its actor names and what it holds."""
-        if self.device == "cpu":
-            share = f"{self.threads} threads, sharing the cores in turn"
-            engine = learner = share
-        else:
-            engine = f"{self.tensor_parallel} x {self.gpus_per_engine_rank:g} GPU, {self.gpu_memory_fraction:.0%} of its memory"
-            learner = f"{self.gpus_per_learner_rank:g} GPU"
+        on_cpu = self.device == "cpu"
+        share = f"{self.threads} threads, sharing the cores in turn"
+
+        def engines(name: str, group: EngineGroup) -> list[str]:
+            on_gpu = f"{group.tensor_parallel} x {group.gpus_per_rank:g} GPU, {group.gpu_memory_fraction:.0%} of its memory"
+            return [f"{_names(name, group.count)}: {share if on_cpu else on_gpu}"] if group.count else []
+
+        learner = share if on_cpu else f"{self.gpus_per_learner_rank:g} GPU"
         return [
-            f"{_names('rollout_engine', self.engines)}: {engine}",
+            *engines("rollout_engine", self.policy),
+            *engines("user_engine", self.users),
             f"{_names('policy_learner', self.learner_ranks)}: {learner}",
             *([f"{_names('critic_learner', self.critic_ranks)}: {learner}"] if self.critic_ranks else []),
             f"{_names('reward_service', self.reward_replicas)}: 1 thread",
@@ -69,12 +112,77 @@ def _names(kind: str, count: int) -> str:
     return f"{kind}_0" if count == 1 else f"{kind}_0 to {kind}_{count - 1}, each"
 
 
-def _derived(num_gpus: int, tensor_parallel: int) -> tuple[int, int, float, float, float]:
-    """(engines, learner ranks, GPUs an engine worker, GPUs a learner rank, engine memory share): half the GPUs for each."""
-    if num_gpus == 1:
-        return 1, 1, 0.4, 0.6, 0.35
-    engines = max(num_gpus // 2 // tensor_parallel, 1)
-    return engines, num_gpus - engines * tensor_parallel, 1.0, 1.0, 0.85
+def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int) -> Layout:
+    """Place everything on what there is.
+
+    Raises:
+        ResourceError: not enough GPUs; says what is needed, what is there, and the command that would run here.
+    """
+    cluster = config.cluster
+    if cluster.device is Device.auto and num_gpus == 0:
+        raise ResourceError("this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add +on=cpu")
+    if cluster.device is Device.cpu:
+        return _on_cpu(config, num_cpus)
+    policy, users, ranks, share = _derived(config, num_gpus) if cluster.engines == 0 else _as_configured(config)
+    policy_ranks, critic_ranks, learner_share = _split_ranks(ranks, share, config.has_critic)
+    layout = Layout(
+        device="gpu",
+        policy=policy,
+        users=users,
+        learner_ranks=policy_ranks,
+        critic_ranks=critic_ranks,
+        reward_replicas=config.simulator.replicas,
+        gpus_per_learner_rank=learner_share,
+        threads=0,
+        # NCCL refuses two members of a group on one GPU; the policy's first rank and its engines form one.
+        weight_transfer="nccl" if min(policy.gpus_per_rank, share) == 1 else "shared_file",
+    )
+    if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
+        way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"
+        raise ResourceError(
+            f"this run needs {layout.num_gpus:g} GPUs ({layout.split}) and Ray sees {num_gpus}; on this machine, run: {way_out}"
+        )
+    return layout
+
+
+def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, float]:
+    """(policy's engines, users' engines, learner ranks, GPUs a learner rank) as the configuration has them."""
+    cluster = config.cluster
+    policy = EngineGroup(
+        count=cluster.engines,
+        tensor_parallel=cluster.tensor_parallel,
+        gpus_per_rank=cluster.gpus_per_engine_rank,
+        gpu_memory_fraction=cluster.gpu_memory_fraction,
+    )
+    return policy, _users(config.simulator, max(config.simulator.engine.engines, 1)), cluster.learner_ranks, cluster.gpus_per_learner_rank
+
+
+def _users(simulator: SimulatorConfig, count: int) -> EngineGroup:
+    """The users' engines on GPUs as configured, `count` of them where the backend has any."""
+    engine = simulator.engine
+    if not simulator.uses_engines:
+        return EngineGroup(count=0)
+    return EngineGroup(
+        count=count,
+        tensor_parallel=engine.tensor_parallel,
+        gpus_per_rank=engine.gpus_per_rank,
+        gpu_memory_fraction=engine.gpu_memory_fraction,
+    )
+
+
+def _derived(config: RunConfig, num_gpus: int) -> tuple[EngineGroup, EngineGroup, int, float]:
+    """The same from the number of GPUs: a quarter for the users' engines, where there are any, and half of the rest for the policy's."""
+    simulator, tensor_parallel = config.simulator, config.cluster.tensor_parallel
+    if num_gpus == 1 and simulator.uses_engines:
+        users = EngineGroup(count=1, gpus_per_rank=0.3, gpu_memory_fraction=0.25)
+        return EngineGroup(count=1, gpus_per_rank=0.2, gpu_memory_fraction=0.15), users, 1, 0.5
+    users = _users(simulator, simulator.engine.engines or max(num_gpus // 4 // simulator.engine.tensor_parallel, 1))
+    left = num_gpus - math.ceil(users.num_gpus)
+    if left == 1:
+        return EngineGroup(count=1, gpus_per_rank=0.4, gpu_memory_fraction=0.35), users, 1, 0.6
+    count = max(left // 2 // tensor_parallel, 1)
+    policy = EngineGroup(count=count, tensor_parallel=tensor_parallel, gpus_per_rank=1.0, gpu_memory_fraction=0.85)
+    return policy, users, left - policy.ranks, 1.0
 
 
 def _split_ranks(ranks: int, share: float, has_critic: bool) -> tuple[int, int, float]:
@@ -86,58 +194,18 @@ def _split_ranks(ranks: int, share: float, has_critic: bool) -> tuple[int, int, 
     return ranks - ranks // 2, ranks // 2, share
 
 
-def resolve_layout(cluster: ClusterConfig, *, has_critic: bool, reward_replicas: int, num_gpus: int, num_cpus: int) -> Layout:
-    """Place everything on what there is.
-
-    Raises:
-        ResourceError: not enough GPUs; says what is needed, what is there, and the command that would run here.
-    """
-    if cluster.device is Device.auto and num_gpus == 0:
-        raise ResourceError("this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add +on=cpu")
-    if cluster.device is Device.cpu:
-        return _on_cpu(cluster, has_critic, reward_replicas, num_cpus)
-    shares = (cluster.gpus_per_engine_rank, cluster.gpus_per_learner_rank, cluster.gpu_memory_fraction)
-    engines, ranks = cluster.engines, cluster.learner_ranks
-    if engines == 0:
-        engines, ranks, *derived_shares = _derived(num_gpus, cluster.tensor_parallel)
-        shares = (derived_shares[0], derived_shares[1], derived_shares[2])
-    policy_ranks, critic_ranks, learner_share = _split_ranks(ranks, shares[1], has_critic)
-    layout = Layout(
-        device="gpu",
-        engines=engines,
-        tensor_parallel=cluster.tensor_parallel,
-        learner_ranks=policy_ranks,
-        critic_ranks=critic_ranks,
-        reward_replicas=reward_replicas,
-        gpus_per_engine_rank=shares[0],
-        gpus_per_learner_rank=learner_share,
-        gpu_memory_fraction=shares[2],
-        threads=0,
-        # NCCL refuses two members of a group on one GPU; the policy's first rank and the engines form one.
-        weight_transfer="nccl" if min(shares[0], shares[1]) == 1 else "shared_file",
-    )
-    if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
-        way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"
-        raise ResourceError(
-            f"this run needs {layout.num_gpus:g} GPUs ({engines} engines x {cluster.tensor_parallel}, {ranks} learner ranks) and Ray sees "
-            f"{num_gpus}; on this machine, run: {way_out}"
-        )
-    return layout
-
-
-def _on_cpu(cluster: ClusterConfig, has_critic: bool, reward_replicas: int, num_cpus: int) -> Layout:
+def _on_cpu(config: RunConfig, num_cpus: int) -> Layout:
     """Engines rest while learners work and the other way round, so each may use every core."""
-    policy_ranks, critic_ranks, _ = _split_ranks(max(cluster.learner_ranks, 1), 0.0, has_critic)
+    cluster, simulator = config.cluster, config.simulator
+    policy_ranks, critic_ranks, _ = _split_ranks(max(cluster.learner_ranks, 1), 0.0, config.has_critic)
     return Layout(
         device="cpu",
-        engines=max(cluster.engines, 1),
-        tensor_parallel=1,
+        policy=EngineGroup(count=max(cluster.engines, 1)),
+        users=EngineGroup(count=max(simulator.engine.engines, 1) if simulator.uses_engines else 0),
         learner_ranks=policy_ranks,
         critic_ranks=critic_ranks,
-        reward_replicas=reward_replicas,
-        gpus_per_engine_rank=0.0,
+        reward_replicas=simulator.replicas,
         gpus_per_learner_rank=0.0,
-        gpu_memory_fraction=0.0,
         threads=cluster.cpu_threads or num_cpus,
         weight_transfer="shared_file",
     )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from rlver_dist.errors import BoundaryError
+from rlver_dist.cluster.routing import Router
+from rlver_dist.errors import BoundaryError, RlverError
 from rlver_dist.rollout.collector import GenerateRequest, Generation
+from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
+from rlver_dist.simulator.chat_metrics import ChatWindow
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
 
@@ -52,25 +58,82 @@ class RewardPool:
     def __init__(self, replicas: Sequence[ActorHandle], suite: str) -> None:
         self._replicas = list(replicas)
         self._suite = suite
-        self._load = [0] * len(self._replicas)
-        self._dead: set[int] = set()
+        self._router = Router(len(self._replicas))
 
     async def respond(self, request: UserRequest) -> UserResponse:
-        """Ask the least loaded replica, and another one if it has died.
+        """Ask the persona's replica, or a less loaded one, and another one if it has died.
 
         Raises:
             BoundaryError: every replica has died.
+            RlverError: what the replica raised on purpose.
         """
-        while len(self._dead) < len(self._replicas):
-            index = min((i for i in range(len(self._replicas)) if i not in self._dead), key=self._load.__getitem__)
-            self._load[index] += 1
+        what = "reward service replica"
+        answer, _ = await _ask_any(self._replicas, self._router, request.persona.id, what, "respond", self._suite, request)
+        return answer
+
+
+class ChatPool:
+    """A `ChatBackend` over the users' engines: equal affinities meet on one engine, where their prefix is cached."""
+
+    def __init__(self, engines: Sequence[ActorHandle]) -> None:
+        self._engines = list(engines)
+        self._router = Router(len(self._engines))
+        self._window = ChatWindow()
+
+    async def ask(self, request: ChatRequest) -> ChatAnswer:
+        """Ask the affinity's engine, or a less loaded one, and another one if it has died.
+
+        Raises:
+            BoundaryError: the engine failed for this request, or every engine has died.
+        """
+        started = time.perf_counter()
+        try:
+            answer, died = await _ask_any(self._engines, self._router, request.affinity, "user engine", "ask", request)
+        except RlverError:
+            self._window.fail()
+            raise
+        answer = replace(answer, seconds=time.perf_counter() - started, retries=died)
+        self._window.add(answer)
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """`ChatWindow.values` since the last call, and the engines that have died so far."""
+        window, self._window = self._window, ChatWindow()
+        return window.values() | {"engines_lost_max": float(len(self._router.dead))}
+
+    async def close(self) -> None:
+        """The engines belong to the run, which ends them."""
+
+
+async def _ask_any(
+    members: Sequence[ActorHandle], router: Router, affinity: str, what: str, method: str, *arguments: Any
+) -> tuple[Any, int]:
+    """Call `method` of one member, and of another one each time that one has died. Returns the answer and the number that died.
+
+    Cancelled, it takes the call along.
+
+    Raises:
+        BoundaryError: every member has died, or the call failed by accident.
+        RlverError: what the member raised on purpose.
+    """
+    died = 0
+    while (index := router.pick(affinity)) is not None:
+        with router.call(index):
+            call = getattr(members[index], method).remote(*arguments)
             try:
-                return await self._replicas[index].respond.remote(self._suite, request)
+                return await call, died
+            except asyncio.CancelledError:
+                # Whoever asked is gone: spare the member the work.
+                ray.cancel(call)
+                raise
             except RayActorError:
-                self._dead.add(index)
-            finally:
-                self._load[index] -= 1
-        raise BoundaryError(f"reward service: all {len(self._replicas)} replicas have died")
+                router.dead.add(index)
+                died += 1
+            except RayTaskError as error:
+                if isinstance(error.cause, RlverError):
+                    raise error.cause from None
+                raise BoundaryError(f"{what}: {type(error.cause).__name__}: {error.cause}") from error
+    raise BoundaryError(f"all {len(members)} {what}s have died")
 
 
 async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, Any]]:

@@ -66,10 +66,12 @@ def close_session() -> None:
 
 
 def bundles(layout: Layout) -> list[dict[str, float]]:
-    """One bundle a GPU worker: first the engines' workers, engine by engine, then the policy's ranks, then the critic's."""
-    engine = {"GPU": layout.gpus_per_engine_rank, "CPU": 1.0}
-    learner = {"GPU": layout.gpus_per_learner_rank, "CPU": 1.0}
-    return [engine] * (layout.engines * layout.tensor_parallel) + [learner] * (layout.learner_ranks + layout.critic_ranks)
+    """One bundle a GPU worker: the workers of the policy's engines, engine by engine, of the users', the policy's ranks, the critic's."""
+    policy, users, learner = (
+        {"GPU": share, "CPU": 1.0} for share in (layout.policy.gpus_per_rank, layout.users.gpus_per_rank, layout.gpus_per_learner_rank)
+    )
+    ranks = layout.learner_ranks + layout.critic_ranks
+    return [policy] * layout.policy.ranks + [users] * layout.users.ranks + [learner] * ranks
 
 
 async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup | None:

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.errors import BoundaryError
+from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
@@ -114,6 +114,9 @@ async def collect(
 
     A failed or late `generate` or `respond` ends its dialogue as `EndReason.INFRASTRUCTURE` with a one-line error. Cancellation
     propagates and cancels every dialogue in flight.
+
+    Raises:
+        BudgetError: no user can answer any more; every dialogue in flight is cancelled.
     """
     slots = asyncio.Semaphore(limits.max_concurrent)
     done, replies = 0, 0
@@ -132,8 +135,14 @@ async def collect(
         report(1, 0)
         return dialogue
 
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(hold(task)) for task in tasks]
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(hold(task)) for task in tasks]
+    except BaseExceptionGroup as failed:
+        for error in failed.exceptions:
+            if isinstance(error, BudgetError):
+                raise error from None
+        raise
     return sorted((task.result() for task in running), key=lambda dialogue: dialogue.id)
 
 
@@ -231,11 +240,13 @@ class _Conversation:
         return await self._within_time("user simulator", self._respond(request))
 
     async def _within_time(self, what: str, call: Awaitable[T]) -> T:
-        """Await an outside call; its failure becomes a `BoundaryError` that names it. Cancellation passes."""
+        """Await an outside call; its failure becomes a `BoundaryError` that names it. Cancellation and `BudgetError` pass."""
         timeout_s = self._limits.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as clock:
                 return await call
+        except BudgetError:
+            raise
         except Exception as error:
             if clock.expired():
                 raise BoundaryError(f"{what}: no answer within {timeout_s:g} s (rollout.request_timeout_s)") from error

@@ -30,7 +30,7 @@ class EngineSettings:
         seed: of the engine; each request brings its own.
         max_context_tokens: longest prompt and reply together.
         stop_token_ids: end tokens besides the model's own, such as the chat template's.
-        weight_transfer: `shared_file` or `nccl`.
+        weight_transfer: `shared_file` or `nccl`; None for an engine whose weights never change.
         max_concurrent: requests in one batch.
         tensor_parallel: GPUs the engine spans.
         gpu_memory_fraction: share of each GPU's memory.
@@ -45,7 +45,7 @@ class EngineSettings:
     seed: int
     max_context_tokens: int
     stop_token_ids: tuple[int, ...] = ()
-    weight_transfer: str = "shared_file"
+    weight_transfer: str | None = "shared_file"
     max_concurrent: int = 256
     tensor_parallel: int = 1
     gpu_memory_fraction: float = 0.85
@@ -54,16 +54,17 @@ class EngineSettings:
     distributed_executor: str | None = None
 
 
-def _environment(settings: EngineSettings) -> dict[str, str]:
-    """Process environment that vLLM reads at import; it must be set before."""
+def set_environment(settings: EngineSettings) -> None:
+    """Set what vLLM reads from the process's environment at import; it has to be imported after."""
     variables = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_NO_USAGE_STATS": "1"}
     if settings.device is Device.cpu:
         # vLLM's "auto" binds one core and reserves the other of two, which halves the speed on a laptop.
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.cpu_threads)}
-    return variables
+    os.environ.update(variables)
 
 
-def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """vLLM's own names for `settings`, with prefix caching."""
     arguments: dict[str, Any] = {
         "model": settings.model_path,
         "dtype": settings.dtype.value,
@@ -72,13 +73,12 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "max_num_seqs": settings.max_concurrent,
         "tensor_parallel_size": settings.tensor_parallel,
         "distributed_executor_backend": settings.distributed_executor,
-        "weight_transfer_config": {"backend": settings.weight_transfer},
-        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any temperature.
-        "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if settings.weight_transfer is not None:
+        arguments["weight_transfer_config"] = {"backend": settings.weight_transfer}
     if settings.device is Device.cpu:
         # vLLM rewinds a request's random generator after each chunk of its prompt but the last, and a CPU generator cannot rewind:
         # one chunked prompt with a seed ends the engine.
@@ -108,12 +108,14 @@ class PolicyEngine:
         Raises:
             BoundaryError: vLLM does not start.
         """
-        os.environ.update(_environment(self._settings))
+        set_environment(self._settings)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any temperature.
+        arguments = {**engine_arguments(self._settings), "logprobs_mode": "processed_logprobs"}
         with boundary(f"vLLM engine for {self._settings.model_path}"):
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._settings)))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(version))
 
     async def generate(self, request: GenerateRequest) -> Generation:

@@ -56,8 +56,28 @@ class UserResponse:
 
 
 class UserSimulator(Protocol):
-    """A backend: called from one thread, may be slow, must be deterministic."""
+    """A backend that computes: called from one thread, may be slow, must be deterministic."""
 
     def respond(self, request: UserRequest) -> UserResponse:
         """Open the dialogue (`turn_index` -1) or appraise the last reply and answer it."""
+        ...
+
+
+class AsyncUserSimulator(Protocol):
+    """A backend that waits for others: any number of calls at a time, in the event loop's thread, and no state of a dialogue."""
+
+    async def respond(self, request: UserRequest) -> UserResponse:
+        """Open the dialogue (`turn_index` -1) or appraise the last reply and answer it."""
+        ...
+
+
+class Judge(Protocol):
+    """Appraises and says nothing; must be as deterministic as what it asks: equal requests give equal appraisals."""
+
+    async def appraise(self, request: UserRequest) -> Appraisal:
+        """Appraise the last message of `request`; the change is in points, clipped to the judge's rules."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call, by plain name."""
         ...

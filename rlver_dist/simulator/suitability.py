@@ -1,13 +1,15 @@
-"""Which personas the embedded users can speak for; without torch, so that a run can ask before anything is loaded."""
+"""What the users' backend can speak for and needs; without torch, so that a run can ask before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rlver_dist.choices import SecondJudge
 from rlver_dist.data.persona import Persona
 from rlver_dist.errors import DataError
 
 LANGUAGE = "en"
+LLM_LANGUAGES = ("en", "zh")
 
 
 def check_personas(personas: Iterable[Persona]) -> None:
@@ -23,3 +25,26 @@ def check_personas(personas: Iterable[Persona]) -> None:
         for field, value in (("opening", persona.opening), ("facts", persona.facts)):
             if not value:
                 raise DataError(f"persona {persona.id}: {field} is empty: {way_out}")
+
+
+def check_languages(personas: Iterable[Persona]) -> None:
+    """Refuse personas whose language the chat models' prompts are not written in.
+
+    Raises:
+        DataError: names the first such persona and the way out.
+    """
+    for persona in personas:
+        if persona.language not in LLM_LANGUAGES:
+            raise DataError(f"persona {persona.id}: language={persona.language}: use personas in {' or '.join(LLM_LANGUAGES)}")
+
+
+def check_second_judge(judge: SecondJudge, personas: Iterable[Persona]) -> None:
+    """Refuse evaluation personas whose dialogues the second judge cannot read: its rules, where it has some, know one language.
+
+    Raises:
+        DataError: names the first such persona and the way out.
+    """
+    for persona in personas if judge in (SecondJudge.lexical, SecondJudge.embedded) else ():
+        if persona.language != LANGUAGE:
+            way_out = f"evaluation.second_judge={judge.value} reads English alone; use none or openai"
+            raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")

@@ -226,7 +226,7 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
         f"  {name:<26} {_comparison(result)}"
         for name, result in (
             ("emotion", summary),
-            ("emotion, second appraiser", summary.get("second_appraiser", {})),
+            ("emotion, second judge", summary.get("second_appraiser", {})),
             ("emotion, warm-up alone", summary.get("warm_up", {})),
         )
         if result.get("difference") is not None
@@ -234,6 +234,8 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     for name, key in (("well-formed replies", "well_formed"), ("distinct2", "distinct2"), ("perplexity", "perplexity")):
         if key in summary:
             lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}")
+    judges = summary.get("judges", {}).get("after", [])
+    lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
     if "num_eval_personas" in summary:
         lines.append(f"  {'users':<26} {summary['num_eval_personas']}")
     return lines

@@ -1,11 +1,12 @@
-"""Metrics of one iteration's dialogues: the `rollout/` and `reward/` keys of docs/metrics.md."""
+"""Metrics of one iteration's dialogues: the `rollout/`, `reward/` and `judges/` keys of docs/metrics.md."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from rlver_dist.dialogue import Dialogue, EndReason, held
+from rlver_dist.dialogue import Dialogue, EndReason, Turn, held
+from rlver_dist.simulator.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SUCCESS_EMOTION = 100.0
@@ -41,6 +42,7 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
         *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),
         *_reward_metrics(complete, list(rewards.values())),
+        *_judge_metrics(turns),
     ]
 
 
@@ -65,6 +67,19 @@ def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metr
         _mean("reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]),
         _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
         _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
+    ]
+
+
+def _judge_metrics(turns: list[Turn]) -> list[Metric]:
+    """Of replies that several judges appraised; none where no reply was."""
+    judged = [turn.appraisal.features for turn in turns if turn.appraisal is not None and SPREAD in turn.appraisal.features]
+    if not judged:
+        return []
+    changes = sorted({name for features in judged for name in features if JUDGE_CHANGE.fullmatch(name)})
+    return [
+        _mean("judges/spread", [features[SPREAD] for features in judged]),
+        _mean("judges/disagreement", [features[DISAGREEMENT] for features in judged]),
+        *(_mean(f"judges/{name.removeprefix('judge_')}", [one[name] for one in judged if name in one]) for name in changes),
     ]
 
 

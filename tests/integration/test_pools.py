@@ -1,24 +1,38 @@
-"""Routing over real Ray actors: the reward service's replicas, and engines that only say who they are."""
+"""Routing over real Ray actors: the reward service's replicas, the users' engines, and engines that only say who they are."""
 
 import asyncio
+import hashlib
+import json
+import random
 import sys
+from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
+from transformers import AutoTokenizer
 
+from rlver_dist.choices import SimulatorBackend
 from rlver_dist.cluster.actors import RewardServiceActor
-from rlver_dist.cluster.pools import EnginePool, RewardPool, gather_metrics
+from rlver_dist.cluster.pools import ChatPool, EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import causes, close_session, open_session
-from rlver_dist.config import ClusterConfig, SimulatorConfig
+from rlver_dist.config import ClusterConfig
 from rlver_dist.data.personas import load_split
-from rlver_dist.dialogue import Message, Role
-from rlver_dist.errors import BoundaryError, WeightSyncError
-from rlver_dist.rollout.collector import GenerateRequest
+from rlver_dist.dialogue import EndReason, Message, Role
+from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.protocol import UserRequest
+from rlver_dist.simulator_config import SimulatorConfig
+from tests.integration import faulty_server
 
-# Ray's workers cannot import this file, so the classes below have to travel with their code.
+# Ray's workers cannot import these files, so what is in them has to travel with its code.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-PERSONA = load_split("bank", "train")[0]
+ray.cloudpickle.register_pickle_by_value(faulty_server)
+PERSONAS = load_split("bank", "train")
+PERSONA = PERSONAS[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,10 +41,25 @@ def session():
     close_session()
 
 
+def kill(actor) -> None:
+    """Kill an actor and wait until Ray knows that it is dead; until then it may still answer."""
+    ray.kill(actor)
+    with pytest.raises(RayActorError):
+        while True:
+            ray.get(actor.__ray_ready__.remote(), timeout=30)
+
+
+def started(count: int, simulator: SimulatorConfig, engines=()) -> list:
+    """Replicas of the reward service that have loaded their users."""
+    service = ray.remote(RewardServiceActor)
+    made = [service.options(num_cpus=0, max_concurrency=512).remote(simulator, list(engines)) for _ in range(count)]
+    ray.get([replica.start.remote() for replica in made])
+    return made
+
+
 @pytest.fixture
 def replicas():
-    service = ray.remote(RewardServiceActor)
-    made = [service.options(num_cpus=0, max_concurrency=64).remote(SimulatorConfig()) for _ in range(2)]
+    made = started(2, SimulatorConfig())
     yield made
     for replica in made:
         ray.kill(replica)
@@ -51,17 +80,178 @@ def test_replicas_agree_and_a_dead_one_never_changes_an_emotion_twice(replicas):
         assert alone[0].appraisal is not None and alone[0].emotion == pytest.approx(30 + alone[0].appraisal.change)
         crowd = await asyncio.gather(*(pool.respond(request(reply)) for _ in range(6)))
         assert all(answer == alone[0] for answer in crowd)
-        counted = await gather_metrics(replicas)
-        assert [values["requests"] for values in counted] == [4, 4]
-        ray.kill(replicas[0])
+        # Six at once for one persona: its own replica takes up to a quarter more than the mean.
+        counted = [values["requests"] - 1 for values in await gather_metrics(replicas)]
+        assert sorted(counted) == [2, 4]
+        kill(replicas[0])
         again = await asyncio.gather(*(pool.respond(request(reply)) for _ in range(4)))
         assert all(answer == alone[0] for answer in again)
         assert [values["requests"] for values in await gather_metrics(replicas)] == [4]
-        ray.kill(replicas[1])
-        with pytest.raises(BoundaryError, match="all 2 replicas have died"):
+        kill(replicas[1])
+        with pytest.raises(BoundaryError, match="all 2 reward service replicas have died"):
             await pool.respond(request(reply))
 
     asyncio.run(scenario())
+
+
+class StandInEngine:
+    """Stands where a `ChatEngine` stands: fills in the schema, always alike for one prompt, and says who it is."""
+
+    def __init__(self, name: str, fail: Exception | None = None) -> None:
+        self.name, self.fail = name, fail
+        self.dropped: list[str] = []
+
+    def given_up(self) -> list[str]:
+        """Keys of the calls that were cancelled while they ran."""
+        return self.dropped
+
+    async def ask(self, request: ChatRequest) -> ChatAnswer:
+        try:
+            await asyncio.sleep(60 if request.key == "slow" else 0.02)
+        except asyncio.CancelledError:
+            self.dropped.append(request.key)
+            raise
+        if self.fail is not None:
+            raise self.fail
+        digest = hashlib.sha256(repr(request.messages).encode()).digest()
+        text = json.dumps(faulty_server.fill(request.schema, random.Random(digest)))
+        return ChatAnswer(text=text, prompt_tokens=10, cached_tokens=5, completion_tokens=3, seconds=0.0, retries=0, model=self.name)
+
+
+def stand_ins(count: int, fail: Exception | None = None) -> list:
+    return [ray.remote(StandInEngine).options(num_cpus=0, max_concurrency=512).remote(str(name), fail) for name in range(count)]
+
+
+def chat(affinity: str = "p") -> ChatRequest:
+    messages = (Message(role=Role.USER, text="Hello"),)
+    schema = {"type": "object", "properties": {"goodbye": {"type": "boolean"}}, "required": ["goodbye"], "additionalProperties": False}
+    return ChatRequest(
+        key="k", messages=messages, schema_name="s", schema=schema, max_tokens=9, temperature=0.0, seed=0, affinity=affinity
+    )
+
+
+def test_calls_with_one_prefix_meet_on_one_engine_and_move_on_when_it_dies():
+    async def scenario():
+        engines = stand_ins(3)
+        pool = ChatPool(engines)
+        homes = {name: (await pool.ask(chat(name))).model for name in map(str, range(12))}
+        assert set(homes.values()) == {"0", "1", "2"}
+        assert {name: (await pool.ask(chat(name))).model for name in homes} == homes
+        kill(engines[1])
+        after = {name: await pool.ask(chat(name)) for name in homes}
+        assert all(after[name].model == home for name, home in homes.items() if home != "1")
+        assert {answer.model for answer in after.values()} == {"0", "2"}
+        values = pool.metrics()
+        assert (values["calls"], values["retries"], values["failures"], values["engines_lost_max"]) == (36, 1, 0, 1)
+        assert (values["prompt_tokens"], values["cached_tokens"]) == (360, 180)
+        for engine in (engines[0], engines[2]):
+            kill(engine)
+        with pytest.raises(BoundaryError, match="all 3 user engines have died"):
+            await pool.ask(chat())
+        assert pool.metrics()["failures"] == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "words"),
+    [
+        (BoundaryError("k: the prompt is too long"), BoundaryError, "^k: the prompt is too long$"),
+        (BudgetError("max_cost: used up"), BudgetError, "^max_cost: used up$"),
+        (ValueError("a bad shape"), BoundaryError, "^user engine: ValueError: a bad shape$"),
+    ],
+)
+def test_an_engines_error_reaches_the_caller_as_what_it_is(raised, seen, words):
+    with pytest.raises(seen, match=words):
+        asyncio.run(ChatPool(stand_ins(1, raised)).ask(chat()))
+
+
+def test_a_used_up_budget_passes_through_service_and_pool():
+    simulator = SimulatorConfig(backend=SimulatorBackend.vllm)
+    (replica,) = started(1, simulator, stand_ins(1, BudgetError("max_cost: used up")))
+    with pytest.raises(BudgetError, match=r"^max_cost: used up$"):
+        asyncio.run(RewardPool([replica], "train").respond(request("I see.")))
+
+
+def test_a_caller_that_gives_up_takes_its_call_along():
+    async def scenario():
+        (engine,) = stand_ins(1)
+        pool = ChatPool([engine])
+        await pool.ask(chat())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pool.ask(replace(chat(), key="slow")), timeout=0.5)
+        for _ in range(50):
+            if await engine.given_up.remote():
+                break
+            await asyncio.sleep(0.1)
+        assert await engine.given_up.remote() == ["slow"]
+        assert (await pool.ask(chat())).model == "0"
+
+    asyncio.run(scenario())
+
+
+REPLIES = ("So the letter came on Friday.", "And your brother said nothing?", "I see.", "That was four years of work.")
+LIMITS = CollectLimits(
+    max_turns=4, max_reply_tokens=30, max_context_tokens=4000, end_on_truncation=False, strict_format=True, temperature=1.0,
+    max_concurrent=12, request_timeout_s=60.0,
+)  # fmt: skip
+
+
+def hold(respond, renderer: Renderer) -> list:
+    """24 dialogues with a policy whose replies follow from its seeds alone."""
+
+    async def generate(request: GenerateRequest) -> Generation:
+        ids = [*renderer._encode_text(REPLIES[request.seed % len(REPLIES)]), renderer.end_token_id]
+        return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(0, 0))
+
+    tasks = [DialogueTask(id=f"d{i:02d}", group_id="g", persona=PERSONAS[i % 6], seed=i) for i in range(24)]
+    return asyncio.run(collect(tasks, generate=generate, respond=respond, renderer=renderer, limits=LIMITS))
+
+
+@pytest.mark.parametrize("backend", [SimulatorBackend.embedded, SimulatorBackend.vllm])
+def test_killing_replicas_and_engines_costs_calls_and_changes_no_emotion_twice(backend):
+    renderer = Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+    simulator = SimulatorConfig(backend=backend)
+    engines = stand_ins(2) if backend is SimulatorBackend.vllm else []
+    replicas = started(3, simulator, engines)
+    pool = RewardPool(replicas, "train")
+    calm = hold(pool.respond, renderer)
+    victims = {20: replicas[0], 45: engines[0] if engines else replicas[1], 60: replicas[1]}
+    asked = 0
+
+    async def respond_while_they_die(asking: UserRequest):
+        nonlocal asked
+        asked += 1
+        if victim := victims.pop(asked, None):
+            ray.kill(victim)
+        return await pool.respond(asking)
+
+    stormy = hold(respond_while_they_die, renderer)
+    assert not victims
+    survivors = asyncio.run(gathered(replicas))
+    assert len(survivors) == 1
+    if backend is SimulatorBackend.embedded:
+        assert stormy == calm
+    # Two engines call themselves by different names, and nothing else may differ.
+    assert [outline(dialogue) for dialogue in stormy] == [outline(dialogue) for dialogue in calm]
+    for dialogue in stormy:
+        assert dialogue.end_reason is not EndReason.INFRASTRUCTURE
+        emotion = dialogue.start_emotion
+        for turn in dialogue.turns:
+            assert turn.appraisal is not None and turn.emotion_before == emotion
+            assert turn.emotion_after == pytest.approx(min(max(emotion + turn.appraisal.change, 0), 100))
+            emotion = turn.emotion_after
+        assert dialogue.final_emotion == emotion
+
+
+async def gathered(replicas) -> list:
+    return await gather_metrics(replicas)
+
+
+def outline(dialogue) -> list:
+    """What was said and felt, without the names of what judged."""
+    told = [(turn.reply, turn.emotion_after, replace(turn.appraisal, source=""), turn.user_message) for turn in dialogue.turns]
+    return [dialogue.id, dialogue.opening, dialogue.end_reason, dialogue.final_emotion, told]
 
 
 class Named:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role
+from rlver_dist.errors import BudgetError
 from rlver_dist.experience.samples import to_samples
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect, derive_seed
@@ -259,3 +260,24 @@ def test_cancellation_propagates(renderer: Renderer) -> None:
 
     asyncio.run(interrupt())
     assert sorted(cancelled) == ["a", "b"]
+
+
+def test_a_used_up_budget_ends_the_collection_and_every_dialogue_in_flight(renderer: Renderer) -> None:
+    cancelled = []
+
+    async def broke(request: UserRequest) -> UserResponse:
+        if request.turn_index < 0:
+            return await respond(request)
+        if request.dialogue_id == "d2":
+            raise BudgetError("max_cost is used up")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(request.dialogue_id)
+            raise
+        return await respond(request)
+
+    tasks = [task(f"d{index}") for index in range(4)]
+    with pytest.raises(BudgetError, match="max_cost is used up"):
+        asyncio.run(collect(tasks, generate=replying(renderer), respond=broke, renderer=renderer, limits=LIMITS))
+    assert sorted(cancelled) == ["d0", "d1", "d3"]

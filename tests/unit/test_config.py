@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
+from rlver_dist.choices import Preset
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
@@ -60,6 +62,42 @@ def test_command_line_wins_over_recipe_and_placement():
     assert composed("learner.lr=0.5", "+on=cpu", "+exp=grpo_no_think").learner.lr == 0.5
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("placement", "backend", "users"),
+    [
+        (None, "embedded", None),
+        ("cpu", "embedded", "smollm2-135m-instruct"),
+        ("tiny", "embedded", "smollm2-135m-instruct"),
+        ("gpu1", "vllm", "Qwen/Qwen2.5-7B-Instruct"),
+        ("node8", "vllm", "Qwen/Qwen2.5-14B-Instruct"),
+        ("nodes4x8", "vllm", "Qwen/Qwen2.5-32B-Instruct"),
+    ],
+)
+def test_placements_choose_what_speaks_for_the_users_and_recipes_choose_the_rules(recipe, placement, backend, users):
+    simulator = composed(f"+exp={recipe}", *([f"+on={placement}"] if placement else [])).simulator
+    assert simulator.backend.value == backend
+    assert users is None or simulator.engine.model == users
+    assert simulator.preset is Preset.rlver_vanilla
+
+
+@pytest.mark.parametrize(("placement", "backend"), [("cpu", "vllm"), ("node8", "embedded"), ("gpu1", "openai")])
+def test_the_command_lines_backend_wins_over_the_placements_in_any_order(placement, backend):
+    named = ["simulator.openai.model=m"]
+    overrides = ["+exp=grpo_no_think", f"+on={placement}", f"simulator={backend}", "simulator.preset=rlver_challenging", *named]
+    for order in (overrides, overrides[::-1]):
+        simulator = composed(*order).simulator
+        assert (simulator.backend.value, simulator.preset.value) == (backend, "rlver_challenging")
+
+
+def test_evaluation_users_share_the_backend_under_sages_rules():
+    knobs = ("simulator.preset=rlver_challenging", "simulator.acceptance=0.5", "simulator.start_emotion=20")
+    simulator = composed("+on=node8", *knobs).simulator
+    evaluation = simulator.for_evaluation()
+    assert (evaluation.preset, evaluation.acceptance, evaluation.start_emotion) == (Preset.sage, None, None)
+    assert (evaluation.backend, evaluation.engine, evaluation.llm) == (simulator.backend, simulator.engine, simulator.llm)
+
+
 def test_only_recipe_and_placement_change_places():
     assert order_overrides(["a=1", "+on=cpu", "--cfg", "job", "+exp=x"]) == ["a=1", "+exp=x", "--cfg", "job", "+on=cpu"]
 
@@ -72,6 +110,13 @@ def test_only_recipe_and_placement_change_places():
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5"),
         ("rollout.temperature=0", "rollout.temperature=0"),
         ("simulator.acceptance=2", "simulator.acceptance=2"),
+        ("simulator=openai", "simulator.openai.model="),
+        ("simulator.openai.endpoints=api.example.com", "simulator.openai.endpoints=api.example.com"),
+        ("simulator.openai.max_cost=5", "simulator.openai.max_cost=5"),
+        ("simulator.openai.max_concurrent=0", "simulator.openai.max_concurrent=0"),
+        ("simulator.engine.gpus_per_rank=0", "simulator.engine.gpus_per_rank=0"),
+        ("simulator.llm.temperature=-1", "simulator.llm.temperature=-1"),
+        ("simulator.judges=3", "simulator.judges=3"),
         ("rollout.max_reply_tokens=20000", "model.max_context_tokens="),
         ("algorithm.updates_per_iteration=64", "use at most 32"),
         ("rollout.dialogues_per_iteration=30", "a multiple of algorithm.group_size=4"),
@@ -108,14 +153,16 @@ def test_defaults_are_valid():
 
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rlver_dist.launch", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
     done = launch("+exp=grpo_no_think", "+on=node8", "check=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "32 personas x 4 dialogues = 128 dialogues, up to 1024 turns" in done.stdout
-    assert "needs 8 GPUs" in done.stdout
+    assert "needs 8 GPUs: policy engines 1 + users 2 + learners 5" in done.stdout
+    assert "spoken for by Qwen/Qwen2.5-14B-Instruct (vllm), up to 2048 calls an iteration" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,3 +195,28 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     done = launch("+exp=grpo_no_think", "+on=cpu", "model.path=./nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: model.path=./nowhere: no config.json in that folder; name a Hugging Face model folder"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["simulator=openai", "simulator.openai.model=m"], "simulator.openai.api_key_env=OPENAI_API_KEY: not set in the environment"),
+        (["simulator=vllm", "simulator.engine.model=./nowhere"], "simulator.engine.model=./nowhere: no config.json in that folder"),
+        (["simulator=vllm", "simulator.engine.kv_cache_gib=100000"], "simulator.engine.model=smollm2-135m-instruct: the engines of"),
+    ],
+)
+def test_what_the_users_cannot_do_without_is_missed_before_anything_starts(tmp_path, overrides, words):
+    done = launch("+exp=grpo_no_think", "+on=cpu", *overrides, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_models_speak_for_personas_that_rules_cannot(tmp_path):
+    row = {"id": "p1", "name": "A", "profile": "x", "scene": "y", "temperament": "passive", "hidden_intent": "praise", "want": "z"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**row, "language": "zh"}) + "\n")
+    arguments = ["+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", "simulator=vllm", "check=true"]
+    assert launch(*arguments, cwd=tmp_path).returncode == 0
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**row, "language": "fr"}) + "\n")
+    done = launch(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "persona p1: language=fr: use personas in en or zh" in done.stderr

@@ -172,7 +172,7 @@ def test_end_of_a_run_as_plain_text(tmp_path):
     console.finish([40.0, 44.0, 48.0], tmp_path, summary, [(make_dialogue("Oh\n no.", "They\n grieve."), make_dialogue("A hard day."))])
     lines = raw.getvalue().decode().splitlines()
     assert "  emotion                    41.2 -> 46.3 (+5.1, 95 % interval +2.1 to +8.0)" in lines
-    assert "  emotion, second appraiser  41.0 -> 40.0 (-1.0, 95 % interval -2.0 to +0.5)" in lines
+    assert "  emotion, second judge      41.0 -> 40.0 (-1.0, 95 % interval -2.0 to +0.5)" in lines
     assert "  emotion, warm-up alone     40.0 -> 41.2 (+1.2, 95 % interval -1.0 to +3.5)" in lines
     assert "  well-formed replies        0.95 -> 1" in lines
     assert "  distinct2                  0.712 -> 0.66" in lines

@@ -15,12 +15,14 @@ from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig, Simula
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.driver import Driver
+from rlver_dist.errors import BudgetError
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import resolve
 from rlver_dist.parts import Parts
 from rlver_dist.rollout.collector import Generation
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.embedded import EmbeddedSimulator
+from rlver_dist.simulator.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
@@ -102,10 +104,14 @@ class CountingCritic:
 class Harness:
     """A driver with its parts and the journal of what they did."""
 
-    def __init__(self, folder: Path, renderer: Renderer, fail: str = "", plain_renderer: Renderer | None = None, **changes) -> None:
+    def __init__(
+        self, folder: Path, renderer: Renderer, fail: str = "", plain_renderer: Renderer | None = None, budget: int = 10**6, **changes
+    ) -> None:
+        """`fail`: ids of dialogues that fail begin so; `budget`: appraisals of training dialogues until there is no more."""
         self.journal: list = []
         self.asked: list[str] = []
         self.version = -1
+        self.appraised = 0
         self._renderer, self._fail = renderer, fail
         config = RunConfig(
             model=ModelConfig(path="tiny-random", dtype=Precision.float32, max_context_tokens=2048),
@@ -125,13 +131,17 @@ class Harness:
         async def respond(request):
             if request.turn_index == -1 and request.dialogue_id.startswith("train"):
                 self.asked.append(request.persona.id)
+            if request.turn_index >= 0 and request.dialogue_id.startswith("train"):
+                self.appraised += 1
+            if self.appraised > budget:
+                raise BudgetError(f"{budget} appraisals are used up")
             return users.respond(request)
 
         parts = Parts(
             generate=self.generate,
             users=respond,
             evaluation_users=respond,
-            second_appraiser=ByLength(),
+            second_judge=RuleJudge(appraiser=ByLength(), rules=resolve_rules(SimulatorConfig())),
             evaluation_rules=resolve_rules(SimulatorConfig()).emotion,
             policy=self.policy,
             critic=self.critic,
@@ -295,6 +305,17 @@ def test_an_interrupted_update_is_finished_and_saved(tmp_path, renderer):
     assert harness.journal[-2:] == ["update", "sync 2"]
     checkpoint = CheckpointStore(tmp_path, 2).latest()
     assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == 2
+
+
+def test_a_used_up_budget_saves_what_was_learned(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=0, num_iterations=50, budget=18)
+    with pytest.raises(BudgetError, match="used up"):
+        asyncio.run(harness.driver.run())
+    done = harness.journal.count("update")
+    assert 0 < done < 50
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == done
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == done
 
 
 def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, renderer):

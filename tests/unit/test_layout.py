@@ -2,38 +2,44 @@
 
 import pytest
 
-from rlver_dist.choices import Device
+from rlver_dist.choices import AlgorithmName, Device, SimulatorBackend
 from rlver_dist.cluster.layout import resolve_layout
-from rlver_dist.config import ClusterConfig
+from rlver_dist.config import ClusterConfig, RunConfig
 from rlver_dist.errors import ResourceError
+from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
+from rlver_dist.training_config import AlgorithmConfig
+
+PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 
 
-def layout(cluster: ClusterConfig, gpus: int, cpus: int = 2, has_critic: bool = False):
-    return resolve_layout(cluster, has_critic=has_critic, reward_replicas=1, num_gpus=gpus, num_cpus=cpus)
+def layout(cluster: ClusterConfig, gpus: int, cpus: int = 2, has_critic: bool = False, users: UserEngineConfig | None = None):
+    simulator = SimulatorConfig() if users is None else SimulatorConfig(backend=SimulatorBackend.vllm, engine=users)
+    config = RunConfig(cluster=cluster, algorithm=PPO if has_critic else AlgorithmConfig(), simulator=simulator)
+    return resolve_layout(config, num_gpus=gpus, num_cpus=cpus)
 
 
 @pytest.mark.parametrize(("gpus", "engines", "ranks"), [(2, 1, 1), (3, 1, 2), (8, 4, 4), (32, 16, 16)])
 def test_auto_gives_half_the_gpus_to_engines(gpus, engines, ranks):
     placed = layout(ClusterConfig(), gpus)
-    assert (placed.engines, placed.learner_ranks, placed.num_gpus) == (engines, ranks, gpus)
+    assert (placed.policy.count, placed.learner_ranks, placed.num_gpus) == (engines, ranks, gpus)
     assert placed.weight_transfer == "nccl"
 
 
 def test_auto_shares_a_single_gpu():
     placed = layout(ClusterConfig(), 1)
-    assert (placed.engines, placed.learner_ranks) == (1, 1)
+    assert (placed.policy.count, placed.learner_ranks) == (1, 1)
     assert placed.num_gpus == pytest.approx(1.0)
     assert placed.weight_transfer == "shared_file"
 
 
 def test_auto_with_tensor_parallel_counts_gpus():
     placed = layout(ClusterConfig(tensor_parallel=2), 8)
-    assert (placed.engines, placed.learner_ranks, placed.num_gpus) == (2, 4, 8)
+    assert (placed.policy.count, placed.learner_ranks, placed.num_gpus) == (2, 4, 8)
 
 
 def test_cpu_shares_all_cores_in_turn():
     placed = layout(ClusterConfig(device=Device.cpu, engines=1, learner_ranks=2), 0, cpus=6)
-    assert (placed.engines, placed.learner_ranks, placed.threads, placed.num_gpus) == (1, 2, 6, 0)
+    assert (placed.policy.count, placed.learner_ranks, placed.threads, placed.num_gpus) == (1, 2, 6, 0)
     assert placed.weight_transfer == "shared_file"
 
 
@@ -67,7 +73,7 @@ def test_a_single_learner_rank_shares_its_gpu_with_the_critic():
 
 def test_a_critic_beside_the_policy_does_not_cut_the_engines_off():
     placed = layout(ClusterConfig(), 2, has_critic=True)
-    assert (placed.engines, placed.learner_ranks, placed.critic_ranks) == (1, 1, 1)
+    assert (placed.policy.count, placed.learner_ranks, placed.critic_ranks) == (1, 1, 1)
     assert placed.gpus_per_learner_rank == 0.5 and placed.weight_transfer == "nccl"
 
 
@@ -75,3 +81,43 @@ def test_a_critic_on_cpus_is_an_actor_of_its_own():
     placed = layout(ClusterConfig(device=Device.cpu), 0, has_critic=True)
     assert (placed.learner_ranks, placed.critic_ranks) == (1, 1)
     assert any(row.startswith("critic_learner_0") for row in placed.rows())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "policy", "users", "ranks", "transfer"),
+    [(2, 1, 1, 1, "shared_file"), (3, 1, 1, 1, "nccl"), (8, 3, 2, 3, "nccl"), (32, 12, 8, 12, "nccl")],
+)
+def test_auto_gives_a_quarter_to_the_users_engines(gpus, policy, users, ranks, transfer):
+    placed = layout(ClusterConfig(), gpus, users=UserEngineConfig())
+    assert (placed.policy.count, placed.users.count, placed.learner_ranks, placed.num_gpus) == (policy, users, ranks, gpus)
+    assert placed.weight_transfer == transfer
+
+
+def test_auto_shares_a_single_gpu_with_the_users():
+    placed = layout(ClusterConfig(), 1, users=UserEngineConfig())
+    assert placed.num_gpus == pytest.approx(1.0) and placed.shares_gpus
+    assert placed.policy.gpu_memory_fraction + placed.users.gpu_memory_fraction <= 0.5
+
+
+def test_users_engines_beside_configured_ones_are_counted_and_shown():
+    cluster = ClusterConfig(device=Device.gpu, engines=8, learner_ranks=16)
+    users = UserEngineConfig(engines=4, tensor_parallel=2)
+    placed = layout(cluster, 32, users=users)
+    assert (placed.num_gpus, placed.split) == (32, "policy engines 8 + users 8 + learners 16")
+    assert not placed.shares_gpus
+    assert "user_engine_0 to user_engine_3, each: 2 x 1 GPU, 85% of its memory" in placed.rows()
+    with pytest.raises(ResourceError, match=r"needs 32 GPUs \(policy engines 8 \+ users 8 \+ learners 16\) and Ray sees 24"):
+        layout(cluster, 24, users=users)
+
+
+def test_without_the_backend_there_are_no_users_engines():
+    cluster = ClusterConfig(device=Device.gpu, engines=2, learner_ranks=6)
+    placed = layout(cluster, 8)
+    assert (placed.users.count, placed.num_gpus) == (0, 8)
+    assert not any("user_engine" in row for row in placed.rows())
+
+
+def test_users_engines_on_cpus_share_the_cores_too():
+    placed = layout(ClusterConfig(device=Device.cpu), 0, cpus=4, users=UserEngineConfig(engines=2))
+    assert (placed.users.count, placed.num_gpus) == (2, 0)
+    assert "user_engine_0 to user_engine_1, each: 4 threads, sharing the cores in turn" in placed.rows()

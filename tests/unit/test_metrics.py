@@ -153,7 +153,7 @@ def test_dialogue_metrics_refuses_a_reward_without_dialogue():
 
 def test_every_key_written_in_the_code_is_documented():
     root = Path(__file__).parents[2]
-    literal = re.compile(r'"((?:rollout|reward|simulator|learner|critic|warm_up|sync|time|perf|progress)/[a-z0-9_]+)"')
+    literal = re.compile(r'"((?:rollout|reward|guard|judges|simulator|learner|critic|warm_up|sync|time|perf|progress)/[a-z0-9_]+)"')
     keys = {key for source in (root / "rlver_dist").rglob("*.py") for key in literal.findall(source.read_text(encoding="utf-8"))}
     documented = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert "reward/emotion_final" in keys

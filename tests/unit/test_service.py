@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 
 from rlver_dist.choices import Preset
-from rlver_dist.config import SimulatorConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
-from rlver_dist.errors import DataError, RlverError
+from rlver_dist.errors import BudgetError, DataError, RlverError
 from rlver_dist.simulator.appraisal import AppraisalContext
 from rlver_dist.simulator.embedded import EmbeddedSimulator, build_simulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.service import RewardService, nearest_rank
 from rlver_dist.simulator.suitability import check_personas
+from rlver_dist.simulator_config import SimulatorConfig
 from tests.unit.test_messages import FACTS, OPENING, persona
 
 
@@ -169,6 +169,45 @@ def test_many_at_once_use_one_thread_and_leave_the_loop_free() -> None:
         assert metrics["queue_depth_max"] == 40.0 and metrics["batch_size_mean"] == 8.0
         assert 0.004 < metrics["latency_p50_s"] <= metrics["latency_p95_s"] <= metrics["latency_max_s"]
         assert service.metrics() == {"requests": 0.0, "retries": 0.0, "failures": 0.0, "queue_depth_max": 0.0}
+        service.close()
+
+    asyncio.run(ask())
+
+
+class WaitingSimulator:
+    """Waits `seconds` for something else, any number of calls at a time, and fails for dialogues named "broken"."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.inside, self.most = seconds, 0, 0
+
+    async def respond(self, asked: UserRequest) -> UserResponse:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        await asyncio.sleep(self.seconds if asked.dialogue_id != "slow" else 20 * self.seconds)
+        self.inside -= 1
+        if asked.dialogue_id == "broken":
+            raise BudgetError("no such yard")
+        return SIMULATOR.respond(asked)
+
+
+def test_users_that_wait_for_others_are_asked_all_at_once_and_none_waits_for_another() -> None:
+    async def ask() -> None:
+        simulator = WaitingSimulator(0.02)
+        service = RewardService(simulator)
+        slow = asyncio.ensure_future(service.respond(request("1", dialogue_id="slow")))
+        names = [f"d{i}" for i in range(50)]
+        answers = await asyncio.gather(*(service.respond(request("1", dialogue_id=name)) for name in names))
+        assert not slow.done() and simulator.most == 51
+        assert answers == [SIMULATOR.respond(request("1", dialogue_id=name)) for name in names]
+        with pytest.raises(BudgetError):
+            await service.respond(request("1", dialogue_id="broken"))
+        with pytest.raises(RlverError, match="other content"):
+            await service.respond(request("2", dialogue_id="d0"))
+        await slow
+        metrics = service.metrics()
+        assert (metrics["requests"], metrics["failures"], metrics["queue_depth_max"]) == (52.0, 1.0, 51.0)
+        assert metrics["latency_p50_s"] <= metrics["latency_p95_s"] <= metrics["latency_p99_s"] <= metrics["latency_max_s"]
+        assert metrics["latency_p95_s"] < 0.4 <= metrics["latency_max_s"] and "batch_size_mean" not in metrics
         service.close()
 
     asyncio.run(ask())

@@ -1,0 +1,48 @@
+"""Which of several equal members gets a call: the one that knows the prefix, unless it is busier than the others."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SLACK = 1.25
+"""Most load of a member, as a multiple of the mean; lower balances better, higher keeps more prefixes where they are cached."""
+
+
+class Router:
+    """Consistent hashing with bounded loads (Mirrokni et al. 2018, arXiv:1608.01350, section 1): each affinity has its own order of
+    members, equal in every process, and goes to the first one that is below the bound.
+
+    Attributes:
+        load: calls in flight, by member.
+        dead: members that get no more calls.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.load = [0] * size
+        self.dead: set[int] = set()
+
+    def pick(self, affinity: str) -> int | None:
+        """The member for a call; None where all are dead."""
+        alive = [member for member in range(len(self.load)) if member not in self.dead]
+        if not alive:
+            return None
+        bound = math.ceil(SLACK * (sum(self.load[member] for member in alive) + 1) / len(alive))
+        order = sorted(alive, key=lambda member: _rank(affinity, member))
+        return next(member for member in order if self.load[member] < bound)
+
+    @contextmanager
+    def call(self, member: int) -> Iterator[None]:
+        """Count one call in flight on `member`."""
+        self.load[member] += 1
+        try:
+            yield
+        finally:
+            self.load[member] -= 1
+
+
+def _rank(affinity: str, member: int) -> bytes:
+    """Place of `member` in the affinity's order (rendezvous hashing): a member's death moves only its own affinities."""
+    return hashlib.blake2b(f"{affinity}/{member}".encode(), digest_size=8).digest()
