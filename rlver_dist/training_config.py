@@ -135,6 +135,8 @@ class AlgorithmConfig:
         require(self.clip_low < 1, "algorithm.clip_low", self.clip_low, "use a value below 1")
         at_least(0, "algorithm.", tis_cap=self.tis_cap, kl_coef=self.kl_coef, entropy_coef=self.entropy_coef, kl_target=self.kl_target)
         positive("algorithm.", kl_horizon=self.kl_horizon)
+        pulls = self.kl_coef == 0 or self.kl_placement is KLPlacement.reward or self.kl_estimator is not KLEstimator.k1
+        require(pulls, "algorithm.kl_estimator", "k1", "its gradient is 0 on average; use k2 or k3, or algorithm.kl_placement=reward")
         adapts = self.kl_target == 0 or self.kl_coef > 0
         require(adapts, "algorithm.kl_target", self.kl_target, "use algorithm.kl_coef above 0 to start from, or kl_target=0")
         at_least(1, "algorithm.", updates_per_iteration=self.updates_per_iteration)
@@ -222,8 +224,8 @@ class WarmUpConfig:
     """Replies of each."""
     max_thought_tokens: int = 24
     """Tokens of a thought."""
-    epochs: int = 2
-    """Passes over the replies."""
+    epochs: int = 1
+    """Passes over the replies. One leaves what the model says nearly as it was; more teach the replies themselves."""
     batch_size: int = 16
     """Replies an optimizer step."""
     lr: float = 5e-5
