@@ -41,6 +41,13 @@ class KLPlacement(str, Enum):
     reward = "reward"
 
 
+class RewardPlacement(str, Enum):
+    """When a dialogue is paid: all of it at its end, or turn by turn as the emotion changes."""
+
+    end = "end"
+    turns = "turns"
+
+
 class EndReward(str, Enum):
     """What a dialogue is paid when the policy itself ended it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.choices import AlgorithmName, CriticTrunk, EndReward, KLEstimator, KLPlacement, Precision
+from rlver_dist.choices import AlgorithmName, CriticTrunk, EndReward, KLEstimator, KLPlacement, Precision, RewardPlacement
 from rlver_dist.errors import ConfigError
 from rlver_dist.guards_config import GuardsConfig
 
@@ -98,6 +98,10 @@ class AlgorithmConfig:
     """PPO: discount per trained token (the original's: 1)."""
     gae_lambda: float = 1.0
     """PPO: lambda of generalised advantage estimation (arXiv:1506.02438; the original's: 1)."""
+    reward_placement: RewardPlacement = RewardPlacement.end
+    """PPO: pay the reward at a dialogue's `end` (RLVER), or at each of its `turns` that turn's change of emotion / 100: their sum is the
+    reward less the start, so at gamma 1 the same policies are best (potential-based shaping, Ng et al. 1999), but no reply answers for
+    the turns before it."""
     whiten_advantages: bool = True
     """PPO: shift and scale the advantages of an iteration's trained tokens to mean 0 and deviation 1 (the original does)."""
     clip_low: float = 0.2
@@ -134,6 +138,8 @@ class AlgorithmConfig:
         require(self.clip_low < 1, "algorithm.clip_low", self.clip_low, "use a value below 1")
         at_least(0, "algorithm.", tis_cap=self.tis_cap, kl_coef=self.kl_coef, entropy_coef=self.entropy_coef, kl_target=self.kl_target)
         positive("algorithm.", kl_horizon=self.kl_horizon)
+        pulls = self.kl_coef == 0 or self.kl_placement is KLPlacement.reward or self.kl_estimator is not KLEstimator.k1
+        require(pulls, "algorithm.kl_estimator", "k1", "its gradient is 0 on average; use k2 or k3, or algorithm.kl_placement=reward")
         adapts = self.kl_target == 0 or self.kl_coef > 0
         require(adapts, "algorithm.kl_target", self.kl_target, "use algorithm.kl_coef above 0 to start from, or kl_target=0")
         at_least(1, "algorithm.", updates_per_iteration=self.updates_per_iteration)
@@ -221,8 +227,8 @@ class WarmUpConfig:
     """Replies of each."""
     max_thought_tokens: int = 24
     """Tokens of a thought."""
-    epochs: int = 2
-    """Passes over the replies."""
+    epochs: int = 1
+    """Passes over the replies. One leaves what the model says nearly as it was; more teach the replies themselves."""
     batch_size: int = 16
     """Replies an optimizer step."""
     lr: float = 5e-5

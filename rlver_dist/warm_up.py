@@ -3,7 +3,8 @@
 Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
 reply it is asked, in a chat of its own with three worked examples, what the person feels and needs; the examples give the thoughts
 their form. Thought and reply, after the prompt with thinking and the history as it was heard, become a sample. Nothing is chosen by
-what it is worth; only replies that were cut are left out, so that the model does not learn to break off, which shortens its replies.
+what it is worth or how long it is: a reply that was cut at the token limit counts up to the cut and without an end, so that the model
+learns neither to break off nor to be short.
 """
 
 from __future__ import annotations
@@ -126,17 +127,13 @@ def _exchanges(dialogue: Dialogue) -> Iterator[tuple[Turn, str]]:
         message = turn.user_message
 
 
-def _is_whole(turn: Turn) -> bool:
-    return bool(turn.reply) and not turn.truncated
-
-
 def _questions(dialogues: list[Dialogue], held: list[DialogueTask]) -> tuple[list[DialogueTask], RespondFn]:
     """The thoughts that are asked for, as dialogues of one turn with the key of a sample as id, and the user who asks for them."""
     personas = {task.id: task.persona for task in held}
     tasks, told = [], {}
     for dialogue in dialogues:
         for turn, message in _exchanges(dialogue):
-            if _is_whole(turn):
+            if turn.reply:
                 key = _key(dialogue, turn)
                 seed = derive_seed(dialogue.seed, turn.index, SEED_STREAM)
                 tasks.append(DialogueTask(id=key, group_id=key, persona=personas[dialogue.id], seed=seed))
@@ -156,18 +153,20 @@ def _thought_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
 
 
 def _samples(dialogue: Dialogue, thoughts: Mapping[str, str], thinking: Renderer, limits: CollectLimits) -> Iterator[TurnSample]:
-    """A sample for each whole reply of a dialogue that has a thought and fits the limits with it."""
+    """A sample for each reply of a dialogue that has a thought and fits the limits with it."""
     prompt_ids: list[int] = []
     said: Turn | None = None
     for turn, message in _exchanges(dialogue):
         prompt_ids = thinking.next_prompt(prompt_ids, said.reply_ids, said.reply, message) if said else thinking.opening_prompt(message)
         said = turn
-        if not _is_whole(turn) or not thoughts.get(_key(dialogue, turn)):
+        if not thoughts.get(_key(dialogue, turn)):
             continue
         try:
             reply_ids = thinking.encode_reply(thoughts[_key(dialogue, turn)], turn.reply)
         except ValueError:  # a reply with a tag in it
             continue
+        if turn.truncated:
+            reply_ids = reply_ids[:-1]
         if len(reply_ids) <= limits.max_reply_tokens and len(prompt_ids) + len(reply_ids) <= limits.max_context_tokens:
             yield _sample(_key(dialogue, turn), turn.index, prompt_ids, reply_ids)
 
@@ -184,7 +183,7 @@ def _too_few(config: RunConfig, samples: list[TurnSample], held: list[Dialogue])
     failures = [dialogue.error for dialogue in held if dialogue.error]
     failed = f" ({len(failures)} of the dialogues failed, the first with: {failures[0]})" if failures else ""
     return ConfigError(
-        f"warm_up.dialogues={warm_up.dialogues}: gave {len(samples)} whole replies with a thought, fewer than "
+        f"warm_up.dialogues={warm_up.dialogues}: gave {len(samples)} replies with a thought, fewer than "
         f"warm_up.batch_size={warm_up.batch_size}{failed}; raise warm_up.dialogues, warm_up.max_thought_tokens, "
         "rollout.max_thinking_tokens or rollout.max_reply_tokens, or lower warm_up.batch_size"
     )

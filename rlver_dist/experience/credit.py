@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from rlver_dist.algorithms.advantages import gae, grpo, whiten
+from rlver_dist.choices import RewardPlacement
 from rlver_dist.dialogue import Dialogue
+from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.training_config import AlgorithmConfig
 
@@ -20,6 +22,38 @@ from rlver_dist.training_config import AlgorithmConfig
 def samples_of(dialogues: Sequence[Dialogue], rewards: dict[str, float]) -> list[TurnSample]:
     """Rows of all dialogues, in the dialogues' order; `rewards` is keyed by dialogue id."""
     return [sample for dialogue in dialogues for sample in to_samples(dialogue, rewards[dialogue.id])]
+
+
+def token_rewards(
+    samples: Sequence[TurnSample], dialogues: Sequence[Dialogue], rewards: dict[str, float], placement: RewardPlacement
+) -> list[Tensor]:
+    """Each dialogue's reward on the trained tokens that are paid: its last one, or the last one of each turn.
+
+    Args:
+        samples: all rows of `dialogues`.
+        dialogues: those that are trained on.
+        rewards: keyed by dialogue id.
+        placement: `end` pays the reward at once; `turns` pays each turn its change of emotion / 100, and the last one also what the
+            reward differs from the final emotion by. A turn without tokens is paid on the token before it.
+
+    Returns:
+        `[n_i]` float32 for each sample; over a dialogue they sum to its reward, with `turns` to its reward - start emotion / 100.
+    """
+    by_id = {dialogue.id: dialogue for dialogue in dialogues}
+    paid = [torch.empty(0)] * len(samples)
+    for indices in _dialogues(samples):
+        dialogue, lengths = by_id[samples[indices[0]].dialogue_id], [samples[index].num_trained for index in indices]
+        column = torch.zeros(sum(lengths), dtype=torch.float64)
+        column[-1] = rewards[dialogue.id]
+        if placement is RewardPlacement.turns:
+            column[-1] -= dialogue.final_emotion / MAX_EMOTION
+            said = 0
+            for turn in dialogue.turns:
+                said += len(turn.reply_ids)
+                column[max(said - 1, 0)] += (turn.emotion_after - turn.emotion_before) / MAX_EMOTION
+        for index, part in zip(indices, _split(column.float(), lengths), strict=True):
+            paid[index] = part
+    return paid
 
 
 def grpo_credit(
@@ -56,17 +90,19 @@ def grpo_credit(
 def ppo_credit(
     samples: Sequence[TurnSample],
     algorithm: AlgorithmConfig,
+    rewards: Sequence[Tensor],
     values: Sequence[Tensor],
     kl_tokens: Sequence[Tensor] | None,
     kl_coef: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """PPO: generalised advantage estimation along each dialogue's trained tokens, over all of its turns.
 
-    The reward stands on a dialogue's last trained token. User tokens, and history that several rows repeat, take no part.
+    User tokens, and history that several rows repeat, take no part.
 
     Args:
         samples: rows of whole dialogues.
         algorithm: discount, lambda, and whether advantages are whitened over all trained tokens.
+        rewards: `[n_i]` for each sample, see `token_rewards`.
         values: `[n_i]` for each sample, the critic's value of the state before each trained token.
         kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: kl_coef times it off
             each token's own reward (arXiv:1909.08593, eq. 2). None: not taken.
@@ -76,19 +112,19 @@ def ppo_credit(
         Advantages and returns, `[n_i]` float32 for each sample; returns are never whitened.
 
     Raises:
-        ValueError: there are no samples, or values or KL do not fit them or are not finite.
+        ValueError: there are no samples, or rewards, values or KL do not fit them or are not finite.
     """
+    _require_fit(samples, "rewards", rewards)
     _require_fit(samples, "values", values)
     if kl_tokens is not None:
         _require_fit(samples, "KL", kl_tokens)
     advantages, returns = [torch.empty(0)] * len(samples), [torch.empty(0)] * len(samples)
     for indices in _dialogues(samples):
         lengths = [samples[index].num_trained for index in indices]
-        rewards = torch.zeros(sum(lengths))
+        paid = torch.cat([rewards[index] for index in indices])
         if kl_tokens is not None:
-            rewards -= kl_coef * torch.cat([kl_tokens[index] for index in indices])
-        rewards[-1] += samples[indices[0]].reward
-        columns = gae(rewards, torch.cat([values[index] for index in indices]), algorithm.gamma, algorithm.gae_lambda)
+            paid = paid - kl_coef * torch.cat([kl_tokens[index] for index in indices])
+        columns = gae(paid, torch.cat([values[index] for index in indices]), algorithm.gamma, algorithm.gae_lambda)
         for spread, column in zip((advantages, returns), columns, strict=True):
             for index, part in zip(indices, _split(column, lengths), strict=True):
                 spread[index] = part

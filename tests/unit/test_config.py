@@ -122,6 +122,7 @@ def test_only_recipe_and_placement_change_places():
         ("rollout.dialogues_per_iteration=30", "a multiple of algorithm.group_size=4"),
         ("algorithm.gae_lambda=1.5", "algorithm.gae_lambda=1.5"),
         ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1"),
+        ("+exp=grpo_no_think algorithm.kl_coef=0.1 algorithm.kl_estimator=k1", "algorithm.kl_estimator=k1"),
         ("critic.zero_stage=0", "critic.zero_stage=0"),
         ("critic.epochs=0", "critic.epochs=0"),
         ("+exp=ppo_think critic.prefit_iterations=1000", "critic.prefit_iterations=1000"),

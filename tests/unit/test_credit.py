@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlver_dist.choices import EndReward
+from rlver_dist.choices import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.experience.credit import dialogue_advantages, grpo_credit, ppo_credit, samples_of
+from rlver_dist.experience.credit import dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.training_config import AlgorithmConfig, EndRewardConfig
@@ -58,6 +58,18 @@ def tensors(*columns: list[float]) -> list[Tensor]:
 
 def lists(columns: list[Tensor]) -> list[list[float]]:
     return [column.tolist() for column in columns]
+
+
+TURNS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+def at_the_end(samples: list[TurnSample]) -> list[Tensor]:
+    """Each dialogue's reward on the last token of its last row."""
+    last = {sample.dialogue_id: sample.turn_index for sample in sorted(samples, key=lambda sample: sample.turn_index)}
+    return [
+        torch.tensor([0.0] * (sample.num_trained - 1) + [sample.reward * (last[sample.dialogue_id] == sample.turn_index)])
+        for sample in samples
+    ]
 
 
 def ppo(gamma: float = 1.0, gae_lambda: float = 1.0, whiten: bool = False) -> AlgorithmConfig:
@@ -129,31 +141,60 @@ def test_ppo_carries_across_the_turns_of_a_dialogue():
     samples = [make_sample("a", 0, 2, 1.0), make_sample("b", 0, 1, 0.4), make_sample("a", 1, 1, 1.0)]
     values = tensors([0.5, 0.2], [0.1], [0.6])
     # Dialogue a: rewards 0, 0, 1, deltas -0.3, 0.4, 0.4; b: 0.4 - 0.1.
-    advantages, returns = ppo_credit(samples, ppo(gae_lambda=0.5), values, None, kl_coef=5.0)
+    advantages, returns = ppo_credit(samples, ppo(gae_lambda=0.5), at_the_end(samples), values, None, kl_coef=5.0)
     assert lists(advantages) == [pytest.approx(row, abs=1e-6) for row in ([0.0, 0.6], [0.3], [0.4])]
     assert lists(returns) == [pytest.approx(row, abs=1e-6) for row in ([0.5, 0.8], [0.4], [1.0])]
     assert dialogue_advantages(samples, advantages) == pytest.approx({"a": 1.0 / 3, "b": 0.3}, abs=1e-6)
-    advantages, returns = ppo_credit(samples, ppo(), values, None, kl_coef=5.0)
+    advantages, returns = ppo_credit(samples, ppo(), at_the_end(samples), values, None, kl_coef=5.0)
     assert lists(advantages) == [pytest.approx(row, abs=1e-6) for row in ([0.5, 0.8], [0.3], [0.4])]
     assert lists(returns) == [pytest.approx(row, abs=1e-6) for row in ([1.0, 1.0], [0.4], [1.0])]
+
+
+def moved(dialogue: Dialogue, *emotions: float) -> Dialogue:
+    """The dialogue with these emotions after its turns, from 30 on."""
+    for turn, before, after in zip(dialogue.turns, (30.0, *emotions), emotions, strict=False):
+        turn.emotion_before, turn.emotion_after = before, after
+    dialogue.final_emotion = emotions[-1]
+    return dialogue
+
+
+def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
+    dialogue = moved(make_dialogue("a", replies=(2, 0, 1, 3)), 35.0, 33.0, 40.0, 28.0)
+    samples = samples_of([dialogue], {"a": 0.28})
+    (at_once,) = token_rewards(samples, [dialogue], {"a": 0.28}, RewardPlacement.end)
+    assert at_once.tolist() == pytest.approx([0, 0, 0, 0, 0, 0.28])
+    # The second turn has no token, so the token before it takes its -2 points.
+    (by_turns,) = token_rewards(samples, [dialogue], {"a": 0.28}, RewardPlacement.turns)
+    assert by_turns.tolist() == pytest.approx([0, 0.03, 0.07, 0, 0, -0.12])
+    # A fault that is paid nothing takes the emotion that had been reached: 0 - 28 on top.
+    (faulty,) = token_rewards(samples, [dialogue], {"a": 0.0}, RewardPlacement.turns)
+    assert faulty.tolist() == pytest.approx([0, 0.03, 0.07, 0, 0, -0.40])
+
+
+@given(
+    replies=TURNS, emotions=st.lists(st.floats(0, 100), min_size=4, max_size=4), reward=st.floats(0, 1), edited=st.booleans(),
+)  # fmt: skip
+def test_turn_rewards_sum_to_the_reward_less_the_start(replies: list[int], emotions: list[float], reward: float, edited: bool):
+    dialogue = moved(make_dialogue("a", replies=tuple(replies), edited=edited), *emotions[: len(replies)])
+    samples = samples_of([dialogue], {"a": reward})
+    for placement, total in ((RewardPlacement.end, reward), (RewardPlacement.turns, reward - 0.3)):
+        paid = token_rewards(samples, [dialogue], {"a": reward}, placement)
+        assert float(torch.cat(paid).sum()) == pytest.approx(total, abs=1e-5)
 
 
 def test_ppo_takes_the_kl_of_each_token_off_its_own_reward():
     samples = [make_sample("a", 0, 2, 1.0), make_sample("a", 1, 1, 1.0)]
     kl_tokens = tensors([1.0, 2.0], [-1.0])
     # Rewards -0.1, -0.2, 1.1 and values 0: sums from behind 0.8, 0.9, 1.1.
-    advantages, returns = ppo_credit(samples, ppo(), tensors([0.0, 0.0], [0.0]), kl_tokens, kl_coef=0.1)
+    advantages, returns = ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), kl_tokens, kl_coef=0.1)
     assert lists(advantages) == lists(returns) == [pytest.approx([0.8, 0.9]), pytest.approx([1.1])]
 
 
 def test_ppo_whitens_over_all_trained_tokens_and_leaves_the_returns():
     samples = [make_sample("a", 0, 3, 1.0), make_sample("b", 0, 1, 5.0)]
-    advantages, returns = ppo_credit(samples, ppo(whiten=True), tensors([0.0] * 3, [0.0]), None, kl_coef=0.0)
+    advantages, returns = ppo_credit(samples, ppo(whiten=True), at_the_end(samples), tensors([0.0] * 3, [0.0]), None, kl_coef=0.0)
     assert lists(advantages) == [pytest.approx([-1 / math.sqrt(3)] * 3), pytest.approx([math.sqrt(3)])]
     assert lists(returns) == [[1.0, 1.0, 1.0], [5.0]]
-
-
-TURNS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,7 +218,7 @@ def test_only_trained_tokens_count_however_they_lie_in_rows(
         samples = samples_of(dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))})
         assert len(samples) == (sum(map(len, replies)) if edited else len(replies))
         values, kl_tokens = ([part for part in column.split([sample.num_trained for sample in samples])] for column in numbers)
-        columns = ppo_credit(samples, ppo(gamma, lam, whiten), values, kl_tokens, kl_coef=0.1)
+        columns = ppo_credit(samples, ppo(gamma, lam, whiten), at_the_end(samples), values, kl_tokens, kl_coef=0.1)
         results.append([torch.cat(column) for column in columns])
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
@@ -187,7 +228,7 @@ def test_only_trained_tokens_count_however_they_lie_in_rows(
 def test_without_discount_an_advantage_is_reward_less_value(replies: list[int], reward: float, seed: int):
     samples = [make_sample("d", turn, length, reward) for turn, length in enumerate(replies)]
     values = [torch.rand(length, generator=torch.Generator().manual_seed(seed + length)) for length in replies]
-    advantages, returns = ppo_credit(samples, ppo(), values, None, kl_coef=0.0)
+    advantages, returns = ppo_credit(samples, ppo(), at_the_end(samples), values, None, kl_coef=0.0)
     assert torch.cat(advantages).tolist() == pytest.approx((reward - torch.cat(values)).tolist(), abs=1e-6)
     assert torch.cat(returns).tolist() == pytest.approx([reward] * sum(replies), abs=1e-6)
 
@@ -197,7 +238,7 @@ def test_the_order_of_samples_is_free(order: list[int]):
     samples = [make_sample("a", turn, 2, 0.5) for turn in (0, 1, 3)] + [make_sample("b", turn, 1, 0.7) for turn in (0, 2)]
     values = [torch.arange(sample.num_trained) * 0.1 + 0.01 * index for index, sample in enumerate(samples)]
     for credit in (
-        lambda samples, values: ppo_credit(samples, ppo(0.9, 0.8, whiten=True), values, None, 0.0)[0],
+        lambda samples, values: ppo_credit(samples, ppo(0.9, 0.8, whiten=True), at_the_end(samples), values, None, 0.0)[0],
         lambda samples, values: grpo_credit(samples, AlgorithmConfig(), values, 0.1),
     ):
         plain = credit(samples, values)
@@ -216,9 +257,9 @@ def test_the_order_of_samples_is_free(order: list[int]):
 def test_columns_must_fit_the_samples(columns: list[Tensor], message: str):
     samples = [make_sample("a", 0, 2), make_sample("a", 1, 1)]
     with pytest.raises(ValueError, match=message):
-        ppo_credit(samples, ppo(), columns, None, kl_coef=0.0)
+        ppo_credit(samples, ppo(), at_the_end(samples), columns, None, kl_coef=0.0)
     for credit in (
-        lambda: ppo_credit(samples, ppo(), tensors([0.0, 0.0], [0.0]), columns, 0.1),
+        lambda: ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), columns, 0.1),
         lambda: grpo_credit(samples, AlgorithmConfig(), columns, 0.1),
     ):
         with pytest.raises(ValueError, match=message.replace("values", "KL")):
@@ -228,6 +269,8 @@ def test_columns_must_fit_the_samples(columns: list[Tensor], message: str):
 def test_an_iteration_of_300_000_tokens_takes_under_a_second_and_travels_without_copies():
     samples = [make_sample(f"d{number // 8}", number % 8, 300, 0.5) for number in range(1000)]
     started = time.process_time()
-    advantages, returns = ppo_credit(samples, ppo(gae_lambda=0.9, whiten=True), [torch.zeros(300)] * 1000, None, kl_coef=0.0)
+    advantages, returns = ppo_credit(
+        samples, ppo(gae_lambda=0.9, whiten=True), at_the_end(samples), [torch.zeros(300)] * 1000, None, kl_coef=0.0
+    )
     assert time.process_time() - started < 1.0
     assert len(pickle.dumps([advantages, returns])) < 2 * 300_000 * 4 * 1.5

@@ -154,12 +154,11 @@ def test_thoughts_are_one_line_of_whole_sentences(text: str, cut: bool, thought:
 @pytest.mark.parametrize(
     "parts",
     [
-        {"reply": lambda request: "It is..." if request.turn_index == 0 else "I see."},
         {"reply": lambda request: "Say </think> or" if request.turn_index == 0 else "I see."},
         {"thought": lambda request: "They are..." if request.dialogue_id.endswith("-t0") else "They wait."},
         {"thought": lambda request: "They are " + "so " * 40 + "sad." if request.dialogue_id.endswith("-t0") else "They wait."},
     ],
-    ids=["cut reply", "reply with a tag", "thought without a whole sentence", "longer than a reply may be"],
+    ids=["reply with a tag", "thought without a whole sentence", "longer than a reply may be"],
 )
 def test_what_cannot_be_imitated_is_left_out(tokenizer: Any, parts: dict) -> None:
     config = replace(CONFIG, warm_up=replace(CONFIG.warm_up, batch_size=3))
@@ -167,9 +166,16 @@ def test_what_cannot_be_imitated_is_left_out(tokenizer: Any, parts: dict) -> Non
     assert [sample.turn_index for sample in samples] == [1, 1, 1]
 
 
+def test_a_cut_reply_is_imitated_up_to_the_cut_and_without_an_end(tokenizer: Any) -> None:
+    samples = make(Model(tokenizer, reply=lambda request: "It is..." if request.turn_index == 0 else "I see."), tokenizer)
+    for cut, whole in zip(samples[::2], samples[1::2], strict=True):
+        assert target(cut, tokenizer) == "<think>They are tired and want rest.</think>\nIt is"
+        assert target(whole, tokenizer) == "<think>They are tired and want rest.</think>\nI see.<|im_end|>"
+
+
 def test_too_few_samples_name_the_options(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"warm_up.dialogues=3: gave 0 whole replies.*warm_up.batch_size=4; raise"):
-        make(Model(tokenizer, reply=lambda request: "It is..."), tokenizer)
+    with pytest.raises(ConfigError, match=r"warm_up.dialogues=3: gave 0 replies.*warm_up.batch_size=4; raise"):
+        make(Model(tokenizer, thought=lambda request: "They are..."), tokenizer)
 
     async def dead(request: GenerateRequest) -> Generation:
         raise ConnectionError("engine 2 is gone")
