@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Progress:
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
+        shape: options that the learners' state fits, see `RunConfig.learner_shape`.
     """
 
     iteration: int
@@ -43,6 +44,7 @@ class Progress:
     control: dict[str, Any]
     kl_coef: float
     wall_s: float
+    shape: dict[str, str]
 
 
 class CheckpointStore:
@@ -99,22 +101,31 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def choose(store: CheckpointStore, resume: str, learners: Sequence[str]) -> Path | None:
+def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: Mapping[str, str]) -> Path | None:
     """The checkpoint to go on from under `resume` (see `RunConfig.resume`), None to start anew.
 
     Args:
         store: of the run's folder.
         resume: the option.
         learners: names of the learners whose state it has to hold.
+        shape: options that this state has to fit.
 
     Raises:
-        DataError: `never`, but the folder has a checkpoint; the named folder is none; or it lacks a learner.
+        DataError: `never`, but the folder has a checkpoint; the named folder is none; it lacks a learner; or it fits other options.
     """
     chosen = _choose(store, resume)
     lacking = [name for name in learners if chosen is not None and not (chosen / name).is_dir()]
     if lacking:
         raise DataError(f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or another output_dir")
+    if chosen is not None:
+        _require_fit(chosen, store.read(chosen).shape, shape)
     return chosen
+
+
+def _require_fit(checkpoint: Path, written: Mapping[str, str], shape: Mapping[str, str]) -> None:
+    for key, value in shape.items():
+        if written.get(key, value) != value:
+            raise DataError(f"{key}={value}: {checkpoint} was written with {key}={written[key]}; use that, or another output_dir")
 
 
 def _choose(store: CheckpointStore, resume: str) -> Path | None:

@@ -193,7 +193,6 @@ class RunConfig:
         for group, learner in (("learner", self.learner), ("critic", self.critic)):
             exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
             require(exact, f"{group}.zero_stage", learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")
-
         self._check_second_judge()
 
     def _check_second_judge(self) -> None:
@@ -217,6 +216,17 @@ class RunConfig:
         """Whether anything asks the models at simulator.openai.endpoints: users, their judges, or the second judge."""
         judged = self.evaluation.num_personas > 0 and self.evaluation.second_judge is SecondJudge.openai
         return judged or self.simulator.backend is SimulatorBackend.openai or bool(self.simulator.further_judges)
+
+    @property
+    def learner_shape(self) -> dict[str, str]:
+        """Options that a learner's saved state fits, by key: a run goes on only with equal ones."""
+        lora = ("rank", "alpha", "target_modules") if self.model.lora.rank else ("rank",)
+        named = {"model.path": self.model.path, "model.dtype": self.model.dtype.value, "learner.zero_stage": self.learner.zero_stage}
+        named |= {f"model.lora.{key}": getattr(self.model.lora, key) for key in lora}
+        if self.has_critic:
+            named |= {f"critic.{key}": getattr(self.critic, key) for key in ("num_layers", "head_units", "zero_stage")}
+            named["critic.trunk"] = self.critic.trunk.value
+        return {key: str(value) for key, value in named.items()}
 
     @property
     def num_personas(self) -> int:

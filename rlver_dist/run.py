@@ -47,7 +47,7 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
     started = time.monotonic()
     console = Console(config.num_iterations)
     learners = ("policy", "critic") if config.has_critic else ("policy",)
-    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume, learners)
+    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume, learners, config.learner_shape)
     try:
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
         with console.phase("starting Ray", 1) as advance:

@@ -17,6 +17,7 @@ def progress(iteration: int) -> Progress:
         control={"emotion": [0.5]},
         kl_coef=0.1,
         wall_s=12.5,
+        shape={"model.path": "tiny", "critic.head_units": "8"},
     )
 
 
@@ -60,18 +61,27 @@ def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
 
 def test_choose(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    assert choose(store, "auto", ()) is None and choose(store, "never", ("policy",)) is None
+    assert choose(store, "auto", (), {}) is None and choose(store, "never", ("policy",), {}) is None
     first = write(store, 1)
-    assert choose(store, "auto", ()) == first
-    assert choose(store, str(first), ()) == first
+    assert choose(store, "auto", (), {}) == first
+    assert choose(store, str(first), (), {}) == first
     with pytest.raises(DataError, match="resume=auto"):
-        choose(store, "never", ())
+        choose(store, "never", (), {})
     with pytest.raises(DataError, match=r"no manifest\.json there"):
-        choose(store, str(tmp_path), ())
+        choose(store, str(tmp_path), (), {})
     (first / "policy").mkdir()
-    assert choose(store, "auto", ("policy",)) == first
+    assert choose(store, "auto", ("policy",), {}) == first
     with pytest.raises(DataError, match="holds no critic; use the recipe"):
-        choose(store, "auto", ("policy", "critic"))
+        choose(store, "auto", ("policy", "critic"), {})
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    first = write(store, 1)
+    # Options that only one of the two has, such as a critic's, are for `learners` to judge.
+    assert choose(store, "auto", (), {"model.path": "tiny", "model.dtype": "float32"}) == first
+    with pytest.raises(DataError, match=r"^model\.path=big: .*step_1 was written with model\.path=tiny; use that, or another output_dir$"):
+        choose(store, "auto", (), {"model.path": "big"})
 
 
 def test_a_broken_manifest_is_named(tmp_path):
