@@ -10,6 +10,7 @@ two-layer Qwen2 with random weights and SmolLM2's tokenizer, for tests. Both bec
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -63,6 +64,16 @@ def resolve(path: str, key: str = "model.path") -> str:
 def weight_bytes(folder: str) -> int | None:
     """Bytes of a local model's weight files; None for a hub id, whose size nobody knows before the download."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) or None
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors format)."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
 
 
 def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 from rlver_dist.choices import Device, SimulatorBackend
 from rlver_dist.config import RunConfig
-from rlver_dist.errors import ResourceError
-from rlver_dist.models import resolve, weight_bytes
+from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.models import resolve, weight_bytes, weight_shapes
 from rlver_dist.simulator.endpoints import key_from_environment, parse_address
+from rlver_dist.training_config import ALL_LINEAR
 
 GIB = 1024**3
 
@@ -18,10 +21,11 @@ def check_parts(config: RunConfig) -> None:
 
     Raises:
         DataError: a model folder is not there.
-        ConfigError: the environment lacks the endpoints' key, or an address is no address.
+        ConfigError: the model lacks layers that options name, the environment the endpoints' key, or an address is no address.
         ResourceError: the engines on CPUs need more memory than there is.
     """
     policy = resolve(config.model.path)
+    check_layers(config, policy)
     simulator = config.simulator
     if config.uses_endpoints:
         key_from_environment(simulator.openai.api_key_env)
@@ -31,6 +35,36 @@ def check_parts(config: RunConfig) -> None:
         users = resolve(simulator.engine.model, "simulator.engine.model")
         if config.cluster.device is Device.cpu:
             check_memory(config, policy, users, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_layers(config: RunConfig, policy: str) -> None:
+    """Refuse options that name layers which the policy's model does not have.
+
+    Args:
+        config: the run's configuration.
+        policy: folder of the policy's model; a hub id passes, since the actors that load it look again.
+
+    Raises:
+        ConfigError: names the option and what there is.
+    """
+    folder = Path(policy)
+    if not (folder / "config.json").is_file():
+        return
+    layers, kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"], config.critic.num_layers
+    if config.has_critic and kept > layers:
+        raise ConfigError(f"critic.num_layers={kept}: the model has {layers} layers; use at most that, or 0 for all")
+    lora = config.model.lora
+    if lora.rank == 0 or lora.target_modules == ALL_LINEAR:
+        return
+    # Weights of one dimension are norms.
+    matrices = [name for name, shape in weight_shapes(folder).items() if name.endswith(".weight") and len(shape) == 2]
+    there = {name.split(".")[-2] for name in matrices if ".layers." in name}
+    for kind in (name.strip() for name in lora.target_modules.split(",")):
+        if kind not in there:
+            raise ConfigError(
+                f"model.lora.target_modules={lora.target_modules}: the model has no layer '{kind}'; use {ALL_LINEAR} or names among "
+                f"{','.join(sorted(there))}"
+            )
 
 
 def check_memory(config: RunConfig, policy: str, users: str, have: int) -> None:

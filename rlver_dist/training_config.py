@@ -8,6 +8,8 @@ from rlver_dist.choices import AlgorithmName, CriticTrunk, EndReward, KLEstimato
 from rlver_dist.errors import ConfigError
 from rlver_dist.guards_config import GuardsConfig
 
+ALL_LINEAR = "all-linear"
+
 
 def require(holds: bool, key: str, value: object, way_out: str) -> None:
     """Raise `ConfigError` naming `key`, `value` and the way out unless `holds`."""
@@ -35,7 +37,7 @@ class LoraConfig:
     """Rank of the adapters; 0 trains the whole model."""
     alpha: float = 32.0
     """The adapters' output is scaled by alpha / rank."""
-    target_modules: str = "all-linear"
+    target_modules: str = ALL_LINEAR
     """Which linear layers get one: `all-linear` (all but the head), or comma-separated names such as `q_proj,v_proj`."""
 
     def __post_init__(self) -> None:

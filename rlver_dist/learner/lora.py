@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlver_dist.errors import ConfigError
-from rlver_dist.training_config import LoraConfig
+from rlver_dist.training_config import ALL_LINEAR, LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ALL_LINEAR = "all-linear"
 ADAPTER = "default"
 """PEFT's name of an adapter that was given none."""
 SEED = 0

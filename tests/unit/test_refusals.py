@@ -2,12 +2,13 @@
 
 import pytest
 
-from rlver_dist.choices import Precision, SimulatorBackend
+from rlver_dist.choices import AlgorithmName, Precision, SimulatorBackend
 from rlver_dist.config import ClusterConfig, RunConfig
-from rlver_dist.errors import ResourceError
-from rlver_dist.refusals import GIB, check_memory
+from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.models import TINY, resolve
+from rlver_dist.refusals import GIB, check_layers, check_memory
 from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
-from rlver_dist.training_config import LearnerConfig, ModelConfig
+from rlver_dist.training_config import AlgorithmConfig, CriticConfig, LearnerConfig, LoraConfig, ModelConfig
 
 
 @pytest.fixture
@@ -32,3 +33,15 @@ def test_memory_of_all_engines_is_added_up(folders):
     with pytest.raises(ResourceError, match=r"need 8.0 GiB of memory and this machine has 8.0 GiB; use a smaller model"):
         check_memory(config, *folders, have=need - 1)
     check_memory(config, "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B-Instruct", have=8 * GIB)
+
+
+def test_layers_that_the_model_lacks_are_named():
+    ppo = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
+    check_layers(RunConfig(algorithm=ppo, critic=CriticConfig(num_layers=2)), resolve(TINY))
+    with pytest.raises(ConfigError, match=r"critic.num_layers=3: the model has 2 layers; use at most that"):
+        check_layers(RunConfig(algorithm=ppo, critic=CriticConfig(num_layers=3)), resolve(TINY))
+    check_layers(RunConfig(critic=CriticConfig(num_layers=3)), resolve(TINY))
+    check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj, up_proj"))), resolve(TINY))
+    with pytest.raises(ConfigError, match=r"no layer 'query'; use all-linear or names among down_proj,gate_proj,k_proj,o_proj,q_proj"):
+        check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj,query"))), resolve(TINY))
+    check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="query"))), "Qwen/Qwen2.5-7B-Instruct")
