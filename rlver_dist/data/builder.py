@@ -71,7 +71,7 @@ def allocate(situations: list[Situation], size: int, rng: random.Random) -> list
     used: Counter[object] = Counter()
     pairs: list[tuple[Situation, Cell]] = []
     while len(pairs) < size:
-        for intent, temperament in _round(size - len(pairs), rng):
+        for intent, temperament in cells_of_round(size - len(pairs), rng):
             free = [s for s in situations if intent in s.wants and not used[s.id, intent, temperament]]
             if not free:
                 raise DataError(f"seeds: too few situations with {intent.value} for {size} personas; write more of them")
@@ -82,7 +82,7 @@ def allocate(situations: list[Situation], size: int, rng: random.Random) -> list
     return pairs
 
 
-def _round(room: int, rng: random.Random) -> list[Cell]:
+def cells_of_round(room: int, rng: random.Random) -> list[Cell]:
     """All cells in a random order, or `room` of them that differ in intent and alternate in temperament as long as they can."""
     if room >= len(CELLS):
         return rng.sample(CELLS, len(CELLS))

@@ -6,7 +6,7 @@ Two formats are read: this project's, whose keys are the fields of `Persona`, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
@@ -97,6 +97,29 @@ def parse_row(row: dict[str, Any], where: str) -> Persona:
 def dump_personas(personas: Iterable[Persona]) -> str:
     """JSONL text of `personas`, keys in the order of `Persona`; equal personas give equal text."""
     return "".join(json.dumps(asdict(persona), ensure_ascii=False) + "\n" for persona in personas)
+
+
+def shared_people(train: Iterable[Persona], evaluation: Iterable[Persona]) -> list[Persona]:
+    """The evaluation personas whose person sheet a training persona has too, in order."""
+    known = {persona.profile for persona in train}
+    return [persona for persona in evaluation if persona.profile in known]
+
+
+def leak_notice(train: Sequence[Persona], evaluation: Sequence[Persona]) -> str | None:
+    """One line on evaluation personas that training also sees; None where the splits share nobody.
+
+    RLVER's own files are the known case: 54 of the 100 evaluation rows reuse 47 sheets of the training rows.
+    """
+    shared = shared_people(train, evaluation)
+    if not shared:
+        return None
+    sheets, scenes = len({persona.profile for persona in shared}), {persona.scene for persona in train}
+    with_scene = sum(persona.scene in scenes for persona in shared)
+    seen = f", and {with_scene} of them its scene" if with_scene else ""
+    return (
+        f"data.evaluation: {len(shared)} of {len(evaluation)} personas reuse the person sheet of a training persona "
+        f"({sheets} sheets){seen}; their scores are not of people who are new to the policy"
+    )
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from rlver_dist import launch
+from rlver_dist.config import DataConfig, EvaluationConfig, RunConfig
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
-from rlver_dist.data.personas import dump_personas, load_personas, load_split
+from rlver_dist.data.personas import dump_personas, leak_notice, load_personas, load_split
 from rlver_dist.data.rlver import split_marker
 from rlver_dist.errors import DataError
 
@@ -166,6 +168,36 @@ def test_the_marker_is_split_off_in_every_form(marker):
 def test_bad_rlver_rows_are_refused_with_file_line_and_field(tmp_path, change, message):
     path = write(tmp_path, RLVER, RLVER | {"id": "r2"} | change)
     assert refusal(path).startswith(f"{path}:2: {message}")
+
+
+def test_people_of_both_splits_are_reported_in_one_line(tmp_path):
+    def rows(split: str, *sheets: str) -> list[Persona]:
+        scenes = [RLVER["scene"].replace("餐馆", f"{split}{n}") for n in range(len(sheets))]
+        people = [{"id": f"{split}{n}", "player": sheet, "scene": scenes[n]} for n, sheet in enumerate(sheets)]
+        return load_personas(write(tmp_path, *(RLVER | row for row in people)))
+
+    ann, bo, cy = (f"* 姓名：{name}\n* 年龄：30岁" for name in ("安", "博", "岑"))
+    train, evaluation = rows("t", ann, ann, bo), rows("e", ann, bo, ann + "\n", cy)
+    notice = leak_notice(train, evaluation)
+    assert notice is not None and "\n" not in notice
+    assert "3 of 4 personas reuse the person sheet of a training persona (2 sheets); " in notice
+    same = leak_notice([*train, *evaluation], evaluation)
+    assert same is not None and "4 of 4 personas" in same and "(3 sheets), and 4 of them its scene; " in same
+    assert leak_notice(train, rows("e", cy)) is None
+
+
+def test_the_bank_shares_nobody():
+    assert leak_notice(load_split("bank", "train"), load_split("bank", "evaluation")) is None
+
+
+def test_a_run_says_at_load_that_training_people_are_evaluated(tmp_path, capsys):
+    rows = [OWN | {"id": name, "scene": f"{name} was late.", "opening": "I was late.", "facts": ["I was late again."]} for name in "abc"]
+    train, evaluation = tmp_path / "train.jsonl", tmp_path / "evaluation.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]), encoding="utf-8")
+    evaluation.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
+    data = DataConfig(train=str(train), evaluation=str(evaluation))
+    assert launch.run(RunConfig(data=data, evaluation=EvaluationConfig(num_personas=1), check=True)) == 0
+    assert capsys.readouterr().err.startswith("warning: data.evaluation: 1 of 1 personas reuse the person sheet of a training persona")
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="the sample of RLVER's profiles is not on this machine")
