@@ -125,9 +125,7 @@ def stand_ins(count: int, fail: Exception | None = None) -> list:
 def chat(affinity: str = "p") -> ChatRequest:
     messages = (Message(role=Role.USER, text="Hello"),)
     schema = {"type": "object", "properties": {"goodbye": {"type": "boolean"}}, "required": ["goodbye"], "additionalProperties": False}
-    return ChatRequest(
-        key="k", messages=messages, schema_name="s", schema=schema, max_tokens=9, temperature=0.0, seed=0, affinity=affinity
-    )
+    return ChatRequest(key="k", messages=messages, schema_name="s", schema=schema, max_tokens=9, temperature=0.0, seed=0, affinity=affinity)
 
 
 def test_calls_with_one_prefix_meet_on_one_engine_and_move_on_when_it_dies():

@@ -34,9 +34,7 @@ def test_a_window_of_calls():
     window = ChatWindow()
     assert window.values()["calls"] == 0 and "latency_p50_s" not in window.values()
     for seconds in (1.0, 2.0, 3.0):
-        window.add(
-            ChatAnswer(text="{}", prompt_tokens=10, cached_tokens=4, completion_tokens=2, seconds=seconds, retries=1, model="m")
-        )
+        window.add(ChatAnswer(text="{}", prompt_tokens=10, cached_tokens=4, completion_tokens=2, seconds=seconds, retries=1, model="m"))
     window.fail()
     values = window.values()
     assert (values["calls"], values["failures"], values["retries"]) == (4, 1, 3)
