@@ -101,7 +101,7 @@ async def second_emotions(
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
     """The dialogues as both sides heard them, for scoring replies: one row a dialogue, its mask on the replies.
 
-    Every reply is encoded from its text; its end token counts as part of it unless it was cut. Turns without a reply are left out.
+    Every reply is encoded from its text; its end token counts as part of it unless it was cut. A turn without one is silence in the history.
 
     Args:
         dialogues: infrastructure failures are left out.
@@ -120,9 +120,7 @@ def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
     prompt_ids = renderer.opening_prompt(dialogue.opening)
     turns = []
     for turn in dialogue.turns:
-        if not turn.reply:  # It ended the dialogue.
-            break
-        reply_ids = renderer.encode_reply("", turn.reply)
+        reply_ids = renderer.encode_reply("", turn.reply) if turn.reply else []
         reply_ids = reply_ids[:-1] if turn.truncated else reply_ids
         turns.append(replace(turn, prompt_ids=prompt_ids, reply_ids=reply_ids, logprobs=[0.0] * len(reply_ids)))
         if turn.user_message is not None:

@@ -81,8 +81,8 @@ class CollectLimits:
     """Limits and sampling of one collection; meanings and units as in `RolloutConfig` and `ModelConfig`.
 
     Attributes:
-        strict_format: a reply that is not well-formed ends the dialogue as `EndReason.MALFORMED`; else only one without any text
-            for the user does.
+        strict_format: a reply that is not well-formed ends the dialogue as `EndReason.MALFORMED`; else the user hears what there is of
+            it, silence too, so that saying nothing never saves an emotion from falling.
     """
 
     max_turns: int
@@ -190,7 +190,7 @@ class _Conversation:
             if len(prompt_ids) + limits.max_reply_tokens > limits.max_context_tokens:
                 return EndReason.CONTEXT_OVERFLOW
             turn = await self._reply(index, prompt_ids)
-            if not turn.reply or (limits.strict_format and not turn.well_formed):
+            if limits.strict_format and not turn.well_formed:
                 return EndReason.MALFORMED
             if turn.truncated and limits.end_on_truncation:
                 return EndReason.OVER_LONG

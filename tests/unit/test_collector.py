@@ -151,19 +151,15 @@ def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker
     assert [sum(sample.loss_mask) for sample in samples] == [len(turn.reply_ids) for turn in dialogue.turns]
 
 
-@pytest.mark.parametrize(
-    ("text", "reply", "heard_leniently"),
-    [("I see.", "I see.", True), ("<think>a</think>b</think>I see.", "I see.", True), ("<think>I see.", "", False)],
-)
-def test_a_broken_format_ends_training_dialogues_and_is_counted_in_evaluation(
-    thinker: Renderer, text: str, reply: str, heard_leniently: bool
-) -> None:
+@pytest.mark.parametrize(("text", "reply"), [("I see.", "I see."), ("<think>a</think>b</think>I see.", "I see."), ("<think>I see.", "")])
+def test_a_broken_format_ends_training_dialogues_and_is_counted_in_evaluation(thinker: Renderer, text: str, reply: str) -> None:
     ended = hold(thinker, generate=replying(thinker, text))
     assert ended.end_reason is EndReason.MALFORMED and ended.final_emotion == 30.0
     assert [(turn.reply, turn.well_formed, turn.appraisal) for turn in ended.turns] == [(reply, False, None)]
     lenient = hold(thinker, generate=replying(thinker, text), limits=replace(LIMITS, strict_format=False))
-    assert lenient.end_reason is (EndReason.MAX_TURNS if heard_leniently else EndReason.MALFORMED)
-    assert len(lenient.turns) == (3 if heard_leniently else 1) and not any(turn.well_formed for turn in lenient.turns)
+    # Silence is heard, too: a dialogue that it ended would keep its emotion.
+    assert lenient.end_reason is EndReason.MAX_TURNS and len(lenient.turns) == 3
+    assert all(turn.reply == reply and not turn.well_formed and turn.appraisal is not None for turn in lenient.turns)
 
 
 def test_a_reply_cut_while_thinking_is_malformed_and_one_cut_later_is_heard(thinker: Renderer) -> None:

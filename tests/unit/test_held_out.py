@@ -90,11 +90,14 @@ def test_without_thinking_the_scored_tokens_are_those_sampled(plain: Renderer) -
     assert sum(sample.loss_mask) == sum(len(turn.reply_ids) for turn in dialogue.turns)
 
 
-def test_neither_turns_without_a_reply_nor_failed_dialogues_are_scored(plain: Renderer) -> None:
-    silent, half, failed = make_dialogue(plain, replies=("",)), make_dialogue(plain, replies=(REPLIES[0], "")), make_dialogue(plain)
+def test_neither_silence_nor_failed_dialogues_are_scored(plain: Renderer) -> None:
+    silent, half, failed = make_dialogue(plain, replies=("",)), make_dialogue(plain, replies=("", REPLIES[0])), make_dialogue(plain)
     failed.end_reason = EndReason.INFRASTRUCTURE
     [sample] = visible_samples([silent, half, failed], plain)
-    assert decode(plain, sample.token_ids).endswith(f"{REPLIES[0]}<|im_end|>")
+    said = f"assistant\n<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n{REPLIES[0]}<|im_end|>"
+    assert decode(plain, sample.token_ids).endswith(said)
+    scored = [token for token, is_scored in zip(sample.token_ids, sample.loss_mask, strict=True) if is_scored]
+    assert decode(plain, scored) == f"{REPLIES[0]}<|im_end|>"
 
 
 def test_scoring_with_a_thinking_prompt_is_refused(plain: Renderer) -> None:
