@@ -101,7 +101,7 @@ async def second_emotions(
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
     """The dialogues as both sides heard them, for scoring replies: one row a dialogue, its mask on the replies.
 
-    Every reply is encoded from its text; its end token counts as part of it unless it was cut. A turn without one is silence in the history.
+    Every reply is encoded from its text; its end token counts as part of it unless it was cut. A turn without one is silence there.
 
     Args:
         dialogues: infrastructure failures are left out.
