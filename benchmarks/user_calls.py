@@ -104,7 +104,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         engine.close()
     medians = {calls: {key: statistics.median(one[key] for one in found) for key in found[0]} for calls, found in rounds.items()}
     for calls, figures in medians.items():
-        print(json.dumps({"calls": calls.value, "turns": len(requests)} | {key: round(value, 2) for key, value in figures.items()}))
+        print(json.dumps({"mode": calls.value, "turns": len(requests)} | {key: round(value, 2) for key, value in figures.items()}))
     print(json.dumps({"seconds of one call / two calls": round(medians[LlmCalls.one]["seconds"] / medians[LlmCalls.two]["seconds"], 3)}))
 
 
