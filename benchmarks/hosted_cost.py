@@ -9,7 +9,9 @@ users in own vLLM engines: its tokens are then those of that model's tokenizer, 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +50,19 @@ def measure(run: Path) -> Measured:
     rows = read_metrics(path)[1:]
     if not rows:
         raise DataError(f"{path}: needs two iterations or more; the first one also counts the evaluation before training")
-    tokens = {kind: sum(row.get(f"simulator/chat_{kind}_tokens", 0.0) for row in rows) for kind in KINDS}
+    tokens = {kind: _total(rows, f"{kind}_tokens") for kind in KINDS}
     dialogues = sum(row["rollout/dialogues"] for row in rows)
     if tokens["prompt"] <= 0 or dialogues <= 0:
         raise DataError(f"{path}: simulator/chat_prompt_tokens: no tokens there; name a run with simulator=openai or simulator=vllm")
-    lost = sum(row.get("simulator/chat_lost_tokens", 0.0) for row in rows)
+    lost = _total(rows, "lost_tokens")
     iterations = (int(rows[0]["iteration"]), int(rows[-1]["iteration"]))
     return Measured(iterations=iterations, dialogues=dialogues, tokens=tokens, lost_tokens=lost)
+
+
+def _total(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    """Sum of a count of the users' model and of the models that only judge."""
+    key = re.compile(rf"simulator/(judge_\d+_)?chat_{name}")
+    return sum(value for row in rows for found, value in row.items() if key.fullmatch(found))
 
 
 def report(measured: Measured, prices: Prices) -> str:

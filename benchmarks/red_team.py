@@ -34,6 +34,7 @@ from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.emotion import move
+from rlver_dist.simulator.fence import fence
 from rlver_dist.simulator.llm import LlmSimulator
 from rlver_dist.simulator.llm_schema import CHANGE_LIMIT, SchemaError, appraisal_schema, parse_answer
 from rlver_dist.simulator.presets import PRESETS
@@ -222,12 +223,15 @@ def keeps_schema(reply: str) -> bool:
 
 
 def keeps_arithmetic(persona: Persona, reply: str) -> bool:
-    """Whether the emotion moves by the change field alone, whatever the reply and the notes say."""
+    """Whether the emotion moves by the change field alone, whatever the reply and the notes say: not up where a part of the reply is
+    hidden as thinking, and by the largest loss where nothing of it is left to read."""
     request = make_request(persona, reply, HARMLESS[0])
+    fenced = fence(reply, max_bytes=SETTINGS.max_reply_bytes)
     for change in (-7, 0, 3):
         user = LlmSimulator(rules=RULES, backend=Echo(reply, change), settings=SETTINGS)
         response = asyncio.run(user.respond(request))
-        if response.emotion != move(request.emotion, change, RULES.emotion):
+        expected = -RULES.emotion.max_change if not fenced.text else min(change, 0) if fenced.thought else change
+        if response.emotion != move(request.emotion, expected, RULES.emotion):
             return False
     return True
 

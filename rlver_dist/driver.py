@@ -19,7 +19,7 @@ from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.errors import BudgetError
+from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
@@ -91,14 +91,15 @@ class Driver:
         cancelled again, it leaves the update alone and saves nothing.
 
         Raises:
-            BudgetError: the users' budget is used up; what was learned before has been saved.
+            BoundaryError: every dialogue of an iteration or an evaluation failed; what was learned before it has been saved.
+            BudgetError: the users' budget is used up; likewise.
         """
         await self._parts.sync(self.progress.iteration)
         before = await self._start()
         try:
             for iteration in range(self.progress.iteration, self._config.num_iterations):
                 await self._iterate(iteration)
-        except (asyncio.CancelledError, BudgetError):
+        except (asyncio.CancelledError, BoundaryError, BudgetError):
             if self.progress.iteration > self._saved and not self._between_states:
                 await self.save()
             raise
@@ -119,12 +120,13 @@ class Driver:
             control = await warm_up(config=config, parts=self._parts, train=self._train, evaluation=self._evaluation)
             progress.control = asdict(control) if control else {}
             progress.warmed_up = True
+            await self._whole(self.save())
         if self._evaluation and not progress.before:
             results = await self._evaluate(Phase.before)
             assert results is not None
             progress.before = asdict(results)
-        if warms_up:
-            await self._whole(self.save())
+            if warms_up or config.uses_endpoints:  # What was paid for is not paid for again.
+                await self._whole(self.save())
         return HeldOut(**progress.before) if progress.before else None
 
     async def _evaluate(self, phase: Phase) -> HeldOut | None:

@@ -45,6 +45,10 @@ class BoundaryError(RlverError):
     """A call that left this package failed (an engine, an endpoint, a file system); chained to its cause."""
 
 
+class GoneError(BoundaryError):
+    """What was called is there but will never answer again, such as an engine whose process died; another one may."""
+
+
 class WeightSyncError(RlverError):
     """After a weight sync an engine does not compute what the learner computes; training on would be wrong."""
 

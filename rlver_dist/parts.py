@@ -11,6 +11,7 @@ Components:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlver_dist.config import RunConfig
-from rlver_dist.dialogue import Dialogue
+from rlver_dist.dialogue import Dialogue, held
+from rlver_dist.errors import BoundaryError
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
 from rlver_dist.rollout.renderer import Renderer
@@ -121,7 +123,11 @@ def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: flo
 async def hold(
     parts: Parts, name: str, tasks: Sequence[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
 ) -> list[Dialogue]:
-    """Hold all dialogues of `tasks` under a progress bar called `name`; sorted by id."""
+    """Hold all dialogues of `tasks` under a progress bar called `name`; sorted by id.
+
+    Raises:
+        BoundaryError: infrastructure ended every one of them, and would end those to come.
+    """
     with parts.console.phase(name, len(tasks)) as advance:
         seen = 0
 
@@ -130,4 +136,8 @@ async def hold(
             advance(done - seen, replies=replies)
             seen = done
 
-        return await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)
+        dialogues = await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)
+    if dialogues and not held(dialogues):
+        [(reason, count)] = Counter(dialogue.error for dialogue in dialogues).most_common(1)
+        raise BoundaryError(f"{name}: all {len(dialogues)} dialogues failed, {count} of them with: {reason}")
+    return dialogues

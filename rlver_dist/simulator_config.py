@@ -155,6 +155,9 @@ class SimulatorConfig:
         named = self.backend is not SimulatorBackend.openai or bool(self.openai.model)
         require(named, "simulator.openai.model", repr(self.openai.model), "set the model's name as the endpoint knows it")
         self._check_judges()
+        sharing = self.replicas * (len(self.further_judges) + (self.backend is SimulatorBackend.openai))
+        enough = self.openai.max_concurrent >= sharing
+        require(enough, "simulator.openai.max_concurrent", self.openai.max_concurrent, f"use {sharing} or more, one a replica and model")
 
     def _check_judges(self) -> None:
         further, models = self.judges - 1, len(self.further_judges)

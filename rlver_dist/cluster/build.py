@@ -125,11 +125,11 @@ async def _start(built: Built, layout: Layout, console: Console, warm_start: str
     with console.phase("loading models", total) as advance:
         waiting: list[asyncio.Future[Any]] = []
         for engines in (built.engines.engines, built.user_engines):
-            starting = [asyncio.wrap_future(engine.start.remote().future()) for engine in engines]
-            if layout.shares_gpus:
-                # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
-                await asyncio.gather(*starting)
-            waiting += starting
+            for engine in engines:
+                waiting.append(asyncio.wrap_future(engine.start.remote().future()))
+                if layout.shares_gpus:
+                    # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
+                    await waiting[-1]
         waiting.append(asyncio.ensure_future(built.learner.start(warm_start)))
         if built.critic:
             waiting.append(asyncio.ensure_future(built.critic.start()))

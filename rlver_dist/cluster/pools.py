@@ -10,14 +10,17 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from rlver_dist.cluster.routing import Router
-from rlver_dist.errors import BoundaryError, RlverError
+from rlver_dist.errors import BoundaryError, GoneError, RlverError
 from rlver_dist.rollout.collector import GenerateRequest, Generation
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.chat_metrics import ChatWindow
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
+
+UNAVAILABLE_WAIT_S = 1.0
+"""Wait before a member that the network has lost for a moment is asked again."""
 
 
 class EnginePool:
@@ -126,10 +129,17 @@ async def _ask_any(
                 # Whoever asked is gone: spare the member the work.
                 ray.cancel(call)
                 raise
+            except ActorUnavailableError:
+                # It may come back; the caller's deadline bounds the wait.
+                await asyncio.sleep(UNAVAILABLE_WAIT_S)
             except RayActorError:
                 router.dead.add(index)
                 died += 1
             except RayTaskError as error:
+                if isinstance(error.cause, GoneError):
+                    router.dead.add(index)
+                    died += 1
+                    continue
                 if isinstance(error.cause, RlverError):
                     raise error.cause from None
                 raise BoundaryError(f"{what}: {type(error.cause).__name__}: {error.cause}") from error

@@ -95,7 +95,12 @@ async def second_emotions(
         except BoundaryError:
             return None
 
-    return await asyncio.gather(*map(one, held(dialogues)))
+    asked = [asyncio.ensure_future(one(dialogue)) for dialogue in held(dialogues)]
+    try:
+        return await asyncio.gather(*asked)
+    finally:
+        for task in asked:
+            task.cancel()
 
 
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:

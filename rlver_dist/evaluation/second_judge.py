@@ -26,7 +26,7 @@ async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
     """
     simulator = config.simulator.for_evaluation()
     rules = resolve_rules(simulator)
-    match config.evaluation.second_judge:
+    match config.evaluation.second_judge if config.evaluation.num_personas else SecondJudge.none:
         case SecondJudge.lexical:
             yield RuleJudge(appraiser=LexicalAppraiser(), rules=rules)
         case SecondJudge.embedded:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlver_dist.dialogue import Message, Role
-from rlver_dist.errors import BoundaryError, ConfigError, boundary
+from rlver_dist.errors import BoundaryError, ConfigError, GoneError, boundary
 from rlver_dist.rollout.engine import EngineSettings, engine_arguments, set_environment
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 
@@ -117,6 +117,7 @@ class ChatEngine:
     async def _run(self, prompt_ids: list[int], request: ChatRequest) -> RequestOutput:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._llm is not None, "start() comes first"
         parameters = SamplingParams(
@@ -126,8 +127,13 @@ class ChatEngine:
         last: RequestOutput | None = None
         # The counter keeps ids unique where a request is asked again.
         with boundary(f"{request.key}: vLLM engine"):
-            async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, parameters, f"{request.key}#{next(self._counter)}"):
-                last = output
+            try:
+                async for output in self._llm.generate(
+                    {"prompt_token_ids": prompt_ids}, parameters, f"{request.key}#{next(self._counter)}"
+                ):
+                    last = output
+            except EngineDeadError as error:
+                raise GoneError(f"{request.key}: vLLM engine of {self._name}: its process died") from error
         if last is None:
             raise BoundaryError(f"{request.key}: vLLM ended the request without an output")
         return last

@@ -108,7 +108,7 @@ class EmbeddedAppraiser:
         """Appraise the last message of `context`; a reply without a word gets the largest negative change."""
         reply = context.messages[-1].text
         if not sentences(reply):
-            return silence(context)
+            return narration.silence(context.persona, context.max_change)
         features = self._features(context)
         change = change_from(features, context.acceptance, context.max_change)
         persona = context.persona
@@ -166,15 +166,3 @@ class EmbeddedAppraiser:
             return 1.0
         nearest = similarities(torch.stack(own), past).max(dim=1).values.tolist()
         return sum(1.0 - ramp(value, *SAID_BEFORE) for value in nearest) / len(nearest)
-
-
-def silence(context: AppraisalContext) -> Appraisal:
-    """The appraisal of a reply without a word."""
-    return Appraisal(
-        content="They say nothing.",
-        fit=narration.fit(context.persona.hidden_intent, 0.0, []),
-        activity=narration.activity(context.persona.temperament, -context.max_change),
-        feeling=narration.feeling(-context.max_change),
-        change=-context.max_change,
-        features={"empty": 1.0},
-    )

@@ -23,6 +23,9 @@ FAILURES_BEFORE_REST = 3
 FIRST_BACKOFF_S = 0.5
 LONGEST_RETRY_AFTER_S = 86400.0
 
+SHORTEST_KEY = 8
+"""A key is taken out of every text that an endpoint sends, and shorter ones stand in texts by chance."""
+
 
 def key_from_environment(name: str) -> str:
     """The key in the environment variable `name`; empty for an empty name.
@@ -38,6 +41,8 @@ def key_from_environment(name: str) -> str:
     key = os.environ.get(name, "").strip()
     if not key:
         raise ConfigError(f"{where}={name}: not set in the environment; export it, or leave the name empty where no key is needed")
+    if len(key) < SHORTEST_KEY:
+        raise ConfigError(f"{where}={name}: the variable holds fewer than {SHORTEST_KEY} characters, which is no key; leave the name empty")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{where}={name}: the variable holds blanks or other characters that no key has; export the key alone")
     return key
@@ -61,7 +66,7 @@ def parse_retry_after(value: str | None, now: datetime) -> float | None:
         return min(float(text), LONGEST_RETRY_AFTER_S)
     try:
         until = parsedate_to_datetime(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)

@@ -37,6 +37,8 @@ _OPEN_TAG = re.compile(
     rf"<\|?\s*(?:\w{{1,12}}:|begin_of_)?{_NAMES}(?:\s+\w{{1,20}}\s*=[^<>]{{0,80}})?\s*\|?>|\[THINK\]|\u25c1think\u25b7", re.IGNORECASE
 )
 _CLOSE_TAG = re.compile(rf"<\|?\s*(?:/\s*(?:\w{{1,12}}:)?|end_of_){_NAMES}\s*\|?>|\[/THINK\]|\u25c1/think\u25b7", re.IGNORECASE)
+LOOKED_AT = 8
+"""Characters that are looked at, as a multiple of the bytes that stay: room for what is taken out."""
 MAX_COMBINING = 4
 """Combining marks on one character; written languages need fewer."""
 
@@ -46,7 +48,7 @@ class Fenced:
     """A text made harmless.
 
     Attributes:
-        text: without `STRUCTURAL`, invisible or control characters; the only white space is space and newline.
+        text: without `STRUCTURAL`, invisible or control characters; the only white space is single spaces.
         hidden: characters that were taken out because nobody sees them.
         markup: brackets, bars and the like that were replaced.
         thought: characters that were taken out as thinking.
@@ -92,17 +94,19 @@ def fence(text: str, *, max_bytes: int) -> Fenced:
         text: any string, lone surrogates included.
         max_bytes: UTF-8 bytes that stay. A token of a byte-level vocabulary is one byte or more, so this bounds the tokens too.
     """
+    # What is certainly beyond the limit is not looked at: a reply may be as long as it likes, and time is not.
+    text, beyond = text[: LOOKED_AT * max_bytes], text[LOOKED_AT * max_bytes :]
     visible = text.translate(_VISIBLE)
     heard = _without_thinking(visible)
     plain = _limit_combining(heard).translate(_FENCE_MAP)
-    plain = re.sub(r"\n{3,}", "\n\n", re.sub(r" {2,}", " ", plain)).strip()
-    encoded = plain.encode("utf-8")
+    # On one line it cannot look like the lines and the task around it.
+    encoded = " ".join(plain.split()).encode("utf-8")
     return Fenced(
         text=encoded[:max_bytes].decode("utf-8", errors="ignore"),
         hidden=sum(_VISIBLE[ord(character)] is None for character in text),
         markup=sum(heard.count(mark) for mark in _MARKS),
         thought=max(len(visible) - len(heard), 0),
-        cut=max(len(encoded) - max_bytes, 0),
+        cut=max(len(encoded) - max_bytes, 0) + len(beyond.encode("utf-8", "replace")),
     )
 
 
@@ -119,13 +123,13 @@ def json_line(**fields: Any) -> str:
 def _without_thinking(text: str) -> str:
     """What is heard: no closed block of thinking, nothing before a lone closing tag, nothing behind a lone open one."""
     heard: list[str] = []
-    rest = text
-    while opened := _OPEN_TAG.search(rest):
-        closed = _CLOSE_TAG.search(rest, opened.end())
-        heard.append(rest[: opened.start()])
-        rest = rest[closed.end() :] if closed else ""
+    start = 0
+    while opened := _OPEN_TAG.search(text, start):
+        closed = _CLOSE_TAG.search(text, opened.end())
+        heard.append(text[start : opened.start()])
+        start = closed.end() if closed else len(text)
     # The space keeps what was on both sides of a block from becoming a tag together.
-    joined = " ".join([*heard, rest])
+    joined = " ".join([*heard, text[start:]])
     lone = [closed.end() for closed in _CLOSE_TAG.finditer(joined)]
     return joined[lone[-1] :] if lone else joined
 

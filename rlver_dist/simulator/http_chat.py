@@ -165,7 +165,7 @@ class HttpChat:
             raise
         except httpx.TimeoutException:
             outcome = Failure(fault=Fault.TIMEOUT, text="no connection in time")
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             line = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             outcome = Failure(fault=Fault.CONNECTION, text=line, lost=not isinstance(error, NEVER_SENT))
         if isinstance(outcome, Reply):
@@ -188,7 +188,8 @@ class HttpChat:
             status, wait_s = response.status_code, parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
         if status == 200:
             return read_success(bytes(raw), sent=body)
-        return read_error(status, bytes(raw), retry_after_s=wait_s)
+        # Before the message is cut: half a key would not be found afterwards.
+        return read_error(status, self._without_key(raw.decode("utf-8", "replace")).encode(), retry_after_s=wait_s)
 
     def _account(self, endpoint: Endpoint, outcome: Reply | Failure) -> None:
         """Count an attempt, once, and remember how its endpoint did."""

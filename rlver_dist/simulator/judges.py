@@ -91,10 +91,10 @@ class JudgePanel:
                 one.cancel()
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call, of all judges together."""
-        total: Counter[str] = Counter()
-        for judge in self._judges:
-            total.update(judge.metrics())
+        """Counts since the last call: of replies those of the first judge, since all read the same ones; of answers those of all."""
+        total: Counter[str] = Counter(self._judges[0].metrics())
+        for judge in self._judges[1:]:
+            total.update({name: count for name, count in judge.metrics().items() if not name.startswith("replies_")})
         return dict(total)
 
 

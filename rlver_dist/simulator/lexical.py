@@ -20,7 +20,7 @@ import yaml
 from rlver_dist.data.persona import HiddenIntent, Temperament
 from rlver_dist.dialogue import Appraisal, Role
 from rlver_dist.simulator import narration
-from rlver_dist.simulator.appraisal import AppraisalContext, silence
+from rlver_dist.simulator.appraisal import AppraisalContext
 from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, plain, ramp, sentences, words
 
 _I = HiddenIntent
@@ -182,7 +182,7 @@ class LexicalAppraiser:
         reply = plain(context.messages[-1].text)
         tokens = words(reply)
         if not tokens:
-            return silence(context)
+            return narration.silence(context.persona, context.max_change)
         persona = context.persona
         heard = [plain(message.text) for message in context.messages[:-1] if message.role is Role.USER]
         earlier = [plain(message.text) for message in context.messages[:-1] if message.role is Role.ASSISTANT]

@@ -16,6 +16,7 @@ from rlver_dist.choices import LlmCalls
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import BoundaryError
+from rlver_dist.simulator import narration
 from rlver_dist.simulator.chat import ChatBackend, ChatRequest
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.llm_schema import Schema, SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema, turn_schema
@@ -91,7 +92,8 @@ class LlmSimulator:
         if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
             raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
         reply: dict[str, Any] | None = None
-        if self._judge is None and self._settings.calls is LlmCalls.one:
+        heard = self._prompts.fenced_reply(request.messages[-1].text).text
+        if heard and self._judge is None and self._settings.calls is LlmCalls.one:
             appraisal, reply = await self._turn(request)
         else:
             appraisal = await (self._judge or self).appraise(request)
@@ -107,7 +109,12 @@ class LlmSimulator:
         return UserResponse(appraisal=appraisal, emotion=emotion, message=message, end_reason=ending)
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """How the user takes the last reply; the change is the model's, clipped to the rules. Errors as in `respond`."""
+        """How the user takes the last reply; the change is the model's, clipped to the rules. Errors as in `respond`.
+
+        A reply in which nothing is left to read gets the largest negative change, and no call.
+        """
+        if not self._prompts.fenced_reply(request.messages[-1].text).text:
+            return narration.silence(request.persona, self.rules.emotion.max_change)
         tokens = self._settings.max_appraisal_tokens
         schema = appraisal_schema(language=request.persona.language, max_tokens=tokens)
         step = _Step(name="appraise", schema=schema, max_tokens=tokens)
@@ -146,12 +153,14 @@ class LlmSimulator:
         tricks = {"markup": fenced.markup, "hidden": fenced.hidden, "thought": fenced.thought, "cut": fenced.cut}
         for name, amount in tricks.items():
             self._counts["replies_cut" if name == "cut" else f"replies_with_{name}"] += amount > 0
+        change = clip_change(fields["change"], self.rules.emotion.max_change)
         return Appraisal(
             content=fields["content"],
             fit=fields["fit"],
             activity=fields["activity"],
             feeling=fields["feeling"],
-            change=clip_change(fields["change"], self.rules.emotion.max_change),
+            # The policy's own thinking never comes here: who writes thinking tags into a reply hides a part of it.
+            change=min(change, 0.0) if fenced.thought else change,
             features={f"fence_{name}": float(amount) for name, amount in tricks.items()},
             source=source,
         )

@@ -115,5 +115,7 @@ def _checked(value: Any, schema: Schema, where: str) -> Any:
 
 
 def _quote(value: Any) -> str:
-    quoted = ascii(value)
+    if isinstance(value, list | dict):  # as deep as it likes
+        return type(value).__name__
+    quoted = ascii(value[:100]) if isinstance(value, str) else ascii(value)
     return quoted if len(quoted) <= 80 else f"{quoted[:80]}..."

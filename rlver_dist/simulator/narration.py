@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlver_dist.data.persona import HiddenIntent, Temperament
+from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
+from rlver_dist.dialogue import Appraisal
 from rlver_dist.simulator.strategies import Strategy
 
 _DOES: dict[Strategy, str] = {
@@ -98,3 +99,15 @@ def feeling(change: float) -> str:
         (-7.0, "I feel brushed off."),
     )
     return next((text for limit, text in steps if change > limit), "I feel hurt and want to leave.")
+
+
+def silence(persona: Persona, max_change: float) -> Appraisal:
+    """The appraisal of a reply without a word: the largest negative change."""
+    return Appraisal(
+        content="They say nothing.",
+        fit=fit(persona.hidden_intent, 0.0, []),
+        activity=activity(persona.temperament, -max_change),
+        feeling=feeling(-max_change),
+        change=-max_change,
+        features={"empty": 1.0},
+    )

@@ -302,12 +302,14 @@ def test_the_key_reaches_its_endpoints_and_nothing_else(monkeypatch, caplog, cap
     monkeypatch.setenv("USERS_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     echo = refusal(400, message=f"Incorrect API key provided: {KEY}", type=f"Bearer {KEY}")
+    cut = refusal(400, message="x" * 190 + f" {KEY}")  # across the end of the excerpt
     told = Canned(body=json.dumps({"model": KEY, "choices": [{"message": {"content": f"key {KEY}"}}]}).encode())
 
     async def scenario():
         async with FaultyServer() as elsewhere:
             away = Canned(status=307, headers={"Location": f"{elsewhere.url}/chat/completions"})
-            script = [None, echo, told, away, Kind.SERVER_ERROR, Kind.TIMEOUT, Kind.CUT_BODY, Canned(headers={"X": KEY}, body=KEY.encode())]
+            bodies = Kind.CUT_BODY, Canned(headers={"X": KEY}, body=KEY.encode())
+            script = [None, echo, told, away, Kind.SERVER_ERROR, Kind.TIMEOUT, *bodies, cut]
             async with FaultyServer(script=script) as server, chat(server, api_key_env="USERS_KEY", max_retries=0) as backend:
                 outcomes = [(await ask_all(backend, 1))[0] for _ in script]
                 copy = pickle.loads(pickle.dumps(backend))
@@ -318,7 +320,8 @@ def test_the_key_reaches_its_endpoints_and_nothing_else(monkeypatch, caplog, cap
     server, elsewhere, backend, pickled, outcomes, answer = asyncio.run(scenario())
     assert {hit.headers["authorization"] for hit in server.hits} == {f"Bearer {KEY}"} and answer.retries == 0
     assert elsewhere.hits == [] and "redirect, which is not followed" in str(outcomes[3])
-    assert [type(outcome).__name__ for outcome in outcomes] == ["ChatAnswer", "BoundaryError", "ChatAnswer", *["BoundaryError"] * 5]
+    assert [type(outcome).__name__ for outcome in outcomes] == ["ChatAnswer", "BoundaryError", "ChatAnswer", *["BoundaryError"] * 6]
+    assert KEY[:6] not in str(outcomes[-1])
     assert "Incorrect API key provided: ***" in str(outcomes[1]) and outcomes[2].text == "key ***" and outcomes[2].model == "***"
     hanging = [error for outcome in outcomes if isinstance(outcome, Exception) for error in chain(outcome)]
     shown = [repr(backend), caplog.text, *capfd.readouterr(), *map(repr, outcomes), *(repr(vars(error)) for error in hanging)]

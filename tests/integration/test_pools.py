@@ -19,7 +19,7 @@ from rlver_dist.cluster.session import causes, close_session, open_session
 from rlver_dist.config import ClusterConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
-from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.errors import BoundaryError, BudgetError, GoneError, WeightSyncError
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer
@@ -147,6 +147,16 @@ def test_calls_with_one_prefix_meet_on_one_engine_and_move_on_when_it_dies():
         with pytest.raises(BoundaryError, match="all 3 user engines have died"):
             await pool.ask(chat())
         assert pool.metrics()["failures"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_whose_process_died_under_its_actor_is_asked_no_more():
+    async def scenario():
+        pool = ChatPool([*stand_ins(1, GoneError("k: vLLM engine of m: its process died")), *stand_ins(1)])
+        answers = [await pool.ask(chat(name)) for name in map(str, range(8))]
+        assert len(answers) == 8 and sum(answer.retries for answer in answers) == 1
+        assert pool.metrics()["engines_lost_max"] == 1
 
     asyncio.run(scenario())
 

@@ -123,6 +123,10 @@ def test_only_recipe_and_placement_change_places():
         ("algorithm.gae_lambda=1.5", "algorithm.gae_lambda=1.5"),
         ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1"),
         ("+exp=grpo_no_think algorithm.kl_coef=0.1 algorithm.kl_estimator=k1", "algorithm.kl_estimator=k1"),
+        (
+            "+exp=grpo_no_think simulator=openai simulator.openai.model=m simulator.openai.max_concurrent=1 simulator.replicas=2",
+            "use 2 or more",
+        ),
         ("critic.zero_stage=0", "critic.zero_stage=0"),
         ("critic.epochs=0", "critic.epochs=0"),
         ("+exp=ppo_think critic.prefit_iterations=1000", "critic.prefit_iterations=1000"),

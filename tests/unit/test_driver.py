@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig, Simula
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.driver import Driver
-from rlver_dist.errors import BudgetError
+from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import resolve
 from rlver_dist.parts import Parts
@@ -107,7 +108,7 @@ class Harness:
     def __init__(
         self, folder: Path, renderer: Renderer, fail: str = "", plain_renderer: Renderer | None = None, budget: int = 10**6, **changes
     ) -> None:
-        """`fail`: ids of dialogues that fail begin so; `budget`: appraisals of training dialogues until there is no more."""
+        """`fail`: ids that match fail from their start; `budget`: appraisals of training dialogues until there is no more."""
         self.journal: list = []
         self.asked: list[str] = []
         self.version = -1
@@ -161,7 +162,7 @@ class Harness:
         await self.driver.run()
 
     async def generate(self, request):
-        if self._fail and request.dialogue_id.startswith(self._fail):
+        if self._fail and re.match(self._fail, request.dialogue_id):
             raise ConnectionError("engine gone")
         ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
         return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(self.version, self.version))
@@ -218,10 +219,17 @@ def test_a_failed_dialogue_takes_its_group_along_and_is_counted(tmp_path, render
 
 
 def test_an_iteration_without_a_whole_group_updates_nothing(tmp_path, renderer):
-    harness = Harness(tmp_path, renderer, fail="train-000000")
+    harness = Harness(tmp_path, renderer, fail="train-000000-.*-01")
     asyncio.run(harness.driver.run())
     assert harness.journal == ["sync 0", "sync 1", "update", "sync 2", "export policy"]
     assert "nothing to learn from" in (tmp_path / "console.txt").read_text()
+
+
+def test_a_run_ends_where_every_dialogue_fails_and_keeps_what_it_learned(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, fail="train-000001", save_every=0, num_iterations=3)
+    with pytest.raises(BoundaryError, match=r"^iteration 2: rollout: all 4 dialogues failed, 4 of them with: .*engine gone"):
+        asyncio.run(harness.driver.run())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
 def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer):

@@ -24,6 +24,7 @@ NOW = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
         ("7", 7), (" 0 ", 0), ("1.5", 1.5), ("999999999", 86400), ("Tue, 01 Jan 2030 12:00:30 GMT", 30),
         ("Tue, 01 Jan 2030 11:00:00 GMT", 0), ("Tue, 01 Jan 2030 13:00:10 +0100", 10), ("Wed, 01 Jan 2031 12:00:00 GMT", 86400),
         (None, None), ("", None), ("soon", None), ("-5", None), ("nan", None), ("inf", None), ("1e5", None), ("9" * 400, None),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
     ],
 )  # fmt: skip
 def test_retry_after(value: str | None, seconds: float | None) -> None:
@@ -119,6 +120,9 @@ def test_keys_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ConfigError, match="api_key_env=MY_KEY") as caught:
             key_from_environment("MY_KEY")
         assert "hunter2" not in str(caught.value) and "ter2" not in str(caught.value)
+    monkeypatch.setenv("MY_KEY", "1")
+    with pytest.raises(ConfigError, match="api_key_env=MY_KEY: the variable holds fewer than 8 characters"):
+        key_from_environment("MY_KEY")
     with pytest.raises(ConfigError, match="api_key_env: not the name") as caught:
         key_from_environment("sk-hunter2")
     assert "hunter2" not in str(caught.value)

@@ -29,6 +29,18 @@ def test_tokens_and_money_per_thousand_dialogues(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_judges_of_other_models_cost_too(tmp_path: Path) -> None:
+    rows = [{"iteration": n, "rollout/dialogues": 10.0, "simulator/chat_prompt_tokens": 100.0} for n in (1, 2)]
+    rows[1] |= {
+        "simulator/judge_2_chat_prompt_tokens": 50.0,
+        "simulator/judge_3_chat_prompt_tokens": 7.0,
+        "simulator/chat_lost_tokens": 3.0,
+    }
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    measured = measure(tmp_path)
+    assert (measured.tokens["prompt"], measured.lost_tokens) == (157.0, 3.0)
+
+
 def test_runs_that_cannot_tell_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two iterations or more"):
         measure(write(tmp_path, (1, 0, 1)))

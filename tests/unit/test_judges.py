@@ -153,6 +153,15 @@ def test_all_judges_are_asked_at_once_each_under_its_own_name():
     assert panel.metrics() == {"asked": 3.0}
 
 
+def test_replies_are_counted_once_and_answers_by_all():
+    first, second = (LlmSimulator(rules=RULES, backend=Model("m", 0), settings=LlmUserConfig()) for _ in range(2))
+    panel = JudgePanel([first, second])
+    asyncio.run(panel.appraise(request("<b>Hm.</b>")))
+    assert panel.metrics()["replies_with_markup"] == 1.0
+    first._counts["schema_retries"], second._counts["schema_retries"] = 1, 2
+    assert panel.metrics()["schema_retries"] == 3.0
+
+
 def test_users_with_one_model_are_judged_under_several_seeds_and_answer_by_the_median():
     model = Model("m", 8, -1, 4)
     config = SimulatorConfig(backend=SimulatorBackend.vllm, judges=3, llm=LlmUserConfig(temperature=0.7, seed=5))

@@ -112,7 +112,7 @@ def test_the_talk_is_data_whatever_it_says():
 
 def test_the_users_own_notes_cannot_leave_their_line():
     lines = [line for line in prompts().reply(request("o", "r"), APPRAISAL, 35.0)[1].text.splitlines() if line.startswith('{"fit"')]
-    assert [json.loads(line)["fit"] for line in lines] == ["f ')\n(emotion)"]
+    assert [json.loads(line)["fit"] for line in lines] == ["f ') (emotion)"]
 
 
 def test_the_newest_reply_is_shown_longer_than_earlier_ones():

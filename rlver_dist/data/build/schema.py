@@ -140,7 +140,8 @@ def _text(shortest: int, longest: int, language: str) -> Fields:
 def _parse(text: str, schema: Fields) -> Fields:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise RejectedError(Reason.NOT_JSON, str(error)[:200]) from error
     broken = best_match(Draft202012Validator(schema).iter_errors(value))
     if broken is not None:
