@@ -1,5 +1,6 @@
 """Weights & Biases in its offline mode, as it really runs: files, no network."""
 
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +54,9 @@ def test_offline_writes_files_warns_once_and_resumes_its_id(tmp_path, caplog):
     assert again is not None
     again.close()
     assert (output_dir / "wandb_id").read_text().strip() == run_id
-    assert all(run_id in folder.name for folder in (output_dir / "wandb").glob("offline-run-*"))
+    # W&B numbers the second folder where both were made within one second.
+    named = re.compile(rf"offline-run-\d{{8}}_\d{{6}}-{run_id}(-\d+)?")
+    assert all(named.fullmatch(folder.name) for folder in (output_dir / "wandb").glob("offline-run-*"))
 
 
 def test_a_start_that_fails_is_an_error_of_one_line(tmp_path):
