@@ -21,6 +21,7 @@ from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import leak_notice, load_split
 from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
+from rlver_dist.files import write_whole
 from rlver_dist.refusals import check_parts
 from rlver_dist.simulator.suitability import check_languages, check_personas, check_second_judge
 
@@ -51,11 +52,9 @@ def to_config(composed: DictConfig) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration, aside and renamed."""
+    """Write the resolved configuration."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-    aside.rename(path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def run(config: RunConfig) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -29,6 +28,7 @@ from rlver_dist.driver import Driver
 from rlver_dist.errors import EXIT_INTERRUPTED, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.evaluation.second_judge import second_judge
+from rlver_dist.files import write_whole
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts
@@ -199,9 +199,7 @@ def _report(
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
         pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]
-    aside = output / "summary.json.tmp"
-    aside.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False), encoding="utf-8")
-    os.replace(aside, output / "summary.json")
+    write_whole(output / "summary.json", json.dumps(_finite(summary), indent=2, allow_nan=False))
     for tracker in trackers:
         if isinstance(tracker, WandbTracker):
             tracker.summarize(summary)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors choices guards_config training_config simulator_config config dialogue data algorithms experience simulator ledger "
+    "errors files choices guards_config training_config simulator_config config dialogue data algorithms experience simulator ledger "
     "tracking models rollout data.build learner evaluation report checkpoints cluster refusals check parts warm_up training_step stages "
     "driver run launch"
 ).split()

@@ -47,6 +47,13 @@ class Prices:
     cached: float = 0.0
     completion: float = 0.0
 
+    @classmethod
+    def of(cls, config: HttpChatConfig) -> Prices:
+        """Those that `config` names."""
+        return cls(
+            prompt=config.price_per_million_prompt, cached=config.price_per_million_cached, completion=config.price_per_million_completion
+        )
+
     def cost(self, *, prompt_tokens: float, cached_tokens: float, completion_tokens: float) -> float:
         """Money for these tokens; `cached_tokens` are part of `prompt_tokens`."""
         fresh = (prompt_tokens - cached_tokens) * self.prompt
@@ -61,9 +68,7 @@ class Budget:
 
     def __init__(self, config: HttpChatConfig) -> None:
         self._config = config
-        self._prices = Prices(
-            prompt=config.price_per_million_prompt, cached=config.price_per_million_cached, completion=config.price_per_million_completion
-        )
+        self._prices = Prices.of(config)
         self.tokens = 0
         self.cost = 0.0
 

@@ -23,8 +23,8 @@ from rlver_dist.simulator.emotion import state_of
 from rlver_dist.simulator.fence import Fenced, fence, json_line, tidy
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest
+from rlver_dist.simulator.suitability import LLM_LANGUAGES
 
-LANGUAGES = ("en", "zh")
 # A model takes words rather than shares: from here on a user counts as one who lets merit count, or who shows feelings.
 ORDINARY_ACCEPTANCE = 0.8
 OPEN_EXPRESSIVENESS = 0.7
@@ -61,8 +61,8 @@ def prompt_version(language: str) -> str:
 
 
 def _source(language: str) -> bytes:
-    if language not in LANGUAGES:
-        raise DataError(f"persona language={language}: LLM users have prompts in {', '.join(LANGUAGES)}; use personas in one of these")
+    if language not in LLM_LANGUAGES:
+        raise DataError(f"persona language={language}: LLM users have prompts in {', '.join(LLM_LANGUAGES)}; use personas in one of these")
     return resources.files("rlver_dist.simulator").joinpath(f"prompts_{language}.yaml").read_bytes()
 
 

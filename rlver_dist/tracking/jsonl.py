@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from rlver_dist.errors import DataError
+from rlver_dist.files import write_whole
 
 
 class Tracker(Protocol):
@@ -43,9 +43,7 @@ class JsonlTracker:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             kept = [line for line, record in _read_lines(self._path) if record["iteration"] < first_iteration]
-            aside = self._path.with_name(f"{self._path.name}.partial")
-            aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, self._path)
+            write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:

@@ -12,8 +12,9 @@ from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.errors import DataError
 from rlver_dist.simulator.emotion import EmotionState
 from rlver_dist.simulator.presets import PRESETS
-from rlver_dist.simulator.prompts import LANGUAGES, UserPrompts, fill, material, prompt_version
+from rlver_dist.simulator.prompts import UserPrompts, fill, material, prompt_version
 from rlver_dist.simulator.protocol import UserRequest
+from rlver_dist.simulator.suitability import LLM_LANGUAGES
 
 PERSONA = load_split("bank", "train")[0]
 APPRAISAL = Appraisal(content="c", fit='f "}\n{emotion}', activity="a", feeling="l", change=5.0)
@@ -40,7 +41,7 @@ def keys(tree):
 
 def test_both_languages_have_the_same_parts():
     assert keys(material("en")) == keys(material("zh"))
-    for language in LANGUAGES:
+    for language in LLM_LANGUAGES:
         words = material(language)
         assert set(words["states"]) == {state.value for state in EmotionState}
         assert set(words["intents"]) == {intent.value for intent in HiddenIntent}
@@ -53,7 +54,7 @@ def test_another_language_is_refused_with_the_way_out():
         prompts().opening(replace(PERSONA, language="fr"))
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", LLM_LANGUAGES)
 @pytest.mark.parametrize("preset", Preset)
 def test_every_prompt_is_filled(language, preset):
     persona = replace(PERSONA, language=language)

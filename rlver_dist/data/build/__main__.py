@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -33,10 +32,11 @@ from rlver_dist.data.build.writer import PersonaWriter, WriterSettings
 from rlver_dist.data.personas import dump_personas
 from rlver_dist.data.situations import SPLITS
 from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
+from rlver_dist.files import write_whole
 from rlver_dist.simulator.budget import Prices
 from rlver_dist.simulator.chat import ChatBackend
 from rlver_dist.simulator.embedding import SentenceEncoder
-from rlver_dist.simulator_config import HttpChatConfig, SimulatorConfig
+from rlver_dist.simulator_config import SimulatorConfig
 
 JOURNAL = "journal.jsonl"
 
@@ -108,9 +108,9 @@ def build(options: argparse.Namespace, *, backend: AbstractAsyncContextManager[C
         report = make_report(writer, journal.entries, prices)
     for split in SPLITS:
         if personas := [persona for slot in slots if slot.split == split and (persona := writer.persona(slot))]:
-            _replace(options.out / f"{split}.jsonl", dump_personas(personas))
-    _replace(options.out / "report.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-    _replace(options.out / "report.md", render(report))
+            write_whole(options.out / f"{split}.jsonl", dump_personas(personas))
+    write_whole(options.out / "report.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+    write_whole(options.out / "report.md", render(report))
     print(render(report), end="")
     if report["missing"]:
         print(f"{len(report['missing'])} personas are missing; the same command tries them again", file=sys.stderr)
@@ -134,13 +134,6 @@ class _Progress:
             print(f"{self._done} of {self._total} personas, the last {slot.id}", file=sys.stderr, flush=True)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write aside and rename, so that the file is whole or not there."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(aside, path)
-
-
 def _whole(least: int) -> Callable[[str], int]:
     """Parses a whole number from `least` on, for argparse."""
 
@@ -159,12 +152,6 @@ def _languages(text: str) -> list[str]:
     return languages
 
 
-def _prices(config: HttpChatConfig) -> Prices:
-    return Prices(
-        prompt=config.price_per_million_prompt, cached=config.price_per_million_cached, completion=config.price_per_million_completion
-    )
-
-
 def main() -> None:
     """Command line."""
     options = parse_arguments(sys.argv[1:])
@@ -176,7 +163,7 @@ def main() -> None:
             options,
             backend=open_backend(config, seed=options.seed, concurrency=options.concurrency),
             embed=lambda sentences: encoder.vectors(sentences).numpy(),
-            prices=_prices(config.openai),
+            prices=Prices.of(config.openai),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
