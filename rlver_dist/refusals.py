@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rlver_dist.choices import Device, SimulatorBackend
 from rlver_dist.config import RunConfig
-from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.errors import ResourceError
 from rlver_dist.models import resolve, weight_bytes, weight_shapes
 from rlver_dist.simulator.endpoints import key_from_environment, parse_address
-from rlver_dist.training_config import ALL_LINEAR
+from rlver_dist.training_config import check_num_layers
 
 GIB = 1024**3
 
@@ -50,21 +50,13 @@ def check_layers(config: RunConfig, policy: str) -> None:
     folder = Path(policy)
     if not (folder / "config.json").is_file():
         return
-    layers, kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"], config.critic.num_layers
-    if config.has_critic and kept > layers:
-        raise ConfigError(f"critic.num_layers={kept}: the model has {layers} layers; use at most that, or 0 for all")
-    lora = config.model.lora
-    if lora.rank == 0 or lora.target_modules == ALL_LINEAR:
-        return
-    # Weights of one dimension are norms.
-    matrices = [name for name, shape in weight_shapes(folder).items() if name.endswith(".weight") and len(shape) == 2]
-    there = {name.split(".")[-2] for name in matrices if ".layers." in name}
-    for kind in (name.strip() for name in lora.target_modules.split(",")):
-        if kind not in there:
-            raise ConfigError(
-                f"model.lora.target_modules={lora.target_modules}: the model has no layer '{kind}'; use {ALL_LINEAR} or names among "
-                f"{','.join(sorted(there))}"
-            )
+    if config.has_critic:
+        layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+        check_num_layers(config.critic.num_layers, layers)
+    if config.model.lora.rank > 0:
+        # Weights of one dimension are norms.
+        matrices = [name for name, shape in weight_shapes(folder).items() if name.endswith(".weight") and len(shape) == 2]
+        config.model.lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
 def check_memory(config: RunConfig, policy: str, users: str, have: int) -> None:

@@ -42,6 +42,7 @@ async def evaluate(
         judge, rules = parts.second_judge, parts.evaluation_rules
         second = await second_emotions(dialogues, personas, judge, rules) if judge else []
         results = summarize(dialogues, second_emotion=second, perplexity=perplexity, judges=judge_names(config))
+        results.second_judge_counts = judge.metrics() if judge else {}
         advance(1)
     path = dialogues_path(Path(config.output_dir), phase=phase, iteration=iteration)
     scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held(dialogues)}

@@ -45,6 +45,20 @@ class LoraConfig:
         positive("model.lora.", alpha=self.alpha)
         require(bool(self.target_modules), "model.lora.target_modules", "''", "use all-linear or names such as q_proj,v_proj")
 
+    def targets(self, there: set[str]) -> set[str]:
+        """Which of the linear layers `there`, by the last part of their names, get an adapter.
+
+        Raises:
+            ConfigError: one that was named is none of them.
+        """
+        if self.target_modules == ALL_LINEAR:
+            return there
+        named = {name.strip() for name in self.target_modules.split(",")}
+        for name in sorted(named - there):
+            way_out = f"the model has no linear layer '{name}' below its head; use {ALL_LINEAR} or names among {','.join(sorted(there))}"
+            require(False, "model.lora.target_modules", self.target_modules, way_out)
+        return named
+
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
@@ -216,6 +230,11 @@ class CriticConfig(LearnerConfig):
         at_least(0, "critic.", num_layers=self.num_layers, head_units=self.head_units, value_clip=self.value_clip)
         at_least(0, "critic.", prefit_iterations=self.prefit_iterations)
         at_least(1, "critic.", epochs=self.epochs)
+
+
+def check_num_layers(kept: int, there: int) -> None:
+    """Raise `ConfigError` where `critic.num_layers` (`kept`) is more than the model has."""
+    require(kept <= there, "critic.num_layers", kept, f"the model has {there} layers; use at most that, or 0 for all")
 
 
 @dataclass(kw_only=True, slots=True)

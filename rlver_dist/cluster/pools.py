@@ -95,6 +95,9 @@ class ChatPool:
         except RlverError:
             self._window.fail()
             raise
+        except asyncio.CancelledError:
+            self._window.cancel()
+            raise
         answer = replace(answer, seconds=time.perf_counter() - started, retries=died)
         self._window.add(answer)
         return answer

@@ -7,11 +7,11 @@ look at the reply text alone, so that they mean the same with and without thinki
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlver_dist.concurrency import all_or_none
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, Message, Role, held
 from rlver_dist.errors import BoundaryError
@@ -39,6 +39,7 @@ class HeldOut:
         well_formed: share of all turns whose reply kept the format.
         failed: dialogues lost to infrastructure.
         judges: who gave `emotion` and, where there is a second one, who gave `second_emotion`.
+        second_judge_counts: `Judge.metrics` of the second one for these dialogues; calls, tokens and cost where it is asked over HTTP.
     """
 
     persona_ids: list[str]
@@ -49,6 +50,7 @@ class HeldOut:
     well_formed: float
     failed: int
     judges: list[str] = field(default_factory=list)
+    second_judge_counts: dict[str, float] = field(default_factory=dict)
 
 
 def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> list[DialogueTask]:
@@ -95,12 +97,7 @@ async def second_emotions(
         except BoundaryError:
             return None
 
-    asked = [asyncio.ensure_future(one(dialogue)) for dialogue in held(dialogues)]
-    try:
-        return await asyncio.gather(*asked)
-    finally:
-        for task in asked:
-            task.cancel()
+    return await all_or_none(one(dialogue) for dialogue in held(dialogues))
 
 
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
@@ -165,6 +162,8 @@ def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]
         "well_formed": {"before": before.well_formed, "after": after.well_formed},
         "failed": {"before": before.failed, "after": after.failed},
     }
+    if before.second_judge_counts or after.second_judge_counts:
+        compared["second_judge_counts"] = {"before": before.second_judge_counts, "after": after.second_judge_counts}
     if len(after.judges) == 2 and before.judges == after.judges:
         compared["second_appraiser"] = _paired(before, before.second_emotion, after, after.second_emotion, num_samples)
     return compared

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from rlver_dist.choices import SecondJudge, SimulatorBackend
 from rlver_dist.config import RunConfig
+from rlver_dist.dialogue import Appraisal
 from rlver_dist.simulator.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.chat import ChatBackend
 from rlver_dist.simulator.http_chat import HttpChat
 from rlver_dist.simulator.judges import RuleJudge
 from rlver_dist.simulator.lexical import LexicalAppraiser
 from rlver_dist.simulator.llm import LlmSimulator
 from rlver_dist.simulator.presets import resolve_rules
-from rlver_dist.simulator.protocol import Judge
+from rlver_dist.simulator.protocol import Judge, UserRequest
 
 
 @asynccontextmanager
@@ -34,11 +36,27 @@ async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
         case SecondJudge.openai:
             backend = HttpChat(config=replace(simulator.openai, model=_model(config)))
             try:
-                yield LlmSimulator(rules=rules, backend=backend, settings=simulator.llm)
+                yield _Charged(judge=LlmSimulator(rules=rules, backend=backend, settings=simulator.llm), backend=backend)
             finally:
                 await backend.close()
         case SecondJudge.none:
             yield None
+
+
+class _Charged:
+    """A judge whose metrics tell what its calls used up, too."""
+
+    def __init__(self, *, judge: Judge, backend: ChatBackend) -> None:
+        self._judge = judge
+        self._backend = backend
+
+    async def appraise(self, request: UserRequest) -> Appraisal:
+        """See `Judge`."""
+        return await self._judge.appraise(request)
+
+    def metrics(self) -> dict[str, float]:
+        """The judge's counts, and those of its calls as `chat_<name>`."""
+        return self._judge.metrics() | {f"chat_{name}": value for name, value in self._backend.metrics().items()}
 
 
 def judge_names(config: RunConfig) -> list[str]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlver_dist.errors import ConfigError
-from rlver_dist.training_config import ALL_LINEAR, LoraConfig
+from rlver_dist.training_config import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,27 +66,18 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     """
     import peft
 
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_targets(model, config.target_modules))  # type: ignore[arg-type]
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_targets(model, config))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(SEED)
         peft.inject_adapter_in_model(settings, model, ADAPTER)
 
 
-def _targets(model: PreTrainedModel, chosen: str) -> list[str]:
-    """Full names of the linear layers that `chosen` stands for. The head is none of them: it can be tied to the embeddings."""
+def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Full names of the linear layers that get an adapter. The head is none of them: it can be tied to the embeddings."""
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    if chosen == ALL_LINEAR:
-        return linear
-    kinds = [name.strip() for name in chosen.split(",")]
-    there = {name.rpartition(".")[2] for name in linear}
-    for kind in kinds:
-        if kind not in there:
-            raise ConfigError(
-                f"model.lora.target_modules={chosen}: the model has no linear layer '{kind}' below its head; use {ALL_LINEAR} or names "
-                f"among {','.join(sorted(there))}"
-            )
-    return [name for name in linear if name.rpartition(".")[2] in kinds]
+    chosen = config.targets({name.rpartition(".")[2] for name in linear})
+    return [name for name in linear if name.rpartition(".")[2] in chosen]
 
 
 def named_weights(model: PreTrainedModel) -> list[Weight]:

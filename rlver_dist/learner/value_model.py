@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlver_dist.errors import ConfigError
 from rlver_dist.experience.packing import PackedRow, Span
 from rlver_dist.learner.scoring import hidden_states, load_model
+from rlver_dist.training_config import check_num_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +66,7 @@ def load_trunk(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedMode
         ConfigError: the model has fewer layers.
     """
     trunk: Any = load_model(path, dtype).base_model
-    if num_layers > len(trunk.layers):
-        raise ConfigError(f"critic.num_layers={num_layers}: the model has {len(trunk.layers)} layers; use at most that, or 0 for all")
+    check_num_layers(num_layers, len(trunk.layers))
     if num_layers:
         trunk.layers = trunk.layers[:num_layers]
         trunk.config.num_hidden_layers = num_layers

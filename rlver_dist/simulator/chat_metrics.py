@@ -15,6 +15,7 @@ class ChatWindow:
     Attributes:
         calls: requests; one counts once, however many attempts it takes.
         failures: calls that failed for good.
+        cancelled: calls that whoever asked gave up, mostly at a deadline; neither answered nor failed.
         retries: attempts after a call's first.
         latencies_s: seconds of each answered call, retries included.
         prompt_tokens, cached_tokens, completion_tokens: of answered calls.
@@ -22,6 +23,7 @@ class ChatWindow:
 
     calls: int = 0
     failures: int = 0
+    cancelled: int = 0
     retries: int = 0
     latencies_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -42,7 +44,12 @@ class ChatWindow:
         self.calls += 1
         self.failures += 1
 
+    def cancel(self) -> None:
+        """Count a call that nobody waits for any more."""
+        self.calls += 1
+        self.cancelled += 1
+
     def values(self) -> dict[str, float]:
         """The counts by name; latencies (seconds) only where anything was answered."""
-        counts = ("calls", "failures", "retries", "prompt_tokens", "cached_tokens", "completion_tokens")
+        counts = ("calls", "failures", "cancelled", "retries", "prompt_tokens", "cached_tokens", "completion_tokens")
         return {**{name: float(getattr(self, name)) for name in counts}, **latency_metrics("latency", self.latencies_s)}

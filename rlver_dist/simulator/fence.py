@@ -52,7 +52,7 @@ class Fenced:
         hidden: characters that were taken out because nobody sees them.
         markup: brackets, bars and the like that were replaced.
         thought: characters that were taken out as thinking.
-        cut: UTF-8 bytes beyond the limit.
+        cut: UTF-8 bytes beyond the limit, with those that were too far behind it to be looked at.
     """
 
     text: str

@@ -78,6 +78,9 @@ class HttpChat:
         except (BoundaryError, BudgetError):
             self._window.fail()
             raise
+        except asyncio.CancelledError:
+            self._window.cancel()
+            raise
         seconds = time.perf_counter() - started
         self._window.answered(seconds)
         usage = reply.usage

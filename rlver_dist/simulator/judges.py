@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import cycle, islice
 from statistics import median
 
+from rlver_dist.concurrency import all_or_none
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser
 from rlver_dist.simulator.chat import ChatBackend
@@ -83,12 +84,8 @@ class JudgePanel:
         asked = []
         for number, judge in enumerate(self._judges, start=1):
             own = request if number == 1 else replace(request, dialogue_id=f"{request.dialogue_id}/judge_{number}")
-            asked.append(asyncio.ensure_future(judge.appraise(own)))
-        try:
-            return combine(await asyncio.gather(*asked))
-        finally:
-            for one in asked:
-                one.cancel()
+            asked.append(judge.appraise(own))
+        return combine(await all_or_none(asked))
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call: of replies those of the first judge, since all read the same ones; of answers those of all."""

@@ -19,6 +19,7 @@ from rlver_dist.errors import BoundaryError
 from rlver_dist.simulator import narration
 from rlver_dist.simulator.chat import ChatBackend, ChatRequest
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
+from rlver_dist.simulator.fence import Fenced
 from rlver_dist.simulator.llm_schema import Schema, SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema, turn_schema
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.prompts import UserPrompts, prompt_version
@@ -92,9 +93,8 @@ class LlmSimulator:
         if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
             raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
         reply: dict[str, Any] | None = None
-        heard = self._prompts.fenced_reply(request.messages[-1].text).text
-        if heard and self._judge is None and self._settings.calls is LlmCalls.one:
-            appraisal, reply = await self._turn(request)
+        if self._judge is None and self._settings.calls is LlmCalls.one and (fenced := self._prompts.fenced_reply(request)).text:
+            appraisal, reply = await self._turn(request, fenced)
         else:
             appraisal = await (self._judge or self).appraise(request)
         rules = self.rules.emotion
@@ -113,13 +113,14 @@ class LlmSimulator:
 
         A reply in which nothing is left to read gets the largest negative change, and no call.
         """
-        if not self._prompts.fenced_reply(request.messages[-1].text).text:
+        fenced = self._prompts.fenced_reply(request)
+        if not fenced.text:
             return narration.silence(request.persona, self.rules.emotion.max_change)
         tokens = self._settings.max_appraisal_tokens
         schema = appraisal_schema(language=request.persona.language, max_tokens=tokens)
         step = _Step(name="appraise", schema=schema, max_tokens=tokens)
         answered = await self._ask(request, step, self._prompts.appraisal(request))
-        return self._appraisal(request, answered.fields, answered.source)
+        return self._appraisal(fenced, answered.fields, answered.source)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call: answers that broke their schema, calls that never kept it, and replies with tricks in them; those
@@ -130,13 +131,13 @@ class LlmSimulator:
         self._counts.clear()
         return values
 
-    async def _turn(self, request: UserRequest) -> tuple[Appraisal, dict[str, Any]]:
+    async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, dict[str, Any]]:
         """Appraisal and reply in one call."""
         notes, message = self._settings.max_appraisal_tokens, self._settings.max_message_tokens
         schema = turn_schema(language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message)
         step = _Step(name="turn", schema=schema, max_tokens=notes + message)
         answered = await self._ask(request, step, self._prompts.turn(request))
-        return self._appraisal(request, answered.fields["appraisal"], answered.source), answered.fields["reply"]
+        return self._appraisal(fenced, answered.fields["appraisal"], answered.source), answered.fields["reply"]
 
     async def _reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> dict[str, Any]:
         tokens = self._settings.max_message_tokens
@@ -148,8 +149,7 @@ class LlmSimulator:
         step = _Step(name="open", schema=opening_schema(language=request.persona.language, max_tokens=tokens), max_tokens=tokens)
         return (await self._ask(request, step, self._prompts.opening(request.persona))).fields["message"]
 
-    def _appraisal(self, request: UserRequest, fields: dict[str, Any], source: str) -> Appraisal:
-        fenced = self._prompts.fenced_reply(request.messages[-1].text)
+    def _appraisal(self, fenced: Fenced, fields: dict[str, Any], source: str) -> Appraisal:
         tricks = {"markup": fenced.markup, "hidden": fenced.hidden, "thought": fenced.thought, "cut": fenced.cut}
         for name, amount in tricks.items():
             self._counts["replies_cut" if name == "cut" else f"replies_with_{name}"] += amount > 0

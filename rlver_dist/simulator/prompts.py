@@ -96,9 +96,9 @@ class UserPrompts:
         """For both in one call, at the emotion before the reply."""
         return self._task(request, "turn", request.emotion)
 
-    def fenced_reply(self, text: str) -> Fenced:
+    def fenced_reply(self, request: UserRequest) -> Fenced:
         """The newest reply as prompts show it."""
-        return fence(text, max_bytes=self.max_reply_bytes)
+        return fence(request.messages[-1].text, max_bytes=self.max_reply_bytes)
 
     def _task(self, request: UserRequest, task: str, emotion: float, **values: str) -> tuple[Message, ...]:
         words = material(request.persona.language)

@@ -267,7 +267,7 @@ def test_a_cancelled_caller_cancels_its_call_and_frees_its_place():
 
     server, answer, values = asyncio.run(scenario())
     assert answer.retries == 0 and [hit.body["messages"][1]["content"] for hit in server.hits] == ["It is about 0.", "It is about 1."]
-    assert (values["calls"], values["lost_attempts"], values["failures"]) == (1, 1, 0)
+    assert (values["calls"], values["cancelled"], values["lost_attempts"], values["failures"]) == (2, 1, 1, 0)
 
 
 def test_endpoints_that_want_other_words_get_them():

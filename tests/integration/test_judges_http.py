@@ -76,6 +76,9 @@ def test_the_second_judge_of_an_evaluation_may_be_a_model_at_an_endpoint():
                 assert judge is not None
                 found = await second_emotions([held_out(number) for number in range(20)], [PERSONA], judge, RULES.emotion)
             assert {hit.body["model"] for hit in server.hits} == {"other"}
+            counts = judge.metrics()
+            assert counts["chat_calls"] - counts["chat_failures"] - counts["schema_failures"] >= sum(value is not None for value in found)
+            assert counts["chat_completion_tokens"] > 0 and judge.metrics()["chat_calls"] == 0
             return found
 
     sound, again, faulty = (asyncio.run(judge(*rates)) for rates in ((0.0, 1), (0.0, 1), (0.5, 0)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.fence import STRUCTURAL, fence, json_line, tidy
+from rlver_dist.simulator.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
 
 ANYTHING = st.text(max_size=300) | st.text(alphabet='<|im_start>[/INST]{}:"\\think \n\u200b\uff1c\uff5c\ufe64', max_size=300)
 TAGS = ("<|im_end|>", "</s>", "[INST]", "<<SYS>>", "{persona}", "${x}", "{% raw %}", "### System:", "\uff1c\uff5cUser\uff5c\uff1e")
@@ -35,10 +35,13 @@ def test_fencing_again_changes_nothing(text):
 
 
 @given(ANYTHING, st.integers(0, 200))
+@example(" ", 0)
+@example("a" + 100 * " ", 10)
 def test_the_limit_counts_bytes(text, limit):
     fenced = fence(text, max_bytes=limit)
     assert len(fenced.text.encode()) <= limit
-    assert (fenced.cut > 0) == (len(words(text, max_bytes=10**6).encode()) > limit)
+    too_long = len(words(text, max_bytes=10**6).encode()) > limit
+    assert (fenced.cut > 0) == (too_long or len(text) > LOOKED_AT * limit)
 
 
 @pytest.mark.parametrize("tag", TAGS)

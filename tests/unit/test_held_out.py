@@ -162,6 +162,9 @@ def test_comparison_pairs_personas_and_reports_the_format() -> None:
     assert (compared["before"], compared["after"], compared["difference"]) == (35.0, 39.0, 4.0)
     assert compared["num_eval_personas"] == 2 and compared["second_appraiser"]["difference"] == 0.0
     assert compared["judges"] == {"before": ["embedded", "lexical"], "after": ["embedded", "lexical"]}
+    assert "second_judge_counts" not in compared
+    counted = compare(before, replace(after, second_judge_counts={"chat_cost": 0.5}), num_samples=100)
+    assert counted["second_judge_counts"] == {"before": {}, "after": {"chat_cost": 0.5}}
 
 
 def test_second_emotions_are_paired_where_one_judge_gave_both() -> None:

@@ -402,6 +402,10 @@ def test_options_of_the_chat_model_are_those_of_training():
         (["simulator=gpt"], "gpt"),
         (["simulator=openai"], "simulator.openai.model"),
         (["model.path=x"], "model.path=x: not an option of the chat model"),
+        (
+            ["simulator=openai", "simulator.llm.calls=one"],
+            "simulator.llm.calls=one: not an option of the chat model that writes; use simulator.backend=",
+        ),
     ],
 )
 def test_bad_options_are_refused_in_one_line(overrides, message):

@@ -36,7 +36,8 @@ def test_a_window_of_calls():
     for seconds in (1.0, 2.0, 3.0):
         window.add(ChatAnswer(text="{}", prompt_tokens=10, cached_tokens=4, completion_tokens=2, seconds=seconds, retries=1, model="m"))
     window.fail()
+    window.cancel()
     values = window.values()
-    assert (values["calls"], values["failures"], values["retries"]) == (4, 1, 3)
+    assert (values["calls"], values["failures"], values["cancelled"], values["retries"]) == (5, 1, 1, 3)
     assert (values["prompt_tokens"], values["cached_tokens"], values["completion_tokens"]) == (30, 12, 6)
     assert (values["latency_mean_s"], values["latency_p50_s"], values["latency_p99_s"], values["latency_max_s"]) == (2, 2, 3, 3)

@@ -3,8 +3,9 @@
     python -m rlver_dist.data.build --out FOLDER [--train 240] [--evaluation 100] [--languages en,zh] simulator=openai \\
         simulator.openai.model=NAME
 
-Options of the chat model are those of training, `simulator.*` (see `simulator_config.py`). FOLDER gets `train.jsonl` and
-`evaluation.jsonl` for `data.train` and `data.evaluation`, `report.md` and `report.json`, and `journal.jsonl` with every call.
+Options of the chat model are those of training, `simulator.engine.*` and `simulator.openai.*` (see `simulator_config.py`). FOLDER
+gets `train.jsonl` and `evaluation.jsonl` for `data.train` and `data.evaluation`, `report.md` and `report.json`, and `journal.jsonl`
+with every call.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from rlver_dist.simulator.embedding import SentenceEncoder
 from rlver_dist.simulator_config import SimulatorConfig
 
 JOURNAL = "journal.jsonl"
+OPTIONS = ("simulator.backend=", "simulator.engine.", "simulator.openai.")
+"""What of the simulated users' configuration is about the chat model; the rest is about the users."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -65,8 +68,8 @@ def simulator_config(overrides: Sequence[str]) -> SimulatorConfig:
     prefix = "simulator="
     dotted = [f"simulator.backend={item.removeprefix(prefix)}" if item.startswith(prefix) else item for item in overrides]
     for item in dotted:
-        if "=" not in item or not item.startswith("simulator."):
-            raise ConfigError(f"{item}: not an option of the chat model; write simulator.KEY=VALUE")
+        if "=" not in item or not item.startswith(OPTIONS):
+            raise ConfigError(f"{item}: not an option of the chat model that writes; use {', '.join(f'{start}...' for start in OPTIONS)}")
     try:
         schema = OmegaConf.create({"simulator": OmegaConf.structured(SimulatorConfig)})
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(dotted)).simulator)

@@ -5,7 +5,6 @@ Nothing here decides by the order in which answers come, except which of two nea
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from enum import Enum
 
 import numpy as np
 
+from rlver_dist.concurrency import all_or_none
 from rlver_dist.data.build import prompts
 from rlver_dist.data.build.journal import ACCEPTED, Entry, Journal
 from rlver_dist.data.build.schema import Fields, Reason, RejectedError, parse_person, parse_scene, person_schema, scene_schema
@@ -82,13 +82,7 @@ class PersonaWriter:
             BudgetError: tokens, money or quota are used up.
         """
         waiting = (slot for slot in self.slots if self.persona(slot) is None)
-        workers = [asyncio.create_task(self._work(waiting, backend, on_written)) for _ in range(self._settings.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await all_or_none(self._work(waiting, backend, on_written) for _ in range(self._settings.concurrency))
 
     def persona(self, slot: Slot) -> Persona | None:
         """The finished persona of `slot`; None as long as a part of it is missing."""
