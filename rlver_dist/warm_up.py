@@ -1,7 +1,7 @@
 """Supervised warm-up: what a model that cannot follow the think format imitates, and the format is all it is meant to learn.
 
 Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
-reply it is asked, in a chat of its own with three worked examples, what the person feels and needs; the examples give the thoughts
+reply it is asked, in a chat of its own with three worked examples, what the user feels and needs; the examples give the thoughts
 their form. Thought and reply, after the prompt with thinking and the history as it was heard, become a sample. Nothing is chosen by
 what it is worth or how long it is: a reply that was cut at the token limit counts up to the cut and without an end, so that the model
 learns neither to break off nor to be short.
@@ -24,14 +24,15 @@ from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn,
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
-THOUGHT_SYSTEM_PROMPT = "You name in one short sentence what a person feels and needs."
-THOUGHT_QUESTION = '"{message}" What does this person feel and need?'
+THOUGHT_SYSTEM_PROMPT = "You tell a person in one short sentence what they feel and need."
+THOUGHT_QUESTION = '"{message}" What do I feel and need?'
 THOUGHT_EXAMPLES = (
-    ("My dog died last week. The house is so quiet.", "They miss their dog and want company."),
-    ("I got the job! I start on Monday.", "They are proud and want someone to cheer with them."),
-    ("My boss shouted at me in front of everyone.", "They feel humiliated and need someone on their side."),
+    ("My dog died last week. The house is so quiet.", "You miss your dog and want company."),
+    ("I got the job! I start on Monday.", "You are proud and want someone to cheer with you."),
+    ("My boss shouted at me in front of everyone.", "You feel humiliated and need someone on your side."),
 )
-"""Worked exchanges before each question, without which a small model retells the message at length."""
+"""Worked exchanges before each question, without which a small model retells the message at length. They speak to the person: a small
+model's replies take over how its thoughts speak, and a friend who is spoken of as "they" is not spoken to."""
 THOUGHT_TEMPERATURE = 0.7
 """Of the thoughts; hotter ones of a small model have little to do with the message."""
 SEED_STREAM = -1

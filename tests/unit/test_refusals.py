@@ -42,6 +42,8 @@ def test_layers_that_the_model_lacks_are_named():
         check_layers(RunConfig(algorithm=ppo, critic=CriticConfig(num_layers=3)), resolve(TINY))
     check_layers(RunConfig(critic=CriticConfig(num_layers=3)), resolve(TINY))
     check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj, up_proj"))), resolve(TINY))
-    with pytest.raises(ConfigError, match=r"no linear layer 'query' below its head; use all-linear or names among down_proj,gate_proj,k_proj,o_proj,q_proj"):
+    with pytest.raises(
+        ConfigError, match=r"no linear layer 'query' below its head; use all-linear or names among down_proj,gate_proj,k_proj,o_proj,q_proj"
+    ):
         check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj,query"))), resolve(TINY))
     check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="query"))), "Qwen/Qwen2.5-7B-Instruct")
