@@ -22,7 +22,7 @@ from torch import Tensor
 from rlver_dist.config import RunConfig
 from rlver_dist.dialogue import Dialogue, held
 from rlver_dist.errors import BoundaryError
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.emotion import EmotionRules
@@ -39,7 +39,7 @@ class Policy(Protocol):
     async def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
         """Optimizer steps on one iteration's samples."""
 
-    async def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+    async def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
         """Supervised warm-up; training starts anew from the result."""
 
     async def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:

@@ -1,10 +1,10 @@
 """Supervised warm-up: what a model that cannot follow the think format imitates, and the format is all it is meant to learn.
 
-Everything is the model's own text. It holds dialogues with training personas under the prompt without thinking. For each finished
-reply it is asked, in a chat of its own with three worked examples, what the user feels and needs; the examples give the thoughts
-their form. Thought and reply, after the prompt with thinking and the history as it was heard, become a sample. Nothing is chosen by
-what it is worth or how long it is: a reply that was cut at the token limit counts up to the cut and without an end, so that the model
-learns neither to break off nor to be short.
+Everything is the model's own. It holds dialogues with training personas under the prompt without thinking. For each finished reply it
+is asked, in a chat of its own with three worked examples, what the user feels and needs; the examples give the thoughts their form.
+Thought and reply, after the prompt with thinking and the history as it was heard, become a sample; beside it stands the reply after the
+prompt without thinking, where the learner asks the model as it came how likely each next token is. Nothing is chosen by what it is worth
+or how long it is: a reply that was cut at the token limit counts up to the cut and without an end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 from rlver_dist.config import RunConfig
@@ -19,7 +20,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.errors import ConfigError
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
@@ -64,7 +65,7 @@ class ThoughtRenderer(Renderer):
 
 async def warm_up_samples(
     *, config: RunConfig, tokenizer: Any, personas: Sequence[Persona], users: RespondFn, limits: CollectLimits, hold: HoldFn
-) -> list[TurnSample]:
+) -> list[ImitationSample]:
     """Sample replies and thoughts and put them together; equal configurations and weights give equal samples.
 
     Args:
@@ -90,7 +91,7 @@ async def warm_up_samples(
     answers = await hold("warm-up: thoughts", *_questions(dialogues, tasks), _thought_limits(config, limits), ThoughtRenderer(tokenizer))
     thoughts = {answer.id: clean_thought(turn.reply, cut=turn.truncated) for answer in answers for turn in answer.turns}
     thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)
-    samples = [sample for dialogue in dialogues for sample in _samples(dialogue, thoughts, thinking, limits)]
+    samples = [sample for dialogue in dialogues for sample in _samples(dialogue, thoughts, plain, thinking, limits)]
     if len(samples) < warm_up.batch_size:
         raise _too_few(config, samples, [*dialogues, *answers])
     return samples
@@ -153,7 +154,9 @@ def _thought_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
     return replace(limits, max_turns=1, max_reply_tokens=config.warm_up.max_thought_tokens, temperature=THOUGHT_TEMPERATURE)
 
 
-def _samples(dialogue: Dialogue, thoughts: Mapping[str, str], thinking: Renderer, limits: CollectLimits) -> Iterator[TurnSample]:
+def _samples(
+    dialogue: Dialogue, thoughts: Mapping[str, str], plain: Renderer, thinking: Renderer, limits: CollectLimits
+) -> Iterator[ImitationSample]:
     """A sample for each reply of a dialogue that has a thought and fits the limits with it."""
     prompt_ids: list[int] = []
     said: Turn | None = None
@@ -163,23 +166,34 @@ def _samples(dialogue: Dialogue, thoughts: Mapping[str, str], thinking: Renderer
         if not thoughts.get(_key(dialogue, turn)):
             continue
         try:
-            reply_ids = thinking.encode_reply(thoughts[_key(dialogue, turn)], turn.reply)
+            reply_ids, plain_ids = (one.encode_reply(thoughts[_key(dialogue, turn)], turn.reply) for one in (thinking, plain))
         except ValueError:  # a reply with a tag in it
             continue
         if turn.truncated:
-            reply_ids = reply_ids[:-1]
+            reply_ids, plain_ids = reply_ids[:-1], plain_ids[:-1]
         if len(reply_ids) <= limits.max_reply_tokens and len(prompt_ids) + len(reply_ids) <= limits.max_context_tokens:
-            yield _sample(_key(dialogue, turn), turn.index, prompt_ids, reply_ids)
+            key, own = _key(dialogue, turn), len(plain_ids) - _common_end(reply_ids, plain_ids)
+            yield ImitationSample(
+                sample=_sample(key, turn.index, prompt_ids, reply_ids),
+                plain=_sample(key, turn.index, [*turn.prompt_ids, *plain_ids[:own]], plain_ids[own:]),
+            )
 
 
-def _sample(key: str, turn_index: int, prompt_ids: list[int], reply_ids: list[int]) -> TurnSample:
+def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both end with. A reply's first tokens may depend on what is before it, in some vocabularies."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _sample(key: str, turn_index: int, context_ids: list[int], trained_ids: list[int]) -> TurnSample:
+    length = len(context_ids) + len(trained_ids)
     return TurnSample(
-        token_ids=[*prompt_ids, *reply_ids], loss_mask=[False] * len(prompt_ids) + [True] * len(reply_ids),
-        rollout_logprobs=[0.0] * (len(prompt_ids) + len(reply_ids)), reward=0.0, dialogue_id=key, group_id=key, turn_index=turn_index,
+        token_ids=[*context_ids, *trained_ids], loss_mask=[False] * len(context_ids) + [True] * len(trained_ids),
+        rollout_logprobs=[0.0] * length, reward=0.0, dialogue_id=key, group_id=key, turn_index=turn_index,
     )  # fmt: skip
 
 
-def _too_few(config: RunConfig, samples: list[TurnSample], held: list[Dialogue]) -> ConfigError:
+def _too_few(config: RunConfig, samples: list[ImitationSample], held: list[Dialogue]) -> ConfigError:
     warm_up = config.warm_up
     failures = [dialogue.error for dialogue in held if dialogue.error]
     failed = f" ({len(failures)} of the dialogues failed, the first with: {failures[0]})" if failures else ""

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlver_dist.choices import SimulatorBackend
 from rlver_dist.cluster.pools import ChatPool
 from rlver_dist.config import RunConfig
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.simulator.chat import ChatBackend
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.service import RewardService
@@ -180,7 +180,7 @@ class PolicyLearnerActor(LearnerActor):
         """`PolicyLearner.update`."""
         return self._started.update(samples, advantages, kl_coef)
 
-    def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+    def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
         """`PolicyLearner.imitate`."""
         return self._started.imitate(samples, config, seed)
 

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.tracking.metrics import Metric
 from rlver_dist.training_config import WarmUpConfig
 
@@ -62,7 +62,7 @@ class PolicyGroup(LearnerGroup):
         """Optimizer steps."""
         return await self._metrics("update", ray.put(samples), ray.put(advantages), kl_coef)
 
-    async def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+    async def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
         """Supervised warm-up, after which training starts anew from the result."""
         return await self._metrics("imitate", ray.put(samples), config, seed)
 

@@ -44,6 +44,20 @@ class TurnSample:
         return torch.tensor(list(compress(self.rollout_logprobs, self.loss_mask)), dtype=torch.float32)
 
 
+@dataclass(kw_only=True, slots=True)
+class ImitationSample:
+    """A reply to imitate in the think format.
+
+    Attributes:
+        sample: the prompt with thinking, then tags, thought and reply, all trained.
+        plain: the prompt without thinking, then the reply; trained are the tokens that the reply consists of in both, which are the
+            last `plain.num_trained` trained ones of `sample`.
+    """
+
+    sample: TurnSample
+    plain: TurnSample
+
+
 def to_samples(dialogue: Dialogue, reward: float) -> list[TurnSample]:
     """Rows of a dialogue, in turn order.
 

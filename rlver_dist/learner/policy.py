@@ -23,8 +23,9 @@ from rlver_dist.choices import KLPlacement
 from rlver_dist.config import RunConfig
 from rlver_dist.experience.balance import split_updates
 from rlver_dist.experience.packing import Columns, PackedRow, Span, column
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.learner import checkpoint, engine, weights
+from rlver_dist.learner.imitation import imitation_measure
 from rlver_dist.learner.lora import add_adapters
 from rlver_dist.learner.rank import LearnerRank
 from rlver_dist.learner.rows import collect_columns, require_columns, score_row
@@ -186,11 +187,12 @@ class PolicyLearner(LearnerRank):
         torch.distributed.all_reduce(sums)
         return sums[0].item(), int(sums[1])
 
-    def imitate(self, samples: list[TurnSample], config: WarmUpConfig, seed: int) -> list[Metric]:
-        """Supervised warm-up: lower the mean negative log-likelihood of the samples' trained tokens, at the sampling temperature.
+    def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
+        """Supervised warm-up: say the samples' thoughts in their format, and reply behind them as `config.model.path` does without.
 
-        Has an AdamW of its own with the constant rate `config.lr`. Afterwards the learner is as one that was built on the
-        resulting weights: a fresh optimizer and schedule, and these weights as the KL reference.
+        Lowers the mean over the samples' trained tokens of what `imitation.py` defines, at the sampling temperature, with an AdamW of
+        its own and the constant rate `config.lr`. Afterwards the learner is as one that was built on the resulting weights: a fresh
+        optimizer and schedule, and these weights as the KL reference.
 
         Args:
             samples: what to imitate, on every rank, in one order; one or more.
@@ -201,11 +203,13 @@ class PolicyLearner(LearnerRank):
             This rank's metrics: the loss of the first and the last step, nats a token, and the number of steps.
         """
         self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0))
+        teacher = self._load_frozen(self._base_path)
         shuffler, order, steps = random.Random(seed), list(range(len(samples))), []
         for _ in range(config.epochs):
             shuffler.shuffle(order)
             for start in range(0, len(order), config.batch_size):
-                steps.append(self._imitate_step(samples, order[start : start + config.batch_size]))
+                steps.append(self._imitate_step(teacher, samples, order[start : start + config.batch_size]))
+        del teacher
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
             self._reference, self._reference_is_base = self._load_frozen(self._path, merged), False
@@ -215,13 +219,13 @@ class PolicyLearner(LearnerRank):
         tally.add("loss_last", *steps[-1])
         return [*tally.metrics("warm_up/"), Metric("warm_up/steps", len(steps), Reduction.max)]
 
-    def _imitate_step(self, samples: list[TurnSample], part: list[int]) -> tuple[float, int]:
-        """One optimizer step; returns the sum of this rank's negative log-likelihoods and the number of its tokens."""
-        num_trained, total, count = sum(samples[index].num_trained for index in part), 0.0, 0
-        for row in self._share(samples, part):
-            nll = -score_row(self._engine.forward, row, self._temperature)[0].sum()
-            self._engine.backward(nll / num_trained)
-            total, count = total + nll.item(), count + len(row.targets)
+    def _imitate_step(self, teacher: PolicyModel, samples: list[ImitationSample], part: list[int]) -> tuple[float, int]:
+        """One optimizer step; returns the sum of this rank's losses and the number of its tokens."""
+        num_trained, total, count = sum(samples[index].sample.num_trained for index in part), 0.0, 0
+        for row in self._share([one.sample for one in samples], part):
+            loss = score_row(self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples)).sum()
+            self._engine.backward(loss / num_trained)
+            total, count = total + loss.item(), count + len(row.targets)
         self._engine.step()
         return total, count
 

@@ -6,17 +6,20 @@ few rows at a time, so that no float32 copy of the logits ever exists as a whole
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rlver_dist.experience.packing import Span
+from rlver_dist.experience.packing import PackedRow, Span
 from rlver_dist.learner.attention import ATTENTION_NAME, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Measure = Callable[[torch.Tensor, torch.Tensor, float], Any]
+"""What is computed of logits `[S, V]`, targets `[S]` and the temperature."""
 ROWS_AT_ONCE = 32
 """Rows of logits that are held in float32 at a time; 32 rows of a 49k vocabulary stay in a CPU's cache."""
 
@@ -90,7 +93,8 @@ class PolicyModel(torch.nn.Module):
         before: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        measure: Measure = LogprobAndEntropy.apply,
+    ) -> Any:
         """Score chosen tokens of one packed row.
 
         Args:
@@ -100,18 +104,25 @@ class PolicyModel(torch.nn.Module):
             before: `[S]` indices into the row of the tokens that predict the scored ones.
             targets: `[S]` indices into the row of the tokens to score.
             temperature: divides the logits.
+            measure: what is computed of each scored token's logits.
 
         Returns:
-            Log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored tokens were drawn from.
+            What `measure` gives; by default log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored
+            tokens were drawn from.
         """
         hidden, targets = hidden_states(self.model.base_model, token_ids, position_ids, spans)[before], token_ids[targets]
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._head(hidden, targets, temperature)
+            return self._head(hidden, targets, temperature, measure)
         # One call whatever the number of tokens: under ZeRO-3 each call gathers the head, and every rank has to gather as often.
-        return checkpoint(self._head, hidden, targets, temperature, use_reentrant=False)
+        return checkpoint(self._head, hidden, targets, temperature, measure, use_reentrant=False)
 
-    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return LogprobAndEntropy.apply(self.model.get_output_embeddings()(hidden), targets, temperature)
+    def logits(self, row: PackedRow) -> torch.Tensor:
+        """Logits `[S, V]` that predict the trained tokens of `row`; for a whole replica, outside of DeepSpeed."""
+        hidden = hidden_states(self.model.base_model, row.token_ids, row.position_ids, row.spans)[row.before]
+        return self.model.get_output_embeddings()(hidden)
+
+    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, measure: Measure) -> Any:
+        return measure(self.model.get_output_embeddings()(hidden), targets, temperature)
 
 
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:

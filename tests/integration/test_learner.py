@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from rlver_dist.choices import Precision
 from rlver_dist.config import RolloutConfig, RunConfig
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.models import TINY, resolve
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, ModelConfig, WarmUpConfig
@@ -176,7 +176,17 @@ def two_ranks(rank, port, folder):
 
 
 def imitate(learner, samples):
-    return {"metrics": learner.imitate(samples, WARM_UP, seed=5), "weights": weights_of(learner)}
+    return {"metrics": learner.imitate(make_lessons(samples), WARM_UP, seed=5), "weights": weights_of(learner)}
+
+
+def make_lessons(samples):
+    """Each sample with its last trained tokens, from none to five, after another context."""
+    draw, lessons = random.Random(3), []
+    for number, sample in enumerate(samples):
+        same = min(number % 6, sample.loss_mask[::-1].index(False)) if number % 6 else 0
+        plain = make_sample(draw, number, 0, draw.choices(range(VOCABULARY), k=9), sample.token_ids[len(sample.token_ids) - same :])
+        lessons.append(ImitationSample(sample=sample, plain=plain))
+    return lessons
 
 
 def build_learner(rank, world_size, port):
@@ -265,17 +275,37 @@ def reference_run(folder):
     return {"model": model, "start": start, "norms": loop.norms, "clipped": clipped}
 
 
+def distribution(model, sample):
+    """Log-probs of the whole vocabulary at a sample's trained tokens."""
+    logits = model(torch.tensor(sample.token_ids)[None]).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]]
+    return torch.log_softmax(logits / CONFIG.rollout.temperature, dim=-1)
+
+
+def plain_imitation(model, base, lesson):
+    """Loss of each trained token: what is not in `plain` by its likelihood, what is by its divergence from the base model there."""
+    same = lesson.plain.num_trained
+    ours = distribution(model, lesson.sample)
+    tokens = torch.tensor(lesson.sample.token_ids)[torch.tensor(lesson.sample.loss_mask)]
+    losses = -ours.gather(-1, tokens[:, None])[:, 0]
+    if not same:
+        return losses
+    with torch.no_grad():
+        theirs = distribution(base, lesson.plain)
+    return torch.cat([losses[:-same], torch.nn.functional.kl_div(ours[-same:], theirs, reduction="none", log_target=True).sum(-1)])
+
+
 @pytest.fixture(scope="module")
 def reference_warm_up(folder):
     """Supervised learning in plain PyTorch; the model and the losses of its steps."""
     loop = PlainLoop(folder / "model", WARM_UP.lr, 0)
-    samples, _ = make_samples()
-    shuffler, order, losses = random.Random(5), list(range(len(samples))), []
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    lessons = make_lessons(make_samples()[0])
+    shuffler, order, losses = random.Random(5), list(range(len(lessons))), []
     for _ in range(WARM_UP.epochs):
         shuffler.shuffle(order)
         for start in range(0, len(order), WARM_UP.batch_size):
-            batch = [samples[index] for index in order[start : start + WARM_UP.batch_size]]
-            loss = -torch.cat([score_alone(loop.model, sample, CONFIG.rollout.temperature)[0] for sample in batch]).mean()
+            batch = [lessons[index] for index in order[start : start + WARM_UP.batch_size]]
+            loss = torch.cat([plain_imitation(loop.model, base, lesson) for lesson in batch]).mean()
             losses.append(loss.item())
             loop.step(loss)
     return {"model": loop.model, "losses": losses}

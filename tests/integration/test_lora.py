@@ -5,6 +5,7 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 
 import random
 import sys
+from dataclasses import replace
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rlver_dist.choices import Precision
 from rlver_dist.config import RolloutConfig, RunConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.learner import lora
 from rlver_dist.models import TINY, resolve
 from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, WarmUpConfig
@@ -109,7 +110,10 @@ def one_rank(_, port, folder):
 
 def warm_up(build, saved, stage):
     learner, resumed = (build(zero_stage=stage) for _ in range(2))
-    learner.imitate(make_samples()[0], WarmUpConfig(lr=0.01), 0)
+    samples, _ = make_samples()
+    untaught = [replace(sample, loss_mask=[False for _ in sample.token_ids]) for sample in samples]
+    lessons = [ImitationSample(sample=sample, plain=plain) for sample, plain in zip(samples, untaught, strict=True)]
+    learner.imitate(lessons, WarmUpConfig(lr=0.01), 0)
     weights = weights_of(learner)
     learner.update(*make_samples(), 0.0)
     learner.save(saved)

@@ -12,7 +12,7 @@ from rlver_dist.config import RolloutConfig, RunConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason
 from rlver_dist.errors import ConfigError
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer, system_prompt
@@ -60,7 +60,7 @@ class Model:
 
     async def __call__(self, request: GenerateRequest) -> Generation:
         prompt = self.tokenizer.decode(request.prompt_ids)
-        text = (self.thought if "What does this person feel" in prompt else self.reply)(request)
+        text = (self.thought if "What do I feel" in prompt else self.reply)(request)
         self.asked.append((prompt, request))
         ids = self.tokenizer.encode(text.removesuffix("..."), add_special_tokens=False)
         cut = text.endswith("...")
@@ -70,7 +70,7 @@ class Model:
         )  # fmt: skip
 
 
-def make(model: Callable[[GenerateRequest], Awaitable[Generation]], tokenizer: Any, config=CONFIG, limits=LIMITS) -> list[TurnSample]:
+def make(model: Callable[[GenerateRequest], Awaitable[Generation]], tokenizer: Any, config=CONFIG, limits=LIMITS) -> list[ImitationSample]:
     async def hold(name: str, tasks: list[DialogueTask], users, limits: CollectLimits, renderer: Renderer):
         assert name.startswith("warm-up")
         return await collect(tasks, generate=model, respond=users, renderer=renderer, limits=limits)
@@ -85,7 +85,8 @@ def target(sample: TurnSample, tokenizer: Any) -> str:
 
 def test_samples_hold_the_models_own_thought_and_reply_under_the_think_prompt(tokenizer: Any) -> None:
     model = Model(tokenizer)
-    samples = make(model, tokenizer)
+    pairs = make(model, tokenizer)
+    samples = [pair.sample for pair in pairs]
     assert [sample.dialogue_id for sample in samples] == [f"warm_up-{n:04d}-t{turn}" for n in range(3) for turn in (0, 1)]
     assert [sample.turn_index for sample in samples] == [0, 1] * 3
     thinking = Renderer(tokenizer, system_prompt(CONFIG.model, think=True), think=True)
@@ -100,13 +101,39 @@ def test_samples_hold_the_models_own_thought_and_reply_under_the_think_prompt(to
         prompt = thinking.opening_prompt(opening)
         assert first.token_ids[: first.loss_mask.index(True)] == prompt
         assert second.token_ids[: second.loss_mask.index(True)] == thinking.next_prompt(prompt, [], said[0], "It was a long day.")
+    for pair in pairs:
+        asked = replies[pair.sample.dialogue_id]
+        reply = f"I hear you, {asked.seed % 97}.<|im_end|>"
+        assert pair.plain.token_ids == [*asked.prompt_ids, *tokenizer.encode(reply)] and target(pair.plain, tokenizer) == reply
+        trained = [one.token_ids[-pair.plain.num_trained :] for one in (pair.sample, pair.plain)]
+        assert trained[0] == trained[1] and (pair.plain.dialogue_id, pair.plain.turn_index) == (pair.sample.dialogue_id, asked.turn_index)
+
+
+def test_tokens_that_what_is_before_them_changes_are_not_compared(tokenizer: Any) -> None:
+    """A vocabulary in which a line break and what follows it are one token, as `_encode_text` of the think format would meet it."""
+
+    class Joining:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            ids = tokenizer.encode(text, **options)
+            return [11, *ids[2:]] if text.startswith("\nI hear") else ids
+
+    pairs = make(Model(tokenizer), Joining())
+    assert len(pairs) == 6
+    for pair in pairs:
+        assert target(pair.sample, tokenizer).endswith(target(pair.plain, tokenizer)) and target(pair.plain, tokenizer).startswith(
+            " hear you"
+        )
+        assert tokenizer.decode(pair.plain.token_ids).endswith("assistant\nI" + target(pair.plain, tokenizer))
 
 
 def test_the_model_is_asked_without_thinking_then_for_thoughts(tokenizer: Any) -> None:
     model = Model(tokenizer)
     make(model, tokenizer)
-    replies = [request for prompt, request in model.asked if "What does this person feel" not in prompt]
-    thoughts = {request.dialogue_id: (prompt, request) for prompt, request in model.asked if "What does this person feel" in prompt}
+    replies = [request for prompt, request in model.asked if "What do I feel" not in prompt]
+    thoughts = {request.dialogue_id: (prompt, request) for prompt, request in model.asked if "What do I feel" in prompt}
     assert len(replies) == len(thoughts) == 6
     assert all("<think>" not in prompt and CONFIG.model.think_instruction not in prompt for prompt, _ in model.asked)
     assert {request.max_tokens for request in replies} == {24} and {request.temperature for request in replies} == {0.9}
@@ -163,14 +190,15 @@ def test_thoughts_are_one_line_of_whole_sentences(text: str, cut: bool, thought:
 def test_what_cannot_be_imitated_is_left_out(tokenizer: Any, parts: dict) -> None:
     config = replace(CONFIG, warm_up=replace(CONFIG.warm_up, batch_size=3))
     samples = make(Model(tokenizer, **parts), tokenizer, config)
-    assert [sample.turn_index for sample in samples] == [1, 1, 1]
+    assert [pair.sample.turn_index for pair in samples] == [1, 1, 1]
 
 
 def test_a_cut_reply_is_imitated_up_to_the_cut_and_without_an_end(tokenizer: Any) -> None:
     samples = make(Model(tokenizer, reply=lambda request: "It is..." if request.turn_index == 0 else "I see."), tokenizer)
     for cut, whole in zip(samples[::2], samples[1::2], strict=True):
-        assert target(cut, tokenizer) == "<think>They are tired and want rest.</think>\nIt is"
-        assert target(whole, tokenizer) == "<think>They are tired and want rest.</think>\nI see.<|im_end|>"
+        assert target(cut.sample, tokenizer) == "<think>They are tired and want rest.</think>\nIt is"
+        assert target(whole.sample, tokenizer) == "<think>They are tired and want rest.</think>\nI see.<|im_end|>"
+        assert [target(pair.plain, tokenizer) for pair in (cut, whole)] == ["It is", "I see.<|im_end|>"]
 
 
 def test_too_few_samples_name_the_options(tokenizer: Any) -> None:
