@@ -1,18 +1,18 @@
-"""How little imitation teaches SmolLM2 the think format: `warm_up.*` of `+on=cpu` chosen by measurement.
+"""What the warm-up teaches SmolLM2 beside the think format: `warm_up.*` of `+on=cpu` chosen by measurement.
 
-    python -m benchmarks.format_warm_up --dialogues 48 --lr 5e-5 1e-4 --epochs 3
+    python -m benchmarks.format_warm_up --dialogues 64 --lr 2e-4 --epochs 2
 
-Holds the warm-up's dialogues once, in one process with a vLLM engine. For each choice it then trains the model from the start on the
-first so many of them and, after every epoch, holds two turns with users of the evaluation split. Columns: seconds of training,
-optimizer steps, share of well-formed replies, of truncated ones, tokens up to the reply and of the reply, distinct-2 of what was heard,
-and the mean change of emotion a reply. The first two rows are the model as it came, without and with the instruction to think.
+In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds two turns with
+users of the evaluation split before and after. Columns: share of well-formed replies, of truncated ones, tokens up to the reply and of
+the reply, distinct-2 of what was heard, and the mean change of emotion a reply. The first two rows are the model as it came, without and
+with the instruction to think.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import random
+import socket
 import statistics
 import tempfile
 import time
@@ -21,17 +21,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rlver_dist.choices import Device, Precision
 from rlver_dist.config import RolloutConfig, RunConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.evaluation.held_out import evaluation_tasks
-from rlver_dist.experience.samples import TurnSample
+from rlver_dist.experience.samples import ImitationSample
+from rlver_dist.learner.policy import PolicyLearner
 from rlver_dist.models import resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, collect
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
@@ -41,6 +39,7 @@ from rlver_dist.simulator.embedded import EmbeddedSimulator
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.simulator.service import RewardService
 from rlver_dist.tracking.dialogue_metrics import distinct_n
+from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.training_config import ModelConfig, WarmUpConfig
 from rlver_dist.warm_up import warm_up_samples
 
@@ -83,19 +82,19 @@ class Measurement:
         print(f"{name}: {len(tasks)} in {time.monotonic() - started:.0f} s, {cut:.0%} truncated", flush=True)
         return dialogues
 
-    async def samples(self) -> list[TurnSample]:
+    async def samples(self) -> list[ImitationSample]:
         """The warm-up's samples, of the model as it is served now."""
         personas = load_split("bank", "train")
         return await warm_up_samples(
             config=self.config, tokenizer=self.tokenizer, personas=personas, users=self.users, limits=self.limits, hold=self.hold
         )
 
-    async def serve(self, model: torch.nn.Module) -> None:
-        """Let the engine take a model's weights."""
+    async def serve(self, learner: PolicyLearner) -> None:
+        """Let the engine take the learner's weights."""
         self.version += 1
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/weights.safetensors"
-            save_file({name: tensor.bfloat16().clone() for name, tensor in model.state_dict().items()}, path)
+            learner.write_weights(path)
             await self.engine.update_from_file(path, self.version)
 
     async def report(self, name: str, *, think: bool, num_shown: int) -> None:
@@ -122,45 +121,14 @@ class Measurement:
             print(f"    {dialogue.opening}\n    -> {self.tokenizer.decode(dialogue.turns[0].reply_ids)!r}", flush=True)
 
 
-class Imitator:
-    """Plain supervised training: float32 weights, bfloat16 arithmetic, AdamW with a constant rate."""
-
-    def __init__(self, folder: str, lr: float, temperature: float, pad_id: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0)
-        self._temperature = temperature
-        self._pad_id = pad_id
-
-    def epoch(self, samples: list[TurnSample], batch_size: int, rng: random.Random) -> list[float]:
-        """One pass in shuffled batches; returns each batch's mean loss in nats a token."""
-        order = rng.sample(samples, len(samples))
-        return [self._step(order[start : start + batch_size]) for start in range(0, len(order) - len(order) % batch_size, batch_size)]
-
-    def _step(self, batch: list[TurnSample]) -> float:
-        num_trained = sum(sum(sample.loss_mask) for sample in batch)
-        total = 0.0
-        by_length = sorted(batch, key=lambda sample: len(sample.token_ids))
-        for start in range(0, len(batch), 8):
-            loss = self._loss(by_length[start : start + 8]) / num_trained
-            loss.backward()
-            total += loss.item()
-        clip_grad_norm_(self.model.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return total
-
-    def _loss(self, batch: list[TurnSample]) -> torch.Tensor:
-        longest = max(len(sample.token_ids) for sample in batch)
-        tokens = torch.full((len(batch), longest), self._pad_id)
-        trained = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for row, sample in enumerate(batch):
-            tokens[row, : len(sample.token_ids)] = torch.tensor(sample.token_ids)
-            trained[row, : len(sample.loss_mask)] = torch.tensor(sample.loss_mask)
-        # Padding stands on the right, where causal attention never looks.
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.model.base_model(tokens).last_hidden_state[:, :-1][trained[:, 1:]]
-            logits = self.model.get_output_embeddings()(hidden)
-        return cross_entropy(logits.float() / self._temperature, tokens[:, 1:][trained[:, 1:]], reduction="sum")
+def make_learner(config: RunConfig) -> PolicyLearner:
+    """One rank, on all cores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return PolicyLearner(
+        config=config, rank=0, world_size=1, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=torch.get_num_threads()
+    )
 
 
 async def measure(arguments: argparse.Namespace) -> None:
@@ -169,33 +137,33 @@ async def measure(arguments: argparse.Namespace) -> None:
     if arguments.instruction:
         model["think_instruction"] = arguments.instruction
     warm_up = WarmUpConfig(
-        dialogues=max(arguments.dialogues), max_turns=arguments.turns, max_thought_tokens=arguments.thought_tokens,
-        batch_size=arguments.batch_size,
+        dialogues=arguments.dialogues, max_turns=arguments.turns, max_thought_tokens=arguments.thought_tokens,
+        batch_size=arguments.batch_size, epochs=arguments.epochs, lr=arguments.lr,
     )  # fmt: skip
-    rollout = RolloutConfig(think=True, max_reply_tokens=arguments.reply_tokens, max_thinking_tokens=arguments.thinking_tokens)
+    rollout = RolloutConfig(
+        think=True,
+        max_reply_tokens=arguments.reply_tokens,
+        max_thinking_tokens=arguments.thinking_tokens,
+        temperature=arguments.temperature,
+    )
     config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
+    num_shown = arguments.shown
     bench = Measurement(config, arguments.temperature, arguments.personas)
     await bench.engine.start()
     try:
-        await bench.report("as it came, no think", think=False, num_shown=arguments.shown)
-        await bench.report("as it came, think", think=True, num_shown=arguments.shown)
+        await bench.report("as it came, no think", think=False, num_shown=num_shown)
+        await bench.report("as it came, think", think=True, num_shown=num_shown)
         samples = await bench.samples()
-        print(f"{len(samples)} samples of {statistics.fmean(sum(sample.loss_mask) for sample in samples):.1f} trained tokens, such as")
-        for sample in samples[:: max(1, len(samples) // 12)]:
+        print(f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} trained tokens, such as")
+        for sample in (pair.sample for pair in samples[:: max(1, len(samples) // 12)]):
             print("    " + repr(bench.tokenizer.decode(sample.token_ids[sample.loss_mask.index(True) :])))
-        for dialogues in arguments.dialogues:
-            part = [sample for sample in samples if int(sample.dialogue_id.split("-")[1]) < dialogues]
-            for lr in arguments.lr:
-                imitator = Imitator(bench.folder, lr, arguments.temperature, bench.tokenizer.eos_token_id)
-                rng, seconds, losses = random.Random(0), 0.0, []
-                for epoch in range(1, arguments.epochs + 1):
-                    started = time.monotonic()
-                    losses += imitator.epoch(part, arguments.batch_size, rng)
-                    seconds += time.monotonic() - started
-                    await bench.serve(imitator.model)
-                    print(f"{seconds:.0f} s, {len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}")
-                    shown = arguments.shown if epoch == arguments.epochs else 0
-                    await bench.report(f"{dialogues} dialogues, lr {lr:g}, epoch {epoch}", think=True, num_shown=shown)
+        learner, started = make_learner(config), time.monotonic()
+        values = reduce_metrics(learner.imitate(samples, config.warm_up, seed=0))
+        spent, steps = time.monotonic() - started, int(values["warm_up/steps"])
+        print(f"{spent:.0f} s, {steps} steps, loss {values['warm_up/loss_first']:.2f} to {values['warm_up/loss_last']:.2f}")
+        await bench.serve(learner)
+        await bench.report("warmed up, think", think=True, num_shown=num_shown)
+        learner.close()
     finally:
         bench.engine.close()
 
@@ -203,10 +171,10 @@ async def measure(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Measure the think format before and after imitation.")
-    parser.add_argument("--dialogues", type=int, nargs="+", default=[48])
-    parser.add_argument("--lr", type=float, nargs="+", default=[5e-5])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dialogues", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--thought-tokens", type=int, default=24)
     parser.add_argument("--thinking-tokens", type=int, default=32)
