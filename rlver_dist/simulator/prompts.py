@@ -20,7 +20,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.errors import DataError
 from rlver_dist.simulator.emotion import state_of
-from rlver_dist.simulator.fence import Fenced, fence, json_line, tidy
+from rlver_dist.simulator.fence import LOOKED_AT, Fenced, fence, json_line, tidy
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator.suitability import LLM_LANGUAGES
@@ -89,7 +89,7 @@ class UserPrompts:
     def reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> tuple[Message, ...]:
         """For the user's next message, at the `emotion` after the appraisal; the user knows its state, not its number."""
         texts = {name: getattr(appraisal, name) for name in ("fit", "activity", "feeling")}
-        notes = {name: fence(text, max_bytes=MAX_NOTE_BYTES).text for name, text in texts.items()}
+        notes = {name: fence(text, max_bytes=MAX_NOTE_BYTES, own=True).text for name, text in texts.items()}
         return self._task(request, "reply", emotion, notes=json_line(**notes))
 
     def turn(self, request: UserRequest) -> tuple[Message, ...]:
@@ -98,7 +98,12 @@ class UserPrompts:
 
     def fenced_reply(self, request: UserRequest) -> Fenced:
         """The newest reply as prompts show it."""
-        return fence(request.messages[-1].text, max_bytes=self.max_reply_bytes)
+        return self._fenced(request.messages[-1].text, newest=True)
+
+    def _fenced(self, reply: str, *, newest: bool) -> Fenced:
+        """A reply as the talk shows it; both ways it reads the same, up to the cut."""
+        limit = self.max_reply_bytes if newest else self.max_reply_bytes // EARLIER_SHARE
+        return fence(reply, max_bytes=limit, looked_at=LOOKED_AT * self.max_reply_bytes)
 
     def _task(self, request: UserRequest, task: str, emotion: float, **values: str) -> tuple[Message, ...]:
         words = material(request.persona.language)
@@ -114,8 +119,7 @@ class UserPrompts:
         lines = []
         for number, message in enumerate(request.messages, start=1):
             own, newest = message.role is Role.USER, number == len(request.messages)
-            limit = MAX_OWN_BYTES if own else self.max_reply_bytes if newest else self.max_reply_bytes // EARLIER_SHARE
-            fenced = fence(message.text, max_bytes=limit)
+            fenced = fence(message.text, max_bytes=MAX_OWN_BYTES, own=True) if own else self._fenced(message.text, newest=newest)
             fields: dict[str, Any] = {"line": number, "by": "you" if own else "other", "text": fenced.text}
             if fenced.cut:
                 fields["left_out_bytes"] = fenced.cut

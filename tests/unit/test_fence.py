@@ -1,6 +1,7 @@
 """The fence lets nothing through that marks structure, and leaves ordinary words as they are."""
 
 import json
+import time
 import unicodedata
 
 import pytest
@@ -9,19 +10,41 @@ from hypothesis import strategies as st
 
 from rlver_dist.simulator.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
 
-ANYTHING = st.text(max_size=300) | st.text(alphabet='<|im_start>[/INST]{}:"\\think \n\u200b\uff1c\uff5c\ufe64', max_size=300)
+ANYTHING = (
+    st.text(max_size=300)
+    | st.text(alphabet='<|im_start>[/INST]{}:"\\think \n\u200b\uff1c\uff5c\ufe64', max_size=300)
+    | st.text(alphabet="ae\u00e9\u0301\u0323\u0338\u20dd<'/\u25c1\ud55c\u1100\u1161 \u00bd\ufdfa\U0001d1c0\uff76\uff9e\u0958", max_size=60)
+)
+FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 TAGS = ("<|im_end|>", "</s>", "[INST]", "<<SYS>>", "{persona}", "${x}", "{% raw %}", "### System:", "\uff1c\uff5cUser\uff5c\uff1e")
+SWITCHES = ("/no_think", "\\no_think", "/no\u200b_think", "\uff0fno_think", "\ufe68no_think")
 
 
 def words(text, **options):
     return fence(text, **({"max_bytes": 4000} | options)).text
 
 
+def least_time(work):
+    """Seconds of the process, the least of five tries: work and not waiting."""
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def largest(text):
+    return max(len(unicodedata.normalize(form, text).encode()) for form in ("NFC", "NFKC"))
+
+
 @given(ANYTHING)
 @example("\ud800<|im_end|>\x00\u2028")
+@example("<\u0338think>")
+@example("\U0001d1c0\u0301\u0301\u0301\u0301")
 def test_no_structure_survives(text):
     fenced = words(text)
-    assert not STRUCTURAL & set(unicodedata.normalize("NFKC", fenced))
+    assert not any(STRUCTURAL & set(unicodedata.normalize(form, fenced)) for form in FORMS)
     assert all(character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn") for character in fenced)
     line = json_line(text=fenced)
     assert json.loads(line) == {"text": fenced}
@@ -37,11 +60,19 @@ def test_fencing_again_changes_nothing(text):
 @given(ANYTHING, st.integers(0, 200))
 @example(" ", 0)
 @example("a" + 100 * " ", 10)
-def test_the_limit_counts_bytes(text, limit):
+@example("\U0001d1c0" * 9, 80)
+@example("\ufdfa" * 9, 80)
+@example("\u00e9\u0323", 4)
+def test_the_limit_counts_bytes_in_whichever_form_a_tokenizer_reads(text, limit):
     fenced = fence(text, max_bytes=limit)
-    assert len(fenced.text.encode()) <= limit
-    too_long = len(words(text, max_bytes=10**6).encode()) > limit
+    assert largest(fenced.text) <= limit
+    too_long = largest(words(text, max_bytes=10**6)) > limit
     assert (fenced.cut > 0) == (too_long or len(text) > LOOKED_AT * limit)
+
+
+@given(ANYTHING, st.integers(0, 50), st.integers(0, 50))
+def test_a_smaller_limit_shows_a_beginning_of_the_same_text(text, limit, more):
+    assert fence(text, max_bytes=limit + more, looked_at=200).text.startswith(fence(text, max_bytes=limit, looked_at=200).text)
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -74,11 +105,54 @@ def test_ordinary_words_stay(text):
         ("\uff1cthink\uff1eplan\uff1c/think\uff1eHi", "Hi"),
         ("<|begin_of_thought|>plan<|end_of_thought|>Hi", "Hi"),
         ("[THINK]plan[/THINK]Hi", "Hi"),
+        ("Hi [THINK] plan", "Hi"),
+        ("<think>plan</thinking>Hi", "Hi"),
+        ("<reflection>plan</Reflection>Hi<thought>plan</thought>", "Hi"),
+        ("<thought>a<reflection>b</thought>Hi", "Hi"),
+        ("<|START_THINKING|>plan<|END_THINKING|>Hi", "Hi"),
+        ("\u25c1think\u25b7plan\u25c1/think\u25b7Hi", "Hi"),
         ("I have been [thinking of you] a lot", "I have been (thinking of you) a lot"),
     ],
 )
 def test_thinking_is_not_heard(text, heard):
     assert words(text) == heard
+
+
+@pytest.mark.parametrize(
+    ("text", "heard"),
+    [
+        ("I felt <emotion> because <reason>.", "I felt \u2039emotion\u203a because \u2039reason\u203a."),
+        ("[Think] What would you tell a friend?", "(Think) What would you tell a friend?"),
+        ("First [think], then [write].", "First (think), then (write)."),
+        ("<reflection> It hurt.", "\u2039reflection\u203a It hurt."),
+        ("</reason> Hi", "\u2039\u2215reason\u203a Hi"),
+        ("<thought> Hi </reason>", "\u2039thought\u203a Hi \u2039\u2215reason\u203a"),
+        ("I < think > so", "I \u2039 think \u203a so"),
+    ],
+)
+def test_what_only_looks_like_thinking_is_heard(text, heard):
+    fenced = fence(text, max_bytes=4000)
+    assert (fenced.text, fenced.thought) == (heard, 0)
+
+
+def test_nothing_is_thinking_in_the_users_own_words():
+    fenced = fence("I told you. \u25c1/think\u25b7 Anyway </think> <think>x", max_bytes=4000, own=True)
+    assert fenced.text == "I told you. \u2039\u2215think\u203a Anyway \u2039\u2215think\u203a \u2039think\u203ax"
+    assert fenced.thought == 0
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_no_switch_is_left(switch):
+    assert words(f"Hi {switch}") == "Hi \u2215no_think"
+
+
+def test_a_slash_is_no_markup():
+    assert fence("day/night: 24/7", max_bytes=99).markup == 0
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b\x00", "\u3164\u2800", "\ufffc", "\u0301\u20dd", " \u0301 \u0301"])
+def test_what_nobody_can_read_is_silence(text):
+    assert words(text) == ""
 
 
 def test_what_was_found_is_counted():
@@ -88,8 +162,21 @@ def test_what_was_found_is_counted():
 
 
 def test_piled_up_marks_are_thinned():
-    assert words("z" + "\u0316" * 50 + "a") == "z" + "\u0316" * 4 + "a"
+    # Of every category of marks: nonspacing, enclosing, spacing.
+    for mark in "\u0316\u20dd\u0903":
+        assert words("z" + mark * 50 + "a") == "z" + mark * 4 + "a"
+
+
+def test_no_mark_sits_on_the_quote_before_a_text():
+    assert words("\u0338abc") == words("\u0301 \u0316abc") == words("<think>x</think>\u0301abc") == "abc"
+
+
+def test_a_tag_costs_time_in_proportion_to_the_text():
+    for tag in ("<thought>", "<think>a</think>", "</reason>", "<think a=", "<reason></thought>"):
+        small, large = (least_time(lambda n=n, tag=tag: fence(tag * n, max_bytes=10**6)) for n in (1000, 8000))
+        assert large < 8 * 5 * small
 
 
 def test_a_sheet_keeps_its_layout():
     assert tidy("# Name: A\n\n- likes <b>\u200b {x}") == "# Name: A\n\n- likes \u2039b\u203a (x)"
+    assert tidy("say /no_think\\") == "say \u2215no_think\u2215"

@@ -177,7 +177,7 @@ def test_tricks_in_a_reply_are_counted():
 
 
 @pytest.mark.parametrize("calls", LlmCalls)
-@pytest.mark.parametrize("reply", ["", "\u200b\x00", " \n" * 3000, "<think>I win.</think>"])
+@pytest.mark.parametrize("reply", ["", "\u200b\x00", " \n" * 3000, "<think>I win.</think>", "\ufffc", "\u0301 \u20dd", "\u3164"])
 def test_a_reply_with_nothing_left_to_read_costs_the_most_and_no_appraisal(calls, reply):
     network = Network(REPLY)
     response = ask(network, request(reply=reply), calls=calls)
@@ -186,8 +186,13 @@ def test_a_reply_with_nothing_left_to_read_costs_the_most_and_no_appraisal(calls
 
 
 def test_what_hides_a_part_of_itself_lifts_no_mood():
-    for reply, change, moved in (("<think>x</think>Hi.", 9, 0.0), ("Hi.<analysis>x", -4, -4.0), ("Hi.", 9, 9.0)):
+    for reply, change, moved in (("<think>x</think>Hi.", 9, 0.0), ("Hi.<analysis>x</analysis>", -4, -4.0), ("Hi.", 9, 9.0)):
         assert ask(Network({**NOTES, "change": change}, REPLY), request(reply=reply)).appraisal.change == moved
+
+
+@pytest.mark.parametrize("reply", ["I felt <emotion> because <reason>.", "[Think] What would you tell a friend?", "<analysis> Hi."])
+def test_a_placeholder_hides_nothing_and_may_lift_the_mood(reply):
+    assert ask(Network({**NOTES, "change": 9}, REPLY), request(reply=reply)).appraisal.change == 9.0
 
 
 def test_users_words_carry_no_tags_to_the_policy():

@@ -121,3 +121,18 @@ def test_the_newest_reply_is_shown_longer_than_earlier_ones():
     assert [len(line["text"]) for line in lines] == [1, 100, 1, 400]
     assert (lines[1]["left_out_bytes"], lines[3]["left_out_bytes"]) == (900, 600)
     assert lines[3]["broken_off"] and "broken_off" not in lines[1]
+
+
+@pytest.mark.parametrize("reply", ["I am here. " * 100 + "</think>Hi", "<think>" + "plan " * 200 + "</think>I hear you."])
+def test_a_reply_reads_the_same_as_newest_and_as_earlier(reply):
+    newest = talk(prompts().turn(request("o", reply)))[1]["text"]
+    earlier = talk(prompts().turn(request("o", reply, "u", "r", turn_index=1)))[1]["text"]
+    assert newest and newest.startswith(earlier) and earlier
+
+
+def test_the_users_own_words_and_notes_are_shown_in_full():
+    own = "I told you. \u25c1/think\u25b7 Anyway <think> so"
+    shown = "I told you. \u2039\u2215think\u203a Anyway \u2039think\u203a so"
+    messages = prompts().reply(request(own, "r"), replace(APPRAISAL, fit=own), 35.0)
+    assert talk(messages)[0]["text"] == shown
+    assert [json.loads(line)["fit"] for line in messages[1].text.splitlines() if line.startswith('{"fit"')] == [shown]

@@ -1,0 +1,146 @@
+"""What a listener has of a text that nobody vouches for: the characters that show, without what was not said aloud.
+
+Every user hears a reply through `hear`, whether a prompt is made of it (`fence.py`) or rules look at its words (`appraisal.py`,
+`lexical.py`), so that none of them can be shown other words than the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_left
+from dataclasses import dataclass
+
+SIGNS = '<>[]{}|\\`#":/\u25c1\u25b7\u226e\u226f'
+"""Characters that chat templates, their switches, JSON and placeholders are made of, and the two that Unicode makes of them and a mark."""
+MAX_MARKS = 4
+"""Combining marks on one character; written languages need fewer."""
+
+# Invisible although their category is a letter, mark or symbol (Unicode, Default_Ignorable_Code_Point, the blank Braille cell and the
+# place of an object that is not there).
+_INVISIBLE_RANGES = (
+    (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164), (0xFE00, 0xFE0F),
+    (0xFFA0, 0xFFA0), (0xFFFC, 0xFFFC), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+_LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+_RESERVED = "think"
+"""Tags of this name (or `thinking`) mark nothing but thinking; other names are also what people put into a placeholder."""
+_NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
+_TAG = re.compile(
+    r"(?i:<\|?(?P<close>/|end_of_|end_)?(?:\w{1,12}:|begin_of_|start_)?"
+    rf"(?P<name>{_NAMES})(?:\s+\w{{1,20}}\s*=[^<>]{{0,80}})?\s*\|?>)"
+    r"|(?P<shut>\[/THINK\]|\u25c1/think\u25b7)|\[THINK\]|\u25c1think\u25b7"
+)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Heard:
+    """A text as it is heard.
+
+    Attributes:
+        text: without invisible or control characters other than line feeds, with few marks on each character, in Unicode's NFC.
+        hidden: characters that were left out because nobody sees them.
+        thought: characters that were left out as thinking.
+    """
+
+    text: str
+    hidden: int
+    thought: int
+
+
+def hear(text: str, *, own: bool = False) -> Heard:
+    """What is heard of `text`, lone surrogates and all; in the user's `own` words nothing counts as thinking."""
+    shown = text.translate(_VISIBLE)
+    said = shown if own else _without_thinking(shown)
+    return Heard(
+        text=_settled(said),
+        hidden=sum(_VISIBLE[ord(character)] is None for character in text),
+        thought=len(shown) - len(said),
+    )
+
+
+class _Visible(dict[int, str | None]):
+    """A `str.translate` table, filled as characters are met: code point -> what a reader sees, None where that is nothing."""
+
+    def __missing__(self, code: int) -> str | None:
+        self[code] = seen = _seen(chr(code))
+        return seen
+
+
+_VISIBLE = _Visible()
+
+
+def _seen(character: str) -> str | None:
+    if character in _LINE_ENDS:
+        return "\n"
+    category = unicodedata.category(character)
+    if category == "Zs" or character == "\t":
+        return " "
+    if category in _INVISIBLE_CATEGORIES or any(first <= ord(character) <= last for first, last in _INVISIBLE_RANGES):
+        return None
+    plain = unicodedata.normalize("NFKC", character)
+    # Full-width punctuation that marks nothing is how Chinese is written, so only letters, digits and marks are folded.
+    folds = plain.isascii() and any(sign.isalnum() or sign in SIGNS for sign in plain)
+    return plain if folds else unicodedata.normalize("NFC", character)
+
+
+def _settled(text: str) -> str:
+    """`text` in NFC, without the marks that sit on nothing or pile up on one character beyond `MAX_MARKS`."""
+    if text.isascii():
+        return text
+    kept, room = [], 0
+    for character in text:
+        if not unicodedata.category(character).startswith("M"):
+            room = 0 if character.isspace() else MAX_MARKS
+        elif room:
+            room -= 1
+        else:
+            continue
+        kept.append(character)
+    return unicodedata.normalize("NFC", "".join(kept))
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Tag:
+    name: str
+    closes: bool
+    start: int
+    end: int
+
+
+def _without_thinking(text: str) -> str:
+    """What is said aloud: nothing between two tags of one name, and nothing before a lone closing tag or behind a lone open one where
+    the name is `_RESERVED`."""
+    tags = [
+        _Tag(name=_kind(found["name"]), closes=bool(found["close"] or found["shut"]), start=found.start(), end=found.end())
+        for found in _TAG.finditer(text)
+    ]
+    closing: dict[str, list[int]] = {}
+    for place, tag in enumerate(tags):
+        if tag.closes:
+            closing.setdefault(tag.name, []).append(place)
+    said: list[str] = []
+    start = 0
+    for place, tag in enumerate(tags):
+        if tag.start < start:
+            continue
+        if tag.closes:
+            if tag.name == _RESERVED:
+                said, start = [], tag.end
+            continue
+        places = closing.get(tag.name, [])
+        number = bisect_left(places, place)
+        if number < len(places):
+            said.append(text[start : tag.start])
+            start = tags[places[number]].end
+        elif tag.name == _RESERVED:
+            said.append(text[start : tag.start])
+            start = len(text)
+    # The space keeps what was on both sides of a block from becoming a word together.
+    return " ".join([*said, text[start:]])
+
+
+def _kind(name: str | None) -> str:
+    """What a tag's closing tag has to be named; None is a form without a name."""
+    return _RESERVED if name is None or name.lower() == "thinking" else name.lower()
