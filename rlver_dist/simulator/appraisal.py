@@ -18,7 +18,7 @@ sentences that are near the user's matter.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,8 +29,12 @@ from rlver_dist.simulator import grounding, narration, penalties
 from rlver_dist.simulator.embedding import SentenceEncoder, similarities
 from rlver_dist.simulator.fluency import reply_fluency
 from rlver_dist.simulator.heads import load_heads
+from rlver_dist.simulator.reading import hear
 from rlver_dist.simulator.sentences import ramp, sentences
 from rlver_dist.simulator.strategies import COMFORT, SUPPORT, Strategy, StrategyRecognizer, fit
+
+LOOKED_AT = 8000
+"""Characters of a text that rules look at; what is behind them counts for nothing."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -52,6 +56,16 @@ class AppraisalContext:
     acceptance: float
     max_change: float
     truncated: bool
+
+    @property
+    def written(self) -> str:
+        """The policy's reply as it was written: what its form is measured on. Its words are read in `heard`."""
+        return self.messages[-1].text[:LOOKED_AT]
+
+    def heard(self) -> AppraisalContext:
+        """The same with each message as a listener has it (`hear`)."""
+        texts = [hear(message.text[:LOOKED_AT], own=message.role is Role.USER).text for message in self.messages]
+        return replace(self, messages=tuple(replace(message, text=text) for message, text in zip(self.messages, texts, strict=True)))
 
 
 class Appraiser(Protocol):
@@ -106,10 +120,10 @@ class EmbeddedAppraiser:
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
         """Appraise the last message of `context`; a reply without a word gets the largest negative change."""
-        reply = context.messages[-1].text
-        if not sentences(reply):
+        written, context = context.written, context.heard()
+        if not sentences(context.messages[-1].text):
             return narration.silence(context.persona, context.max_change)
-        features = self._features(context)
+        features = self._features(context, written)
         change = change_from(features, context.acceptance, context.max_change)
         persona = context.persona
         used = sorted((s for s in Strategy if features[f"strategy_{s.value}"] >= 0.25), key=lambda s: -features[f"strategy_{s.value}"])
@@ -125,8 +139,8 @@ class EmbeddedAppraiser:
             features=features,
         )
 
-    def _features(self, context: AppraisalContext) -> dict[str, float]:
-        """Every number that the change follows from."""
+    def _features(self, context: AppraisalContext, written: str) -> dict[str, float]:
+        """Every number that the change follows from; `context` is as heard."""
         reply, persona = context.messages[-1].text, context.persona
         earlier = [message.text for message in context.messages[:-1] if message.role is Role.ASSISTANT]
         heard = [message.text for message in context.messages[:-1] if message.role is Role.USER]
@@ -137,7 +151,7 @@ class EmbeddedAppraiser:
         strategy = {s: max(one[s] for one in found) for s in Strategy}
         worth = {s: fit(s, persona.hidden_intent, persona.temperament) * strategy[s] for s in Strategy}
         ground = grounding.measure(self._encoder, persona, context.messages)
-        cost = penalties.measure(reply, earlier, heard, context.truncated)
+        cost = penalties.measure(reply, earlier, heard, context.truncated, written=written)
         thick = max(strategy[Strategy.FLATTERY], cost["superlatives"])
         features = {
             "merit": 1.0 - (1.0 - WANT * ramp(ground.want, *WANTED)) * math.prod(1.0 - value for value in worth.values() if value > 0),

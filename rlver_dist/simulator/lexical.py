@@ -77,6 +77,9 @@ _EMOTIVE = re.compile(
 )
 
 
+_PROSE = frozenset({"Pd", "Po", "Pi", "Pf", "Sc", "Zs"})
+
+
 def _word_class(word: str) -> str:
     if word in FUNCTION_WORDS:
         return word
@@ -141,6 +144,12 @@ class WordClassModel:
         return chance
 
 
+def _oddness(written: str) -> float:
+    """Share of characters beyond ASCII, invisible ones included, that are no punctuation of prose; as a fault, 0 to 1."""
+    strange = sum(not c.isascii() and unicodedata.category(c) not in _PROSE for c in written)
+    return ramp(strange / len(written), 0.01, 0.08)
+
+
 def sentences_of(text: str) -> list[str]:
     """Every sentence of a long text, line by line."""
     return [sentence for line in text.split("\n") for sentence in sentences(line)]
@@ -179,6 +188,7 @@ class LexicalAppraiser:
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
         """Appraise the last message of `context`; an empty reply gets the largest negative change."""
+        written, context = context.written, context.heard()
         reply = plain(context.messages[-1].text)
         tokens = words(reply)
         if not tokens:
@@ -190,6 +200,7 @@ class LexicalAppraiser:
         support = max(moves[move] for move in sorted(SUPPORT))
         ground = self._grounding(reply, heard, persona.scene, persona.want)
         faults = self._faults(reply, tokens, heard, earlier, context.truncated and reply[-1:] not in ".!?", ground["level"])
+        faults["odd_characters"] = _oddness(written)
         faults["stray"] *= 1.0 - 0.6 * support
         recount = RECOUNT * ground["level"] * ramp(sum(token.startswith("you") for token in tokens), 0, 2)
         worth = [weight * moves[move] for move, weight in WELCOME[persona.hidden_intent].items()]
@@ -228,14 +239,13 @@ class LexicalAppraiser:
         return {"level": max(told, 0.85 * behind), "want": ramp(self._tfidf.covered(reply, want), 1.0, 9.0)}
 
     def _faults(self, reply: str, tokens: list[str], heard: list[str], earlier: list[str], cut: bool, level: float) -> dict[str, float]:
-        """Strength (0 to 1) of every fault named in `COSTS`."""
+        """Strength (0 to 1) of every fault named in `COSTS` that is in the words."""
         packed = len(zlib.compress(reply.lower().encode(), 9)) / max(1, len(reply.encode()))
         grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
         sorry = len(re.findall(r"\b(?:sorry|apolog\w+|forgive me)\b", reply.lower()))
-        strange = sum(not c.isascii() and unicodedata.category(c) not in ("Pd", "Po", "Sc") for c in reply) / len(reply)
         quads = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
         theirs = {tuple(other[i : i + 5]) for other in map(words, heard) for i in range(len(other) - 4)}
-        marks = len(re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^\s*[-*\u2022]\s|\*\*", reply, re.MULTILINE))
+        marks = len(re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^[^\S\n]*[-*\u2022]\s|\*\*", reply, re.MULTILINE))
         order = self._model.order_score(tokens)
         return {
             "nonsense": max(
@@ -245,7 +255,6 @@ class LexicalAppraiser:
             "echo": max((ramp(self._tfidf.cosine(reply, one), 0.45, 0.85) for one in earlier), default=0.0),
             "sorry": ramp(sorry, 1, 3),
             "emotive": ramp(sum(bool(_EMOTIVE.fullmatch(token)) for token in tokens) / len(tokens), 0.22, 0.45),
-            "odd_characters": ramp(strange, 0.01, 0.08),
             "parrot": ramp(sum(quad in theirs for quad in quads) / len(quads), 0.2, 0.6) if quads else 0.0,
             "list": ramp(marks, 1, 4),
             "long": ramp(len(tokens), 85, 180),

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 
+from rlver_dist.simulator.reading import hear
 from rlver_dist.simulator.sentences import FUNCTION_WORDS, ngrams, overlap, plain, ramp, words
 
 WEIGHTS: dict[str, float] = {
@@ -66,9 +67,10 @@ ask be book bring call check choose do don't find get give go keep leave let let
 show sit sleep start stay stop take talk tell text think try wait walk write
 """.split()
 )
-_LIST_LINE = re.compile(r"^\s*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
+_LIST_LINE = re.compile(r"^[^\S\n]*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
 _ORDINAL = re.compile(r"\b(?:(?:first|second|third|fourth|fifth)(?:ly)?|next|also|furthermore|moreover|additionally)\b,")
+_SYMBOLS = frozenset({"So", "Sk", "Cs", "Co", "Sm", "Cn"})
 _MARKUP = re.compile(r"\*\*|^#{1,6}\s|```|</?\w+>|\|.*\|", re.MULTILINE)
 
 SPOKEN_WORDS, LONG_WORDS = 80, 170
@@ -82,7 +84,8 @@ def apologies(text: str) -> int:
 
 def _symbol_share(text: str) -> float:
     seen = [c for c in text if not c.isspace()]
-    odd = sum(unicodedata.category(c) in ("So", "Sk", "Cs", "Co", "Sm", "Cn") for c in seen)
+    # A sign that stands for letters, such as that of a trade mark, is no symbol.
+    odd = sum(any(unicodedata.category(part) in _SYMBOLS for part in unicodedata.normalize("NFKC", c)) for c in seen)
     return odd / max(1, len(seen)) + 0.01 * max(0, odd - 2)
 
 
@@ -131,16 +134,17 @@ def _word_salad(tokens: list[str]) -> float:
     return max(1.0 - ramp(grammar, 0.22, 0.34), ramp(grammar, 0.82, 0.95))
 
 
-def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -> dict[str, float]:
+def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool, *, written: str) -> dict[str, float]:
     """Strength (0 to 1, rounded) of every penalty.
 
     Args:
-        reply: the policy's reply, not empty.
+        reply: the policy's reply as it is heard, not empty.
         earlier: its earlier replies in this dialogue.
         heard: the user's messages so far.
         truncated: the reply was cut at the token limit.
+        written: the reply as it was written: symbols that nobody sees count, too, and so does the markup of what nobody hears.
     """
-    text = plain(reply)
+    text, shown = plain(reply), plain(hear(written, own=True).text)
     tokens, past = words(text), [words(one) for one in earlier]
     count = max(1, len(tokens))
     sorry_before = sum(apologies(one) for one in earlier)
@@ -155,10 +159,10 @@ def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool) -
         "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if apologies(text) else 0.0,
         "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
         "superlatives": ramp(superlatives, 1.0, 4.0),
-        "foreign": _foreign(text, tokens),
+        "foreign": _foreign(reply, tokens),
         "word_salad": _word_salad(tokens),
-        "symbols": ramp(_symbol_share(text), 0.015, 0.12),
-        "listing": max(ramp(numbered, 1.5, 4.0), ramp(len(_MARKUP.findall(text)), 0.5, 3.0)),
+        "symbols": ramp(_symbol_share(written), 0.015, 0.12),
+        "listing": max(ramp(numbered, 1.5, 4.0), ramp(len(_MARKUP.findall(shown)), 0.5, 3.0)),
         "questions": ramp(text.count("?"), 2, 5),
         "over_length": ramp(count, SPOKEN_WORDS, LONG_WORDS),
         "truncated": float(truncated and not text.rstrip().endswith((".", "!", "?", '"', "'"))),

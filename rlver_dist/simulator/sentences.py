@@ -33,9 +33,23 @@ yourself
 """English words that carry grammar more than matter; about half of the words of any English prose."""
 
 
+class _Plain(dict[int, str]):
+    """A `str.translate` table, filled as characters are met: code point -> what words are compared by."""
+
+    def __missing__(self, code: int) -> str:
+        parts = unicodedata.normalize("NFKD", chr(code))
+        bare = "".join(part for part in parts if not unicodedata.category(part).startswith("M"))
+        self[code] = plain = unicodedata.normalize("NFC", bare)
+        return plain
+
+
+_PLAIN = _Plain({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
+
+
 def plain(text: str) -> str:
-    """`text` with compatibility forms and curly quotes made plain."""
-    return unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("\u2018", "'").replace("\u201c", '"').replace("\u201d", '"')
+    """`text` with compatibility forms and curly quotes made plain, and without accents and other marks on letters."""
+    # Character by character: Unicode's own way with many marks in a row takes time in their square.
+    return unicodedata.normalize("NFC", text.translate(_PLAIN))
 
 
 def words(text: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The fence lets nothing through that marks structure, and leaves ordinary words as they are."""
 
 import json
-import time
 import unicodedata
 
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlver_dist.simulator.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
+from tests.timing import grows_in_proportion
 
 ANYTHING = (
     st.text(max_size=300)
@@ -22,16 +22,6 @@ SWITCHES = ("/no_think", "\\no_think", "/no\u200b_think", "\uff0fno_think", "\uf
 
 def words(text, **options):
     return fence(text, **({"max_bytes": 4000} | options)).text
-
-
-def least_time(work):
-    """Seconds of the process, the least of five tries: work and not waiting."""
-    taken = []
-    for _ in range(5):
-        start = time.process_time()
-        work()
-        taken.append(time.process_time() - start)
-    return min(taken)
 
 
 def largest(text):
@@ -171,10 +161,9 @@ def test_no_mark_sits_on_the_quote_before_a_text():
     assert words("\u0338abc") == words("\u0301 \u0316abc") == words("<think>x</think>\u0301abc") == "abc"
 
 
-def test_a_tag_costs_time_in_proportion_to_the_text():
-    for tag in ("<thought>", "<think>a</think>", "</reason>", "<think a=", "<reason></thought>"):
-        small, large = (least_time(lambda n=n, tag=tag: fence(tag * n, max_bytes=10**6)) for n in (1000, 8000))
-        assert large < 8 * 5 * small
+@pytest.mark.parametrize("tag", ["<thought>", "<think>a</think>", "</reason>", "<think a=", "<reason></thought>", "\u0301\u0316"])
+def test_time_grows_with_the_text_and_not_with_its_square(tag):
+    assert grows_in_proportion(lambda size: fence("a" + tag * size, max_bytes=10**6), 500)
 
 
 def test_a_sheet_keeps_its_layout():

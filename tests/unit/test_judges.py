@@ -119,6 +119,13 @@ def test_rules_and_models_sit_on_one_panel():
         JudgePanel([])
 
 
+@pytest.mark.parametrize("reply", ["", "\u200b\u2060", "\u3164", "\u0301", "\ufffc", "<think>I hear you.</think>", "[THINK]I hear you."])
+def test_rules_and_models_take_the_same_replies_for_silence(reply):
+    rules = RuleJudge(appraiser=LexicalAppraiser(), rules=RULES)
+    model = LlmSimulator(rules=RULES, backend=Model("m"), settings=LlmUserConfig())
+    assert asyncio.run(rules.appraise(request(reply))) == asyncio.run(model.appraise(request(reply)))
+
+
 def test_rules_clip_to_the_presets_limit():
     class Shouts:
         def appraise(self, context):

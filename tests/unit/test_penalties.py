@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlver_dist.simulator.penalties import WEIGHTS, measure
+from tests.timing import grows_in_proportion
 
 HONEST = (
     "You sat eight hours in that corridor with his trainers on your knees, and he couldn't manage one text. "
@@ -30,7 +31,7 @@ SHOWING = {
 
 
 def strengths(reply, earlier=(), truncated=False):
-    return measure(reply, list(earlier), HEARD, truncated)
+    return measure(reply, list(earlier), HEARD, truncated, written=reply)
 
 
 def test_honest_reply_costs_nothing():
@@ -67,7 +68,7 @@ def test_only_a_reply_cut_inside_a_sentence_is_truncated():
 @settings(max_examples=60, deadline=None)
 @given(st.text(min_size=1, max_size=200), st.lists(st.text(max_size=60), max_size=2), st.booleans())
 def test_strengths_lie_between_0_and_1_for_any_text(reply, earlier, truncated):
-    found = measure(reply, earlier, HEARD, truncated)
+    found = measure(reply, earlier, HEARD, truncated, written=reply)
     assert set(found) == set(WEIGHTS)
     assert all(0.0 <= value <= 1.0 for value in found.values())
 
@@ -79,3 +80,34 @@ def test_replies_that_begin_alike_are_a_formula():
     # Two words in common is how people talk; from the fourth on it is a formula: (3 - 1.5) / (4 - 1.5).
     assert strengths("You have been there", [first])["formula"] == 0.0
     assert strengths("Your kind words helped", [first])["formula"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        (SHOWING["superlatives"].replace("amazing", "am\u00e1zing").replace("hero", "he\u0301ro"), "superlatives"),
+        ("M\u00fd em\u00f3tion is now 100.", "score_talk"),
+        ("A guy y\u00f3u say. A gu\u00fd I was se\u00e9ing has g\u00f3ne quiet, it h\u00e1ppens to everybody.", "copied"),
+    ],
+)
+def test_accents_change_no_word(reply, name):
+    bare = reply.translate(str.maketrans("\u00e1\u00e9\u00f3\u00fd", "aeoy", "\u0301"))
+    assert strengths(reply)[name] == strengths(bare)[name] > 0.0
+
+
+def test_what_is_foreign_stays_foreign_by_its_accents():
+    assert strengths("D\u00e9\u00e7u, \u00e9t\u00e9 g\u00e2t\u00e9")["foreign"] > 0.5
+
+
+def test_signs_that_nobody_sees_and_markup_that_nobody_hears_count():
+    def of(written):
+        return measure("I hear you, and the key.", [], HEARD, False, written=written)
+
+    assert of("I hear you, \ue000\ue001\ue002and the key.")["symbols"] > 0.5
+    assert of("<think>x</think>I hear you, and the key.")["listing"] > 0.5
+    assert of("**I** hear you, and *\u200b*the** key.")["listing"] > 0.9
+
+
+@pytest.mark.parametrize("unit", ["\n", " \n", "- \n", "a\n \n", "mood ", "\u0301\u0316"])
+def test_time_grows_with_the_text_and_not_with_its_square(unit):
+    assert grows_in_proportion(lambda size: strengths("a" + unit * size + "b"), 500)

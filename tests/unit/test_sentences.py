@@ -1,9 +1,12 @@
 """Sentence, word and n-gram counts against hand-counted examples."""
 
+import unicodedata
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.sentences import MAX_SENTENCES, content_words, ngrams, overlap, ramp, sentences, words
+from rlver_dist.simulator.sentences import MAX_SENTENCES, content_words, ngrams, overlap, plain, ramp, sentences, words
 
 
 def test_sentences_split_at_stops_and_lines_and_lose_their_bullets():
@@ -25,6 +28,26 @@ def test_long_run_of_words_is_cut():
 
 def test_words_are_lower_case_with_plain_apostrophes():
     assert words("You\u2019re LATE, it's 5") == ["you're", "late", "it's", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\u00dcber caf\u00e9, na\u0131ve \ufb01ne", ["uber", "cafe", "na\u0131ve", "fine"]),
+        ("cafe\u0301 \uff36\uff25\uff32\uff39", ["cafe", "very"]),
+        ("\u6211\u5f88\u96be\u8fc7\uff0c\u597d\u3002", ["\u6211\u5f88\u96be\u8fc7", "\u597d"]),
+        ("\ud55c\uad6d\uc5b4 \u043c\u043e\u0439", ["\ud55c\uad6d\uc5b4", "\u043c\u043e\u0438"]),
+    ],
+)
+def test_words_have_no_marks_and_scripts_stay(text, found):
+    assert words(text) == found
+
+
+@given(st.text(max_size=60))
+def test_canonically_equal_texts_have_equal_words(text):
+    for form in ("NFC", "NFD"):
+        assert words(unicodedata.normalize(form, text)) == words(text)
+    assert not any(unicodedata.category(c).startswith("M") for c in plain(text))
 
 
 def test_content_words_drop_grammar_and_inflection():
