@@ -106,11 +106,12 @@ def _checked(value: Any, schema: Schema, where: str) -> Any:
             raise SchemaError(f"{where}: fields {_quote(sorted(value))}, not {sorted(schema['properties'])}")
         return {name: _checked(value[name], part, f"{where}.{name}") for name, part in schema["properties"].items()}
     if kind is str:
-        value = tidy(value)
+        written, value = len(value), tidy(value)
+        # Tidying may write one character as several, so what was written has an upper bound, and what is left of it the lower one.
+        if len(value) < schema.get("minLength", 0) or written > schema.get("maxLength", written):
+            raise SchemaError(f"{where}: {written} characters, {len(value)} to read, not {schema['minLength']} to {schema['maxLength']}")
     if "enum" in schema and value not in schema["enum"]:
         raise SchemaError(f"{where}: {_quote(value)} is none of {schema['enum']}")
-    if kind is str and not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
-        raise SchemaError(f"{where}: {len(value)} characters, not {schema['minLength']} to {schema['maxLength']}")
     return value
 
 

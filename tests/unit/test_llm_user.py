@@ -229,6 +229,14 @@ def test_an_answer_outside_its_schema_is_refused(text):
     assert len(str(refused.value)) < 400
 
 
+def test_an_answers_length_is_what_the_model_wrote():
+    # U+2474 is a one in brackets, three characters once it is plain.
+    assert parse_answer(json.dumps({**NOTES, "fit": "\u2474" * 255, "change": 1}), SCHEMA)["fit"] == "(1)" * 255
+    for text in ("x" + "\u200b" * 255, "\u200b", " \u0301"):
+        with pytest.raises(SchemaError, match=f"fit: {len(text)} characters"):
+            parse_answer(json.dumps({**NOTES, "fit": text, "change": 1}), SCHEMA)
+
+
 def test_answers_inside_their_schemas_are_read():
     assert parse_answer(json.dumps({**NOTES, "change": -10}), SCHEMA)["change"] == -10
     assert parse_answer(json.dumps(REPLY), reply_schema(language="zh", max_tokens=300)) == REPLY
