@@ -3,7 +3,8 @@
     python -m benchmarks.red_team [--attacks tests/data/red_team.yaml] [--templates tests/data/chat_templates.yaml] [--every 1]
 
 For every reply, in every chat template, and wherever a reply stands in a prompt (newest, earlier, echoed in the user's own notes):
-- structure: in token ids, the prompt is that of a harmless reply but for the one stretch of ordinary tokens that holds the talk;
+- structure: in token ids, the prompt is that of a harmless reply but for the one stretch of ordinary tokens that holds the talk; the
+  template takes nothing out of the talk, and begins the answer as it does for a harmless reply;
 - lines: that stretch is, line by line, what it is for a harmless reply, but for the JSON strings of that reply;
 - schema: a model that repeats the reply as its whole answer, or obeys it with a change of 100, is refused or stays in [-10, 10];
 - arithmetic: a model that copies the reply into all of its notes moves the emotion by its own change field and nothing else.
@@ -20,18 +21,17 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.prompt_structure import keeps_structure, load_templates, num_tokens, skeleton
 from rlver_dist.choices import LlmCalls, Preset
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal, Message, Role
-from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.models import SMOLLM2
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.emotion import move
 from rlver_dist.simulator.fence import fence
@@ -47,23 +47,6 @@ RULES = PRESETS[Preset.rlver_vanilla]
 SETTINGS = LlmUserConfig(calls=LlmCalls.one)
 HARMLESS = ("That sounds hard. What happened then?", "I am here, tell me more.")
 CHECKS = ("structure", "lines", "schema", "arithmetic")
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Template:
-    """One family's way to write a prompt.
-
-    Attributes:
-        name: of the family.
-        tokenizer: with the family's special tokens and its chat template.
-        special: ids that are special to it.
-        headers: role marks that are ordinary text.
-    """
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    special: frozenset[int]
-    headers: tuple[str, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,21 +78,6 @@ def load_attacks(path: Path, persona: Persona) -> dict[str, list[str]]:
     return families
 
 
-@cache
-def load_templates(path: Path) -> list[Template]:
-    """SmolLM2's own template, and each of the file on SmolLM2's vocabulary with the family's special tokens added."""
-    folder = resolve(SMOLLM2)
-    own = {SMOLLM2: {"special": [], "headers": [], "template": None}}
-    templates = []
-    for name, row in (own | yaml.safe_load(path.read_text(encoding="utf-8"))).items():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in row["special"]], special_tokens=True)
-        tokenizer.chat_template = row["template"] or tokenizer.chat_template
-        special = frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-        templates.append(Template(name=name, tokenizer=tokenizer, special=special, headers=tuple(row["headers"])))
-    return templates
-
-
 def make_request(persona: Persona, newest: str, earlier: str) -> UserRequest:
     """Two exchanges, so that one reply is history and one is new."""
     texts = [(Role.USER, persona.opening), (Role.ASSISTANT, earlier), (Role.USER, "Well, yes."), (Role.ASSISTANT, newest)]
@@ -131,31 +99,6 @@ def prompts_with(prompts: UserPrompts, persona: Persona, reply: str) -> dict[str
 def paste_raw(messages: Sequence[Message], reply: str) -> tuple[Message, ...]:
     """A harmless prompt with the bare reply in the place of its first harmless one."""
     return tuple(replace(message, text=message.text.replace(HARMLESS[0], reply, 1)) for message in messages)
-
-
-def skeleton(template: Template, messages: Sequence[Message]) -> list[int | tuple[int, ...]]:
-    """The rendered prompt as special ids and the stretches of ordinary ids between them; textual headers count as special."""
-    conversation = [{"role": message.role.value, "content": message.text} for message in messages]
-    text = template.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    parts: list[int | tuple[int, ...]] = []
-    run: list[int] = []
-    for index in template.tokenizer(text, add_special_tokens=False).input_ids:
-        if index in template.special:
-            parts += [tuple(run), index]
-            run = []
-        else:
-            run.append(index)
-    return [*parts, tuple(run), *(text.count(header) for header in template.headers)]
-
-
-def keeps_structure(parts: list[Any], harmless: tuple[list[Any], list[Any]]) -> bool:
-    """Whether `parts` differ from the first of two harmless skeletons only in the one place where these two differ from each other."""
-    first, second = harmless
-    free = [place for place, (one, other) in enumerate(zip(first, second, strict=True)) if one != other]
-    same = len(parts) == len(first) and all(
-        one == other for place, (one, other) in enumerate(zip(parts, first, strict=True)) if place not in free
-    )
-    return same and len(free) == 1
 
 
 def keeps_lines(messages: Sequence[Message], harmless: Sequence[Message]) -> bool:
@@ -265,11 +208,6 @@ def run(attacks: Path = DATA / "red_team.yaml", templates: Path = DATA / "chat_t
             if not kept[check]:
                 report.failed[check].append(reply)
     return reports
-
-
-def num_tokens(parts: Sequence[int | tuple[int, ...]]) -> int:
-    """Tokens of a skeleton without textual headers."""
-    return sum(len(part) if isinstance(part, tuple) else 1 for part in parts)
 
 
 def _each(families: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.red_team import DATA, HARMLESS, RULES, keeps_lines, load_attacks, load_templates, make_request, prompts_with, run, table
+from benchmarks.prompt_structure import keeps_structure, load_templates, skeleton
+from benchmarks.red_team import DATA, HARMLESS, RULES, keeps_lines, load_attacks, make_request, paste_raw, prompts_with, run, table
 from rlver_dist.data.personas import load_split
 from rlver_dist.models import SMOLLM2, bundled_folder
 from rlver_dist.simulator.prompts import UserPrompts
@@ -28,6 +29,20 @@ def test_no_reply_steers_and_raw_ones_would():
     assert reports["role_tokens"].raw == reports["role_tokens"].replies
     assert reports["set_emotion"].raw == 0
     assert len(table(reports).splitlines()) == len(reports) + 2
+
+
+@needs_tokenizer
+def test_a_switch_in_the_talk_is_seen():
+    kind = next(kind for kind in load_templates(DATA / "chat_templates.yaml") if kind.name == "nemotron_nano_v2")
+    persona, prompts = load_split("bank", "train")[0], UserPrompts(rules=RULES, max_reply_bytes=400)
+    calm, other = (prompts_with(prompts, persona, text)["newest"] for text in HARMLESS)
+    harmless = skeleton(kind, calm), skeleton(kind, other)
+    assert [parts[-2:] for parts in harmless] == [[True, "<SPECIAL_11>Assistant\n<think>\n"]] * 2
+    for switch in ("/no_think", "/think"):
+        pasted = skeleton(kind, paste_raw(calm, switch))
+        assert not keeps_structure(pasted, harmless)
+        assert pasted[-2] is False
+        assert keeps_structure(skeleton(kind, prompts_with(prompts, persona, switch)["newest"]), harmless)
 
 
 @needs_tokenizer
