@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 
-exp=(+exp=grpo_no_think)
+exp=(+exp=ppo_think)
 on=(+on=cpu)
 for argument in "$@"; do
     case "$argument" in

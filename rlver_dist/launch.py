@@ -1,7 +1,7 @@
 """The entry point: compose, check, save the resolved configuration, build the cluster, run the driver.
 
-    python -m rlver_dist.launch +exp=grpo_no_think +on=cpu
-    python -m rlver_dist.launch +exp=grpo_no_think +on=node8 check=true
+    python -m rlver_dist.launch +exp=ppo_think +on=cpu
+    python -m rlver_dist.launch +exp=ppo_think +on=node8 check=true
 
 Heavy packages are imported only after the configuration has been checked.
 """

@@ -240,16 +240,16 @@ def check_num_layers(kept: int, there: int) -> None:
 @dataclass(kw_only=True, slots=True)
 class WarmUpConfig:
     """Supervised warm-up before reinforcement learning: teaches a model that cannot follow the think format that format, on its own
-    replies and thoughts. Runs where `rollout.think` is on."""
+    thoughts, and to reply behind them as it did without (`learner/imitation.py`). Runs where `rollout.think` is on."""
 
     dialogues: int = 0
-    """Dialogues with training personas whose replies are imitated in the think format; 0 leaves the stage out."""
+    """Dialogues with training personas whose replies are learned from; 0 leaves the stage out."""
     max_turns: int = 2
     """Replies of each."""
     max_thought_tokens: int = 24
     """Tokens of a thought."""
     epochs: int = 1
-    """Passes over the replies. One leaves what the model says nearly as it was; more teach the replies themselves."""
+    """Passes over the replies."""
     batch_size: int = 16
     """Replies an optimizer step."""
     lr: float = 5e-5
