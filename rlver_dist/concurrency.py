@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
-from typing import TypeVar
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
 
-async def all_or_none(work: Iterable[Awaitable[Result]]) -> list[Result]:
+async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Results of all of `work` at once, in order.
 
     The first failure, or a cancellation of the caller, cancels the rest and is raised when all of it has ended, so that nothing goes on
     behind the caller's back; `asyncio.gather` alone lets the rest run.
     """
-    tasks = [asyncio.ensure_future(one) for one in work]
+    tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            # Where the caller was cancelled they are already; once more would break off their tidying up.
+            if not task.cancelling():
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -156,7 +156,7 @@ def test_a_cancelled_call_is_cancelled_at_the_server(server, monkeypatch):
         await asyncio.wait_for(until(0.0), 20)
 
     _, values = ask(server, scenario, monkeypatch)
-    assert values["lost_attempts"] == 1 and values["calls"] == 0
+    assert (values["lost_attempts"], values["calls"], values["cancelled"], values["failures"]) == (1, 1, 1, 0)
 
 
 def test_a_user_appraises_and_answers(server, monkeypatch):

@@ -101,7 +101,10 @@ def finish(process):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_command_goes_on(tmp_path, endpoint, stop):
     journal = tmp_path / "journal.jsonl"
+    # As a script starts what runs in the background.
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = start(tmp_path, endpoint)
+    signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 90
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
         assert time.monotonic() < deadline and first.poll() is None, finish(first)

@@ -20,11 +20,11 @@ def test_results_come_in_the_order_of_the_work():
 def test_nothing_goes_on_behind_the_caller(by: str):
     events: list[str] = []
 
-    async def slow() -> None:
+    async def slow(tidying_s: float) -> None:
         try:
             await asyncio.sleep(60)
         finally:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(tidying_s)
             events.append("tidied up")
 
     async def fail() -> None:
@@ -33,7 +33,7 @@ def test_nothing_goes_on_behind_the_caller(by: str):
             raise ValueError("no")
 
     async def scenario() -> None:
-        work = asyncio.create_task(all_or_none([slow(), fail(), slow()]))
+        work = asyncio.create_task(all_or_none([slow(0.0), fail(), slow(0.05)]))
         await asyncio.sleep(0.02 if by == "caller" else 0)
         if by == "caller":
             work.cancel()

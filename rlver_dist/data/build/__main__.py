@@ -158,6 +158,8 @@ def _languages(text: str) -> list[str]:
 def main() -> None:
     """Command line."""
     options = parse_arguments(sys.argv[1:])
+    # A script starts what runs in the background with SIGINT ignored, and SIGTERM goes its way here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         config = simulator_config(options.overrides)
