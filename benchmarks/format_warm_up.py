@@ -147,12 +147,11 @@ async def measure(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
     )
     config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
-    num_shown = arguments.shown
     bench = Measurement(config, arguments.temperature, arguments.personas)
     await bench.engine.start()
     try:
-        await bench.report("as it came, no think", think=False, num_shown=num_shown)
-        await bench.report("as it came, think", think=True, num_shown=num_shown)
+        await bench.report("as it came, no think", think=False, num_shown=arguments.shown)
+        await bench.report("as it came, think", think=True, num_shown=arguments.shown)
         samples = await bench.samples()
         print(f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} trained tokens, such as")
         for sample in (pair.sample for pair in samples[:: max(1, len(samples) // 12)]):
@@ -162,7 +161,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         spent, steps = time.monotonic() - started, int(values["warm_up/steps"])
         print(f"{spent:.0f} s, {steps} steps, loss {values['warm_up/loss_first']:.2f} to {values['warm_up/loss_last']:.2f}")
         await bench.serve(learner)
-        await bench.report("warmed up, think", think=True, num_shown=num_shown)
+        await bench.report("warmed up, think", think=True, num_shown=arguments.shown)
         learner.close()
     finally:
         bench.engine.close()
