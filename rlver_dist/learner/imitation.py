@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlver_dist.experience.packing import PackedRow, pack
-from rlver_dist.experience.prefixes import Unit
+from rlver_dist.experience.prefixes import make_units
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.scoring import ROWS_AT_ONCE, LogprobAndEntropy, Measure, PolicyModel
 
@@ -60,14 +60,13 @@ def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[Im
     """
     chosen = [samples[index] for index in row.indices]
     plain = [one.plain for one in chosen]
-    alone = [Unit(indices=[index], trunk=[], num_tokens=len(sample.token_ids)) for index, sample in enumerate(plain)]
+    # Nothing is shared, so the teacher's tokens stand in the row's order.
+    units = make_units(plain, range(len(plain)), share=False, max_tokens=0)
     with torch.no_grad():
-        said = teacher.logits(pack(plain, alone).to(row.token_ids.device))
-    taught = [False for _ in row.targets]
-    end = 0
+        said = teacher.logits(pack(plain, units).to(row.token_ids.device))
+    taught: list[bool] = []
     for one in chosen:
-        end += one.sample.num_trained
-        taught[end - one.plain.num_trained : end] = [True] * one.plain.num_trained
+        taught += [False] * (one.sample.num_trained - one.plain.num_trained) + [True] * one.plain.num_trained
     return partial(_losses, teacher=said, taught=torch.tensor(taught, dtype=torch.bool, device=row.token_ids.device))
 
 

@@ -80,6 +80,10 @@ class PolicyLearner(LearnerRank):
             model.load_state_dict(replacement)
         return PolicyModel(model, recompute=False).requires_grad_(False).eval().to(self._device)
 
+    def _base(self) -> PolicyModel:
+        """The model as it came, frozen: the reference where that is it, else loaded for the caller alone."""
+        return self._reference if self._reference is not None and self._reference_is_base else self._load_frozen(self._base_path)
+
     def update(self, samples: list[TurnSample], advantages: Columns, kl_coef: float) -> list[Metric]:
         """Train on one iteration's samples, in `algorithm.updates_per_iteration` optimizer steps along whole groups.
 
@@ -179,7 +183,7 @@ class PolicyLearner(LearnerRank):
         At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank. Where the reference is
         another model, or there is none, the base model is loaded for this call alone.
         """
-        base = self._reference if self._reference is not None and self._reference_is_base else self._load_frozen(self._base_path)
+        base = self._base()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for row in self._share(samples, range(len(samples))):
             sums[0] -= self._logprobs(base, row, temperature=1.0).double().sum()
@@ -203,7 +207,7 @@ class PolicyLearner(LearnerRank):
             This rank's metrics: the loss of the first and the last step, nats a token, and the number of steps.
         """
         self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0))
-        teacher = self._load_frozen(self._base_path)
+        teacher = self._base()
         shuffler, order, steps = random.Random(seed), list(range(len(samples))), []
         for _ in range(config.epochs):
             shuffler.shuffle(order)

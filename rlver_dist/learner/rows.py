@@ -12,7 +12,7 @@ from rlver_dist.experience.balance import plan_micro_batches
 from rlver_dist.experience.packing import Columns, PackedRow, pack
 from rlver_dist.experience.prefixes import make_units
 from rlver_dist.experience.samples import TurnSample
-from rlver_dist.learner.scoring import Measure
+from rlver_dist.learner.scoring import LogprobAndEntropy, Measure
 
 
 def require_columns(samples: Sequence[TurnSample], **columns: Columns) -> None:
@@ -50,16 +50,16 @@ def share_rows(
     return [pack(samples, [units[index] for index in chosen]).to(device) for chosen in plan[rank]]
 
 
-def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, *measure: Measure) -> Any:
+def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, measure: Measure = LogprobAndEntropy.apply) -> Any:
     """What `PolicyModel.forward` gives for the row's trained tokens, by default log-probs `[S]` and entropies `[S]` in nats.
 
     Args:
         forward: a `PolicyModel`, or an engine around one.
         row: see `PackedRow`.
         temperature: divides the logits.
-        measure: at most one, to be computed in place of the default.
+        measure: what is computed of each trained token's logits.
     """
-    return forward(row.token_ids, row.position_ids, row.spans, row.before, row.targets, temperature, *measure)
+    return forward(row.token_ids, row.position_ids, row.spans, row.before, row.targets, temperature, measure)
 
 
 def collect_columns(
