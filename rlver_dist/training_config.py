@@ -115,9 +115,9 @@ class AlgorithmConfig:
     gae_lambda: float = 1.0
     """PPO: lambda of generalised advantage estimation (arXiv:1506.02438; the original's: 1)."""
     reward_placement: RewardPlacement = RewardPlacement.end
-    """PPO: pay the reward at a dialogue's `end` (RLVER), or at each of its `turns` that turn's change of emotion / 100: their sum is the
+    """Pay the reward at a dialogue's `end` (RLVER), or at each of its `turns` that turn's change of emotion / 100: their sum is the
     reward less the start, so at gamma 1 the same policies are best (potential-based shaping, Ng et al. 1999), but no reply answers for
-    the turns before it."""
+    the turns before it. GRPO then compares turn with turn, by what is still to come, instead of dialogue with dialogue."""
     whiten_advantages: bool = True
     """PPO: shift and scale the advantages of an iteration's trained tokens to mean 0 and deviation 1 (the original does)."""
     clip_low: float = 0.2

@@ -13,7 +13,7 @@ from rlver_dist.algorithms import kl
 from rlver_dist.choices import KLPlacement
 from rlver_dist.config import RunConfig
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.experience.credit import dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
+from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
 from rlver_dist.experience.guards import guard_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.parts import Critic, Policy
@@ -71,12 +71,13 @@ async def train_on(
     )
     scored_s = time.monotonic() - started
     updates = []
+    paid = token_rewards(samples, selection.kept, rewards, algorithm.reward_placement)
     if critic and values is not None:
-        paid = token_rewards(samples, selection.kept, rewards, algorithm.reward_placement)
         advantages, returns = ppo_credit(samples, algorithm, paid, values, kl_tokens, kl_coef)
         updates.append(critic.update(samples, values, returns))
     else:
-        advantages = grpo_credit(samples, algorithm, kl_tokens, kl_coef)
+        parts = compared_parts(selection.kept, algorithm.reward_placement)
+        advantages = grpo_credit(samples, algorithm, paid, parts, kl_tokens, kl_coef)
     if not critic_only:
         updates.append(policy.update(samples, advantages, kl_coef))
     # Policy and critic share nothing but the samples, so they learn at the same time.

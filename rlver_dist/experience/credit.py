@@ -6,6 +6,7 @@ over whole dialogues, before samples are spread over optimizer steps and ranks: 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ def token_rewards(
             reward differs from the final emotion by. A turn without tokens is paid on the token before it.
 
     Returns:
-        `[n_i]` float32 for each sample; over a dialogue they sum to its reward, with `turns` to its reward - start emotion / 100.
+        `[n_i]` float64 for each sample; over a dialogue they sum to its reward, with `turns` to its reward - start emotion / 100.
     """
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
     paid = [torch.empty(0)] * len(samples)
@@ -51,40 +52,70 @@ def token_rewards(
             for turn in dialogue.turns:
                 said += len(turn.reply_ids)
                 column[max(said - 1, 0)] += (turn.emotion_after - turn.emotion_before) / MAX_EMOTION
-        for index, part in zip(indices, _split(column.float(), lengths), strict=True):
+        for index, part in zip(indices, _split(column, lengths), strict=True):
             paid[index] = part
     return paid
 
 
+def compared_parts(dialogues: Sequence[Dialogue], placement: RewardPlacement) -> dict[str, list[int]]:
+    """By dialogue id, the trained tokens of each part that is compared on its own: the dialogue, or with `turns` each of its turns."""
+    lengths = {dialogue.id: [len(turn.reply_ids) for turn in dialogue.turns] for dialogue in dialogues}
+    return lengths if placement is RewardPlacement.turns else {name: [sum(turns)] for name, turns in lengths.items()}
+
+
 def grpo_credit(
-    samples: Sequence[TurnSample], algorithm: AlgorithmConfig, kl_tokens: Sequence[Tensor] | None, kl_coef: float
+    samples: Sequence[TurnSample],
+    algorithm: AlgorithmConfig,
+    rewards: Sequence[Tensor],
+    parts: dict[str, list[int]],
+    kl_tokens: Sequence[Tensor] | None,
+    kl_coef: float,
 ) -> list[Tensor]:
-    """GRPO: each dialogue's advantage over its group, the same on all of its trained tokens.
+    """GRPO: each part's reward to go, compared over the group; its advantage is the same on all of its trained tokens.
+
+    With one part a dialogue that is GRPO as published (arXiv:2402.03300, section 4.1.2). With a part a turn, the n-th turn is compared
+    with the n-th turns of the group's dialogues that came so far: that was decided by earlier turns, so the comparison does not bias
+    this one, as a sum of normalised later rewards (section 4.1.3) does where replies decide how long a dialogue lasts.
 
     Args:
         samples: rows of whole groups.
         algorithm: group normalisation.
-        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: each dialogue's
-            reward less kl_coef times the sum over its trained tokens (InstructGPT, arXiv:2203.02155, eq. 2). None: not taken.
+        rewards: `[n_i]` for each sample, see `token_rewards`.
+        parts: see `compared_parts`.
+        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: kl_coef times it off
+            each token's own reward (InstructGPT, arXiv:2203.02155, eq. 2). None: not taken.
         kl_coef: present weight of the KL, reward per nat.
 
     Returns:
-        `[n_i]` float32 for each sample.
+        `[n_i]` float32 for each sample; 0 in a part that no other dialogue of the group has.
 
     Raises:
-        ValueError: the KL does not fit the samples or is not finite, or a group has a single dialogue.
+        ValueError: rewards or KL do not fit the samples or are not finite.
     """
+    paid = _less_kl(samples, rewards, kl_tokens, kl_coef)
     dialogues = _dialogues(samples)
-    rewards = torch.tensor([samples[indices[0]].reward for indices in dialogues], dtype=torch.float64)
-    if kl_tokens is not None:
-        _require_fit(samples, "KL", kl_tokens)
-        rewards -= kl_coef * torch.tensor([sum(kl_tokens[index].double().sum().item() for index in indices) for indices in dialogues])
-    per_dialogue = grpo(rewards, [samples[indices[0]].group_id for indices in dialogues], algorithm.normalize_by_std).tolist()
-    advantages = [torch.empty(0)] * len(samples)
-    for indices, advantage in zip(dialogues, per_dialogue, strict=True):
-        for index in indices:
-            advantages[index] = torch.full((samples[index].num_trained,), advantage)
-    return advantages
+    # Of each part its length and, to be compared with those of the same key, its reward to go.
+    keys, to_go, lengths = [], [], []
+    for indices in dialogues:
+        first, end = samples[indices[0]], 0
+        left = torch.cat([paid[index] for index in indices]).flip(0).cumsum(0).flip(0)
+        for number, length in enumerate(parts[first.dialogue_id]):
+            if length:
+                keys.append((first.group_id, number))
+                to_go.append(float(left[end]))
+                lengths.append(length)
+            end += length
+    counts = Counter(keys)
+    compared = [position for position, key in enumerate(keys) if counts[key] > 1]
+    by_part = torch.zeros(len(keys))
+    by_part[compared] = grpo(
+        torch.tensor([to_go[position] for position in compared], dtype=torch.float64),
+        [keys[position] for position in compared],
+        algorithm.normalize_by_std,
+    )
+    order = [index for indices in dialogues for index in indices]
+    columns = _split(by_part.repeat_interleave(torch.tensor(lengths)), [samples[index].num_trained for index in order])
+    return [column for _, column in sorted(zip(order, columns, strict=True), key=lambda pair: pair[0])]
 
 
 def ppo_credit(
@@ -114,17 +145,13 @@ def ppo_credit(
     Raises:
         ValueError: there are no samples, or rewards, values or KL do not fit them or are not finite.
     """
-    _require_fit(samples, "rewards", rewards)
     _require_fit(samples, "values", values)
-    if kl_tokens is not None:
-        _require_fit(samples, "KL", kl_tokens)
+    paid = _less_kl(samples, rewards, kl_tokens, kl_coef)
     advantages, returns = [torch.empty(0)] * len(samples), [torch.empty(0)] * len(samples)
     for indices in _dialogues(samples):
         lengths = [samples[index].num_trained for index in indices]
-        paid = torch.cat([rewards[index] for index in indices])
-        if kl_tokens is not None:
-            paid = paid - kl_coef * torch.cat([kl_tokens[index] for index in indices])
-        columns = gae(paid, torch.cat([values[index] for index in indices]), algorithm.gamma, algorithm.gae_lambda)
+        reward, value = (torch.cat([column[index] for index in indices]) for column in (paid, values))
+        columns = gae(reward, value, algorithm.gamma, algorithm.gae_lambda)
         for spread, column in zip((advantages, returns), columns, strict=True):
             for index, part in zip(indices, _split(column, lengths), strict=True):
                 spread[index] = part
@@ -148,6 +175,16 @@ def _dialogues(samples: Sequence[TurnSample]) -> list[list[int]]:
     for index in sorted(range(len(samples)), key=lambda index: samples[index].turn_index):
         members.setdefault(samples[index].dialogue_id, []).append(index)
     return list(members.values())
+
+
+def _less_kl(
+    samples: Sequence[TurnSample], rewards: Sequence[Tensor], kl_tokens: Sequence[Tensor] | None, kl_coef: float
+) -> Sequence[Tensor]:
+    _require_fit(samples, "rewards", rewards)
+    if kl_tokens is None:
+        return rewards
+    _require_fit(samples, "KL", kl_tokens)
+    return [reward - kl_coef * tokens for reward, tokens in zip(rewards, kl_tokens, strict=True)]
 
 
 def _split(column: Tensor, lengths: list[int]) -> list[Tensor]:

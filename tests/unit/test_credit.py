@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlver_dist.choices import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.experience.credit import dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
+from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.training_config import AlgorithmConfig, EndRewardConfig
@@ -72,6 +72,14 @@ def at_the_end(samples: list[TurnSample]) -> list[Tensor]:
     ]
 
 
+def whole(samples: list[TurnSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float) -> list[Tensor]:
+    """GRPO of whole dialogues, paid at the end."""
+    parts = {sample.dialogue_id: [0] for sample in samples}
+    for sample in samples:
+        parts[sample.dialogue_id][0] += sample.num_trained
+    return grpo_credit(samples, config, at_the_end(samples), parts, kl_tokens, kl_coef)
+
+
 def ppo(gamma: float = 1.0, gae_lambda: float = 1.0, whiten: bool = False) -> AlgorithmConfig:
     return AlgorithmConfig(gamma=gamma, gae_lambda=gae_lambda, whiten_advantages=whiten)
 
@@ -122,18 +130,18 @@ def test_grpo_gives_every_token_of_a_dialogue_its_advantage_over_the_group():
         make_sample("a", 0, 2, 0.2, "g"), make_sample("a", 1, 1, 0.2, "g"), make_sample("b", 0, 3, 0.6, "g"),
         make_sample("c", 0, 1, 0.9, "h"), make_sample("d", 0, 1, 0.3, "h"),
     ]  # fmt: skip
-    advantages = grpo_credit(samples, AlgorithmConfig(normalize_by_std=False), None, kl_coef=5.0)
+    advantages = whole(samples, AlgorithmConfig(normalize_by_std=False), None, kl_coef=5.0)
     assert lists(advantages) == [pytest.approx(row) for row in ([-0.2, -0.2], [-0.2], [0.2, 0.2, 0.2], [0.3], [-0.3])]
     assert dialogue_advantages(samples, advantages) == pytest.approx({"a": -0.2, "b": 0.2, "c": 0.3, "d": -0.3})
     # 0.2 and 0.6 deviate by 0.4 / sqrt 2.
-    scaled = grpo_credit(samples, AlgorithmConfig(normalize_by_std=True), None, kl_coef=5.0)
+    scaled = whole(samples, AlgorithmConfig(normalize_by_std=True), None, kl_coef=5.0)
     assert scaled[2].tolist() == pytest.approx([math.sqrt(0.5)] * 3, abs=1e-5)
 
 
 def test_grpo_takes_the_kl_of_the_whole_dialogue_off_its_reward():
     samples = [make_sample("a", 0, 2, 0.5), make_sample("a", 1, 1, 0.5), make_sample("b", 0, 1, 0.8)]
     # Rewards: 0.5 - 0.1 * (0.5 + 0.5 + 1) = 0.3 and 0.8 - 0.1 * -1 = 0.9, about 0.6.
-    advantages = grpo_credit(samples, AlgorithmConfig(normalize_by_std=False), tensors([0.5, 0.5], [1.0], [-1.0]), kl_coef=0.1)
+    advantages = whole(samples, AlgorithmConfig(normalize_by_std=False), tensors([0.5, 0.5], [1.0], [-1.0]), kl_coef=0.1)
     assert lists(advantages) == [pytest.approx(row) for row in ([-0.3, -0.3], [-0.3], [0.3])]
 
 
@@ -180,6 +188,55 @@ def test_turn_rewards_sum_to_the_reward_less_the_start(replies: list[int], emoti
     for placement, total in ((RewardPlacement.end, reward), (RewardPlacement.turns, reward - 0.3)):
         paid = token_rewards(samples, [dialogue], {"a": reward}, placement)
         assert float(torch.cat(paid).sum()) == pytest.approx(total, abs=1e-5)
+
+
+def by_turns(dialogues: list[Dialogue], rewards: dict[str, float], *, scaled: bool = False, kl: list[Tensor] | None = None) -> list[Tensor]:
+    samples, turns = samples_of(dialogues, rewards), RewardPlacement.turns
+    paid, parts = token_rewards(samples, dialogues, rewards, turns), compared_parts(dialogues, turns)
+    return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, parts, kl, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_grpo_by_turns_compares_a_turn_by_what_is_still_to_come(edited: bool):
+    dialogues = [
+        moved(make_dialogue("a", replies=(2, 1, 1), edited=edited), 40.0, 38.0, 50.0),
+        moved(make_dialogue("b", replies=(1, 2), edited=edited), 34.0, 30.0),
+        moved(make_dialogue("c", replies=(1, 0, 2), edited=edited), 25.0, 27.0, 22.0),
+    ]
+    rewards = {"a": 0.50, "b": 0.30, "c": 0.22}
+    # To go: first turns 0.20, 0.00, -0.08 about 0.04; second turns 0.10 and -0.04 about 0.03 (c says nothing); third turns 0.12 and -0.05
+    # about 0.035.
+    expected = [*(0.16, 0.16, 0.07, 0.085), *(-0.04, -0.07, -0.07), *(-0.12, -0.085, -0.085)]
+    assert torch.cat(by_turns(dialogues, rewards)).tolist() == pytest.approx(expected, abs=1e-6)
+    # One of three first turns, deviation 0.1442; two deviate by their distance / sqrt 2.
+    scaled = torch.cat(by_turns(dialogues, rewards, scaled=True)).tolist()
+    assert scaled[0] == pytest.approx(0.16 / 0.144222, abs=1e-4)
+    assert scaled[2] == pytest.approx(math.sqrt(0.5), abs=1e-4)
+
+
+def test_grpo_by_turns_gives_nothing_to_a_turn_that_no_other_dialogue_reached():
+    dialogues = [moved(make_dialogue("a", replies=(1, 2)), 40.0, 50.0), moved(make_dialogue("b", replies=(1,)), 35.0)]
+    assert torch.cat(by_turns(dialogues, {"a": 0.5, "b": 0.35})).tolist() == pytest.approx([0.075, 0.0, 0.0, -0.075], abs=1e-6)
+    # KL 1 and 2 nats of the later turn count for the first as well: 0.2 - 0.1 * 3 = -0.1 against 0.05.
+    with_kl = by_turns(dialogues, {"a": 0.5, "b": 0.35}, kl=tensors([0.0, 1.0, 2.0], [0.0]))
+    assert torch.cat(with_kl).tolist() == pytest.approx([-0.075, 0.0, 0.0, 0.075], abs=1e-6)
+
+
+@given(emotions=st.lists(st.floats(0, 100), min_size=2, max_size=4), lengths=st.lists(TURNS, min_size=4, max_size=4))
+def test_dialogues_of_one_turn_are_paid_the_same_by_turns_or_at_the_end(emotions: list[float], lengths: list[list[int]]):
+    dialogues = [
+        moved(make_dialogue(f"d{n}", replies=(lengths[n][0],)), emotion) for n, emotion in enumerate(emotions)
+    ]  # fmt: skip
+    rewards = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
+    at_end = whole(samples_of(dialogues, rewards), AlgorithmConfig(normalize_by_std=False), None, 0.0)
+    assert lists(by_turns(dialogues, rewards)) == [pytest.approx(column, abs=1e-6) for column in lists(at_end)]
+
+
+@given(emotion=st.lists(st.floats(0, 100), min_size=3, max_size=3))
+def test_grpo_by_turns_finds_nothing_between_dialogues_that_went_the_same_way(emotion: list[float]):
+    dialogues = [moved(make_dialogue(name, replies=(1, 2, 1)), *emotion) for name in ("a", "b", "c")]
+    columns = by_turns(dialogues, {dialogue.id: emotion[-1] / 100 for dialogue in dialogues}, scaled=True)
+    assert torch.cat(columns).abs().max() < 1e-6
 
 
 def test_ppo_takes_the_kl_of_each_token_off_its_own_reward():
@@ -239,7 +296,7 @@ def test_the_order_of_samples_is_free(order: list[int]):
     values = [torch.arange(sample.num_trained) * 0.1 + 0.01 * index for index, sample in enumerate(samples)]
     for credit in (
         lambda samples, values: ppo_credit(samples, ppo(0.9, 0.8, whiten=True), at_the_end(samples), values, None, 0.0)[0],
-        lambda samples, values: grpo_credit(samples, AlgorithmConfig(), values, 0.1),
+        lambda samples, values: whole(samples, AlgorithmConfig(), values, 0.1),
     ):
         plain = credit(samples, values)
         shuffled = credit([samples[index] for index in order], [values[index] for index in order])
@@ -260,7 +317,7 @@ def test_columns_must_fit_the_samples(columns: list[Tensor], message: str):
         ppo_credit(samples, ppo(), at_the_end(samples), columns, None, kl_coef=0.0)
     for credit in (
         lambda: ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), columns, 0.1),
-        lambda: grpo_credit(samples, AlgorithmConfig(), columns, 0.1),
+        lambda: whole(samples, AlgorithmConfig(), columns, 0.1),
     ):
         with pytest.raises(ValueError, match=message.replace("values", "KL")):
             credit()
