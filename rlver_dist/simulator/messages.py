@@ -21,6 +21,8 @@ from rlver_dist.data.persona import Persona, Temperament
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.emotion import EmotionState, state_of
 from rlver_dist.simulator.presets import DifficultyRules
+from rlver_dist.simulator.reading import hear
+from rlver_dist.simulator.sentences import sentences
 
 # A change of less than a point either way leaves the user where they were.
 NOTICEABLE_CHANGE = 1.0
@@ -65,13 +67,14 @@ class MessageContext:
     seed: int
 
     def said(self, role: Role) -> list[str]:
-        """The texts of one side, in order."""
-        return [message.text for message in self.messages if message.role is role]
+        """The texts of one side, in order: the user's as they are, the policy's as the user hears them."""
+        texts = [message.text for message in self.messages if message.role is role]
+        return texts if role is Role.USER else [hear(text).text for text in texts]
 
     @property
     def reply(self) -> str:
-        """The policy's last reply."""
-        return self.messages[-1].text
+        """The policy's last reply as the user hears it."""
+        return hear(self.messages[-1].text).text
 
     @property
     def direction(self) -> str:
@@ -96,7 +99,7 @@ def next_message(context: MessageContext) -> str | None:
     rng = _generator(context)
     facts = _next_facts(context)
     idle = len(context.said(Role.USER)) > 1 and not _tells_fact(context.persona, context.said(Role.USER)[-1])
-    if not context.reply.strip():
+    if not sentences(context.reply):
         return _pick(rng, material()["occasions"]["empty"][_tone(context)], context)
     if not facts:
         if idle and context.change <= 0:

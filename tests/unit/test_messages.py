@@ -194,7 +194,11 @@ def test_the_form_of_a_reply_is_remarked_on() -> None:
     assert remarks("copied", OPENING, OPENING) > 20
     assert remarks("long", OPENING, " ".join(f"word{i}" for i in range(120))) > 15
     assert remarks("cut", OPENING, "You should really talk to", truncated=True) > 5
-    assert remarks("empty", OPENING, "  ") == 60
+    # What the rules appraise as silence is answered as silence: thoughts, invisible characters, dots.
+    for silence in ("  ", "<think>Say you are sorry.</think>", "\u200b\u2060", "..."):
+        assert remarks("empty", OPENING, silence) == 60
+    hidden = "\u200b".join(line)
+    assert remarks("repeated", OPENING, line, FACTS[0], f"<think>Once more.</think>{hidden}") > 20
     assert remarks("repeated", OPENING, line, FACTS[0], "Another thing altogether.") == 0
 
 

@@ -22,10 +22,10 @@ from tests.unit.test_messages import FACTS, OPENING, persona
 
 
 class NumberAppraiser:
-    """Takes a reply at its word: the text is the change in points. For tests of everything around the appraisal."""
+    """Takes a reply at its first word, the change in points. For tests of everything around the appraisal."""
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
-        return Appraisal(content="", fit="", activity="", feeling="", change=float(context.messages[-1].text))
+        return Appraisal(content="", fit="", activity="", feeling="", change=float(context.messages[-1].text.split()[0]))
 
 
 SIMULATOR = EmbeddedSimulator(rules=PRESETS[Preset.rlver_vanilla], appraiser=NumberAppraiser())
@@ -72,7 +72,7 @@ def test_emotion_and_end(reply: str, before: float, turns: int, after: float, re
 
 def test_goodbye_is_an_end() -> None:
     who = replace(persona(), facts=FACTS[:1])
-    messages = [OPENING, "1", FACTS[0], "0", "That's everything, really.", "0"]
+    messages = [OPENING, "1 point", FACTS[0], "0 points", "That's everything, really.", "0 points"]
     asked = replace(
         request("0", who=who, emotion=50.0),
         turn_index=2,
