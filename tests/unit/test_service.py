@@ -110,16 +110,18 @@ def test_real_appraiser_end_to_end() -> None:
 
 
 class SlowSimulator:
-    """Answers after `seconds`, one call at a time, and fails for dialogues named "broken"."""
+    """Answers after `seconds` and once `gate` is open, one call at a time, and fails for dialogues named "broken"."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.threads, self.inside = seconds, set(), 0
+        self.seconds, self.threads, self.inside, self.gate = seconds, set(), 0, threading.Event()
+        self.gate.set()
 
     def respond(self, asked: UserRequest) -> UserResponse:
         self.inside += 1
         assert self.inside == 1
         self.threads.add(threading.get_ident())
         time.sleep(self.seconds)
+        self.gate.wait()
         self.inside -= 1
         if asked.dialogue_id == "broken":
             raise RlverError("no such yard")
@@ -215,9 +217,12 @@ def test_users_that_wait_for_others_are_asked_all_at_once_and_none_waits_for_ano
 
 def test_a_caller_that_gave_up_harms_nobody() -> None:
     async def ask() -> None:
-        service = RewardService(SlowSimulator(seconds=0.02))
+        simulator = SlowSimulator()
+        service = RewardService(simulator)
+        simulator.gate.clear()
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(service.respond(request("1")), timeout=0.005)
+        simulator.gate.set()
         assert await service.respond(request("1")) == SIMULATOR.respond(request("1"))
         assert service.metrics()["retries"] == 1.0
         service.close()
