@@ -76,7 +76,8 @@ class ClusterConfig:
     address: str | None = None
     """Ray cluster to join; null joins the one in RAY_ADDRESS, else starts one on this machine."""
     engines: int = 0
-    """vLLM engines for the policy; 0 derives engines and ranks from the GPUs that Ray sees."""
+    """vLLM engines for the policy; 0 derives engines, ranks and their shares of the GPUs that Ray sees: the three options on shares and
+    memory below are then not used."""
     tensor_parallel: int = 1
     """GPUs an engine."""
     learner_ranks: int = 0

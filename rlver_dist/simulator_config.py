@@ -44,7 +44,8 @@ class UserEngineConfig:
     max_context_tokens: int = 16384
     """Longest prompt and answer together, in tokens."""
     engines: int = 0
-    """Engines; 0 derives them: a quarter of the GPUs where `cluster` derives its own, else one."""
+    """Engines; 0 derives them: a quarter of the GPUs where `cluster` derives its own, else one. Where `cluster` derives and there is a
+    single GPU, its shares are derived as well, and this and the next three are not used."""
     tensor_parallel: int = 1
     """GPUs an engine."""
     gpus_per_rank: float = 1.0
