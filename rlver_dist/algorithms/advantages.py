@@ -16,38 +16,48 @@ VARIANCE_EPSILON = 1e-8
 """Added to the variance in whitening, as in the original (RLVER, verl/utils/torch_functional.py)."""
 
 
-def grpo(rewards: Tensor, group_ids: Sequence[Hashable] | Tensor, normalize_by_std: bool) -> Tensor:
+def grpo(rewards: Tensor, group_ids: Sequence[Hashable], normalize_by_std: bool, turns: Sequence[int] | None = None) -> Tensor:
     """Group-relative advantages: (reward - group mean) / (group std + 1e-6), over the dialogues of a group.
 
     GRPO, arXiv:2402.03300, section 4.1.2. The paper does not say which standard deviation; this is the sample one (divisor
     n - 1), as in the original's and verl's code. Without `normalize_by_std` the rewards are only centred (Dr. GRPO,
-    arXiv:2503.20783). One entry is one dialogue, never a turn: rows of turns would weigh long dialogues more.
+    arXiv:2503.20783).
+
+    With `turns` an entry is one turn of a dialogue and its reward to go, and is centred among the group's turns of that number. Which
+    dialogues come so far was decided by earlier turns, so that no turn is judged by how long its dialogue lasted; a sum of normalised
+    later rewards (section 4.1.3) would be. All turns of a group are divided by one deviation, pooled over its turn numbers (divisor
+    n - numbers): turns keep their sizes among each other. Without it, one entry is one dialogue: rows of turns would weigh long
+    dialogues more.
 
     Args:
-        rewards: `[N]` one reward a dialogue.
-        group_ids: `[N]` which group each dialogue belongs to; order and values are free.
+        rewards: `[N]` one reward an entry.
+        group_ids: `[N]` which group each belongs to; order and values are free.
         normalize_by_std: divide by the standard deviation.
+        turns: `[N]` each entry's turn number; None: an entry is a whole dialogue.
 
     Returns:
-        `[N]` float32, in the order of `rewards`; 0 throughout a group of equal rewards.
+        `[N]` float32, in the order of `rewards`; 0 throughout a group of equal rewards, and for a turn that no other dialogue reached.
 
     Raises:
-        ValueError: lengths differ, or a group has a single dialogue, which has nothing to be compared with.
+        ValueError: lengths differ, or a group has a single entry, which has nothing to be compared with.
     """
-    ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
-    if rewards.shape != (len(ids),):
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not fit {len(ids)} group ids")
-    members: dict[Hashable, list[int]] = {}
-    for position, group_id in enumerate(ids):
-        members.setdefault(group_id, []).append(position)
-    advantages = torch.empty(len(ids), dtype=torch.float64)
-    for group_id, positions in members.items():
-        if len(positions) < 2:
+    numbers = [0] * len(group_ids) if turns is None else turns
+    if not rewards.shape == (len(group_ids),) == (len(numbers),):
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not fit {len(group_ids)} group ids and {len(numbers)} turns")
+    groups: dict[Hashable, dict[int, list[int]]] = {}
+    for position, (group_id, number) in enumerate(zip(group_ids, numbers, strict=True)):
+        groups.setdefault(group_id, {}).setdefault(number, []).append(position)
+    # In float32 the mean of equal rewards is off by a last digit, which division by 1e-6 turns into an advantage of 0.03.
+    advantages = rewards.to(torch.float64, copy=True)
+    for group_id, compared in groups.items():
+        members = [position for positions in compared.values() for position in positions]
+        if len(members) < 2:
             raise ValueError(f"group {group_id!r} has one dialogue; GRPO compares at least two")
-        # In float32 the mean of equal rewards is off by a last digit, which division by 1e-6 turns into an advantage of 0.03.
-        group = rewards[positions].double()
-        centred = group - group.mean()
-        advantages[positions] = centred / (group.std(correction=1) + STD_EPSILON) if normalize_by_std else centred
+        for positions in compared.values():
+            advantages[positions] -= advantages[positions].mean()
+        if normalize_by_std:
+            freedom = max(len(members) - len(compared), 1)
+            advantages[members] /= (advantages[members].square().sum() / freedom).sqrt() + STD_EPSILON
     return advantages.float()
 
 

@@ -6,7 +6,6 @@ over whole dialogues, before samples are spread over optimizer steps and ranks: 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -73,9 +72,7 @@ def grpo_credit(
 ) -> list[Tensor]:
     """GRPO: each part's reward to go, compared over the group; its advantage is the same on all of its trained tokens.
 
-    With one part a dialogue that is GRPO as published (arXiv:2402.03300, section 4.1.2). With a part a turn, the n-th turn is compared
-    with the n-th turns of the group's dialogues that came so far: that was decided by earlier turns, so the comparison does not bias
-    this one, as a sum of normalised later rewards (section 4.1.3) does where replies decide how long a dialogue lasts.
+    With one part a dialogue that is GRPO as published; for a part a turn see `grpo`.
 
     Args:
         samples: rows of whole groups.
@@ -87,32 +84,25 @@ def grpo_credit(
         kl_coef: present weight of the KL, reward per nat.
 
     Returns:
-        `[n_i]` float32 for each sample; 0 in a part that no other dialogue of the group has.
+        `[n_i]` float32 for each sample.
 
     Raises:
-        ValueError: rewards or KL do not fit the samples or are not finite.
+        ValueError: rewards or KL do not fit the samples or are not finite, or a group has a single dialogue.
     """
     paid = _less_kl(samples, rewards, kl_tokens, kl_coef)
     dialogues = _dialogues(samples)
-    # Of each part its length and, to be compared with those of the same key, its reward to go.
-    keys, to_go, lengths = [], [], []
+    to_go, groups, numbers, lengths = [], [], [], []
     for indices in dialogues:
         first, end = samples[indices[0]], 0
         left = torch.cat([paid[index] for index in indices]).flip(0).cumsum(0).flip(0)
         for number, length in enumerate(parts[first.dialogue_id]):
             if length:
-                keys.append((first.group_id, number))
-                to_go.append(float(left[end]))
+                to_go.append(left[end])
+                groups.append(first.group_id)
+                numbers.append(number)
                 lengths.append(length)
             end += length
-    counts = Counter(keys)
-    compared = [position for position, key in enumerate(keys) if counts[key] > 1]
-    by_part = torch.zeros(len(keys))
-    by_part[compared] = grpo(
-        torch.tensor([to_go[position] for position in compared], dtype=torch.float64),
-        [keys[position] for position in compared],
-        algorithm.normalize_by_std,
-    )
+    by_part = grpo(torch.stack(to_go), groups, algorithm.normalize_by_std, numbers)
     order = [index for indices in dialogues for index in indices]
     columns = _split(by_part.repeat_interleave(torch.tensor(lengths)), [samples[index].num_trained for index in order])
     return [column for _, column in sorted(zip(order, columns, strict=True), key=lambda pair: pair[0])]

@@ -28,8 +28,20 @@ def test_std_epsilon_is_the_originals():
 
 
 def test_without_std_rewards_are_only_centred():
-    result = advantages.grpo(torch.tensor([0.1, 0.5, 1.0, 0.0]), torch.tensor([7, 7, 3, 3]), normalize_by_std=False)
+    result = advantages.grpo(torch.tensor([0.1, 0.5, 1.0, 0.0]), [7, 7, 3, 3], normalize_by_std=False)
     assert result.tolist() == pytest.approx([-0.2, 0.2, 0.5, -0.5])
+
+
+def test_turns_are_centred_by_number_and_scaled_by_group():
+    rewards = torch.tensor([0.1, 0.5, 0.9, 0.4, 0.6, 0.7], dtype=torch.float64)
+    given = rewards.clone()
+    result = advantages.grpo(rewards, ["g"] * 6, normalize_by_std=True, turns=[0, 0, 0, 1, 1, 2])
+    # Distances -0.4, 0, 0.4 and -0.1, 0.1: squares 0.34 over 2 + 1 degrees of freedom; the third turn stands alone.
+    scale = math.sqrt(0.34 / 3)
+    assert result.tolist() == pytest.approx([-0.4 / scale, 0, 0.4 / scale, -0.1 / scale, 0.1 / scale, 0], abs=1e-4)
+    assert torch.equal(rewards, given)
+    # All stand alone: nothing to learn.
+    assert advantages.grpo(rewards[:2], ["g", "g"], normalize_by_std=True, turns=[0, 1]).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("reward", [0.3, 0.1, 0.7])
