@@ -111,7 +111,8 @@ def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: 
         shape: options that this state has to fit.
 
     Raises:
-        DataError: `never`, but the folder has a checkpoint; the named folder is none; it lacks a learner; or it fits other options.
+        DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none; it lacks a learner; or it
+            fits other options.
     """
     chosen = _choose(store, resume)
     lacking = [name for name in learners if chosen is not None and not (chosen / name).is_dir()]
@@ -138,4 +139,6 @@ def _choose(store: CheckpointStore, resume: str) -> Path | None:
         return None
     if not (Path(resume) / MANIFEST).is_file():
         raise DataError(f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>")
+    if newest is not None and not Path(resume).resolve().parent.samefile(newest.parent):
+        raise DataError(f"resume={resume}: of another run, and {newest} exists; use resume=auto to go on from that, or another output_dir")
     return Path(resume)

@@ -165,7 +165,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """`auto` goes on from the newest complete checkpoint in `output_dir`, `never` refuses a folder that has one, or a checkpoint's path."""
+    """`auto` goes on from the newest complete checkpoint in `output_dir`; `never` refuses a folder that has one; or a checkpoint's path, of
+    this run or, while this run has none, of another."""
     seed: int = 1
     """Seeds personas, users, sampling and initialisation."""
     output_dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"

@@ -75,6 +75,17 @@ def test_choose(tmp_path):
         choose(store, "auto", ("policy", "critic"), {})
 
 
+def test_another_runs_checkpoint_starts_a_folder_of_its_own(tmp_path):
+    theirs = write(CheckpointStore(tmp_path / "theirs", keep=2), 3)
+    ours = CheckpointStore(tmp_path / "ours", keep=2)
+    assert choose(ours, str(theirs), (), {}) == theirs
+    write(ours, 1)
+    with pytest.raises(
+        DataError, match=r"step_3: of another run, and .*ours/checkpoints/step_1 exists; use resume=auto .* another output_dir"
+    ):
+        choose(ours, str(theirs), (), {})
+
+
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     first = write(store, 1)
