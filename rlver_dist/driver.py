@@ -76,7 +76,8 @@ class Driver:
     async def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: counters, sampler, results before training, learners."""
         self.progress = CheckpointStore.read(checkpoint)
-        if self._config.algorithm.kl_target == 0:
+        # An adapted weight goes on from where it was, except from 0, which no adapting leaves.
+        if self._config.algorithm.kl_target == 0 or self.progress.kl_coef == 0:
             self.progress.kl_coef = self._config.algorithm.kl_coef
         self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)

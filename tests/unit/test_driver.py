@@ -384,3 +384,14 @@ def test_a_fixed_kl_weight_follows_the_configuration_at_a_resume(tmp_path, rende
 
     asyncio.run(second.go_on(checkpoint))
     assert second.policy.kl_coefs == [0.3]
+
+
+def test_an_adapted_kl_weight_starts_anew_where_it_was_0(tmp_path, renderer):
+    first = Harness(tmp_path, renderer, algorithm=ppo(), num_iterations=1)
+    asyncio.run(first.driver.run())
+    second = Harness(tmp_path, renderer, algorithm=ppo(kl_coef=0.3, kl_target=0.1))
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None
+
+    asyncio.run(second.go_on(checkpoint))
+    assert second.policy.kl_coefs == [0.3]
