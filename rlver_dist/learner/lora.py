@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """PEFT's name of an adapter that was given none."""
-SEED = 0
-"""Seed of A's random start, the same on every rank, since the ranks of a learner are copies of one model."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,10 +54,11 @@ class Weight:
         return torch.addmm(self.base.float(), self.up.float(), self.down.float(), alpha=self.scaling).to(self.base.dtype)
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Freeze `model` and put trainable adapters into it, in place; what it computes stays the same, since B starts at zero.
 
-    The adapters have the dtype of the layers they are on. Each A starts from one fixed seed, and torch's generators are untouched.
+    The adapters have the dtype of the layers they are on. Every A starts from `seed`, the same on every rank, since the ranks are copies
+    of one model; torch's generators are untouched.
 
     Raises:
         ConfigError: `config.target_modules` names what is no linear layer of this model, or is its head.
@@ -68,7 +67,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
 
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_targets(model, config))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(SEED)
+        torch.random.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, ADAPTER)
 
 

@@ -69,7 +69,7 @@ class PolicyLearner(LearnerRank):
         if replacement is not None:
             model.load_state_dict(replacement)
         if self._config.model.lora.rank > 0:
-            add_adapters(model, self._config.model.lora)
+            add_adapters(model, self._config.model.lora, self._config.seed)
         policy = PolicyModel(model, recompute=config.gradient_checkpointing)
         return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size)
 

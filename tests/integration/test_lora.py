@@ -50,7 +50,6 @@ def make_samples():
                 token_ids=[draw.randrange(VOCABULARY) for _ in mask],
                 loss_mask=mask,
                 rollout_logprobs=[-6 + draw.uniform(-1, 1) if trained else 0.0 for trained in mask],
-                reward=0.0,
                 dialogue_id=str(index),
                 group_id=str(index // 2),
                 turn_index=0,
@@ -63,10 +62,10 @@ def make_samples():
 def build_learner(rank, world_size, port, folder):
     from rlver_dist.learner.policy import PolicyLearner
 
-    def build(name="qwen2", dtype=Precision.float32, **changes):
+    def build(name="qwen2", dtype=Precision.float32, kl_coef=0.0, **changes):
         config = RunConfig(
             model=ModelConfig(path=f"{folder}/{name}", dtype=dtype, lora=ADAPTERS),
-            algorithm=AlgorithmConfig(updates_per_iteration=2),
+            algorithm=AlgorithmConfig(updates_per_iteration=2, kl_coef=kl_coef),
             rollout=RolloutConfig(temperature=0.7),
             learner=LearnerConfig(lr=0.01, warmup_steps=1, micro_batch_tokens=128, **changes),
         )
@@ -109,16 +108,17 @@ def one_rank(_, port, folder):
 
 
 def warm_up(build, saved, stage):
-    learner, resumed = (build(zero_stage=stage) for _ in range(2))
+    learner, resumed = (build(zero_stage=stage, kl_coef=0.1) for _ in range(2))
     samples, _ = make_samples()
     untaught = [replace(sample, loss_mask=[False for _ in sample.token_ids]) for sample in samples]
     lessons = [ImitationSample(sample=sample, plain=plain) for sample, plain in zip(samples, untaught, strict=True)]
     learner.imitate(lessons, WarmUpConfig(lr=0.01), 0)
-    weights = weights_of(learner)
-    learner.update(*make_samples(), 0.0)
+    weights, kl_tokens = weights_of(learner), [torch.cat(learner.kl_tokens(samples))]
+    learner.update(*make_samples(), 0.1)
+    kl_tokens.append(torch.cat(learner.kl_tokens(samples)))
     learner.save(saved)
     resumed.load(saved)
-    return {"weights": weights, "updated": weights_of(learner), "resumed": weights_of(resumed)}
+    return {"weights": weights, "updated": weights_of(learner), "resumed": weights_of(resumed), "kl_tokens": kl_tokens}
 
 
 def two_ranks(rank, port, folder):
@@ -243,6 +243,12 @@ def test_warm_up_trains_adapters_and_is_the_base_from_then_on(stage, one, folder
     assert all(torch.equal(result["resumed"][key], tensor) for key, tensor in result["updated"].items())
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_kl_reference_is_the_warmed_up_base_without_adapters(stage, one):
+    at_first, updated = one[f"warmed_up{stage}"]["kl_tokens"]
+    assert at_first.abs().max() < 1e-5 < 1e-3 < updated.abs().max()
+
+
 def test_bfloat16_follows_float32(one):
     ours, plain = one["bfloat16"], one["stage1"]
     assert {dtype for _, dtype, _ in ours["metadata"]} == {torch.bfloat16}
@@ -263,7 +269,7 @@ def test_merging_rounds_once_and_leaves_the_base():
 def test_named_targets_alone_get_adapters(folder):
     model = load(folder, "llama")
     state = torch.get_rng_state()
-    lora.add_adapters(model, LoraConfig(rank=2, target_modules="q_proj, down_proj"))
+    lora.add_adapters(model, LoraConfig(rank=2, target_modules="q_proj, down_proj"), seed=1)
     adapted = {weight.name.split(".")[-2] for weight in lora.named_weights(model) if weight.down is not None}
     assert adapted == {"q_proj", "down_proj"}
     assert torch.equal(torch.get_rng_state(), state)
@@ -272,7 +278,7 @@ def test_named_targets_alone_get_adapters(folder):
 @pytest.mark.parametrize("chosen", ["q_prj", "q_proj,lm_head", "q_proj,", "embed_tokens", "self_attn"])
 def test_unknown_targets_are_refused_in_one_line(chosen, folder):
     with pytest.raises(ConfigError) as refused:
-        lora.add_adapters(load(folder, "qwen2"), LoraConfig(rank=2, target_modules=chosen))
+        lora.add_adapters(load(folder, "qwen2"), LoraConfig(rank=2, target_modules=chosen), seed=1)
     message = str(refused.value)
     assert f"model.lora.target_modules={chosen}: " in message and "\n" not in message
     assert message.endswith("down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj")
