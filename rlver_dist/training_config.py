@@ -184,7 +184,8 @@ class LearnerConfig:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 0 to 3 (bfloat16 needs 1 or more)."""
     offload_optimizer: bool = False
-    """Keep optimizer state and step in host memory (ZeRO 1 to 3): slower, saves 12 bytes of GPU memory a parameter."""
+    """Keep optimizer state and step in host memory (ZeRO 1 to 3): slower, saves 12 bytes of GPU memory a parameter. With ZeRO 1 and 2 the
+    gradients of a step's micro-batches are then summed in `model.dtype` instead of float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

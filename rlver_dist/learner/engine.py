@@ -102,7 +102,10 @@ def return_freed_memory() -> None:
 
 
 def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
-    """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights."""
+    """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights.
+
+    With the optimizer offloaded, ZeRO 1 and 2 sum a step's micro-batches in the model's own dtype whatever is asked for here.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -157,8 +160,8 @@ class TrainingEngine:
         self._grad_clip = config.grad_clip
         self._plain_norm = math.nan
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        betas = (config.beta1, config.beta2)
-        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        self._options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+        optimizer = torch.optim.AdamW(trained, **self._options, fused=True)
         warmup = max(1, config.warmup_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         if config.zero_stage == 0:
@@ -227,7 +230,7 @@ class TrainingEngine:
             self._engine.save_checkpoint(directory, tag=self._tag, save_latest=False)
 
     def load(self, directory: str) -> None:
-        """Restore what `save` wrote; every rank calls, with as many ranks as saved.
+        """Restore what `save` wrote; every rank calls, with as many ranks as saved. The configuration's options stay in force.
 
         Raises:
             RlverError: there is no such checkpoint in `directory`.
@@ -236,6 +239,13 @@ class TrainingEngine:
             path, _ = self._engine.load_checkpoint(directory, tag=self._tag)
         if path is None:
             raise RlverError(f"{self._tag}: no checkpoint of it in {directory}")
+        # The checkpoint's learning rate and clip came along; whoever resumes with others means them.
+        scheduler = self._engine.lr_scheduler
+        scheduler.base_lrs = [self._options["lr"] for _ in scheduler.base_lrs]
+        for group, factor in zip(self._engine.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group |= self._options | {"initial_lr": self._options["lr"], "lr": self._options["lr"] * factor(scheduler.last_epoch)}
+        if self.zero_stage:
+            self._engine.optimizer.clip_grad = self._grad_clip
 
     def free(self) -> None:
         """Let go of optimizer and hooks, which would keep a dropped engine alive; the engine is of no use afterwards."""
