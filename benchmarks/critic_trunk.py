@@ -49,18 +49,20 @@ class Iteration:
     seconds: float
 
 
-def read_samples(path: Path) -> list[TurnSample]:
-    """Samples of the dialogues of one training iteration that have a reward."""
-    return [sample for record in read_records(path) if record.reward is not None for sample in to_samples(record.dialogue, record.reward)]
+def read_samples(path: Path) -> list[tuple[TurnSample, float]]:
+    """Samples of the dialogues of one training iteration that have a reward, each with it."""
+    scored = ((record.dialogue, record.reward) for record in read_records(path) if record.reward is not None)
+    return [(sample, reward) for dialogue, reward in scored for sample in to_samples(dialogue)]
 
 
-def featurise(trunk, samples: Sequence[TurnSample]) -> Iteration:
+def featurise(trunk, paid: Sequence[tuple[TurnSample, float]]) -> Iteration:
     """Features before each trained token, in the learner's way."""
     started = time.perf_counter()
+    samples, rewards = [sample for sample, _ in paid], [reward for _, reward in paid]
     rows = share_rows(samples, range(len(samples)), rank=0, world_size=1, max_tokens=ROW_TOKENS, share=True, device="cpu")
     features = [frozen_features(trunk, row) for row in rows]
     seconds = time.perf_counter() - started
-    returns = [torch.full((samples[index].num_trained,), samples[index].reward) for row in rows for index in row.indices]
+    returns = [torch.full((samples[index].num_trained,), rewards[index]) for row in rows for index in row.indices]
     return Iteration(features=torch.cat(features), returns=torch.cat(returns), seconds=seconds)
 
 

@@ -39,7 +39,6 @@ def think_dialogue(num_turns: int, vocabulary: int) -> list[TurnSample]:
                 token_ids=[*history, *thinking, *reply],
                 loss_mask=mask,
                 rollout_logprobs=[0.0] * len(mask),
-                reward=0.0,
                 dialogue_id="d",
                 group_id="g",
                 turn_index=turn,

@@ -61,7 +61,7 @@ async def train_on(
         Metric("rollout/untrained_dialogues", selection.num_failed + selection.num_dropped, Reduction.sum),
         *guard_metrics(guarded),
     ]
-    samples = samples_of(selection.kept, rewards)
+    samples = samples_of(selection.kept)
     if not samples:
         return Learned(rewards=rewards, advantages={}, metrics=left_out, kl_coef=kl_coef)
     started = time.monotonic()
@@ -90,7 +90,8 @@ async def train_on(
         rewards=rewards,
         advantages=dialogue_advantages(samples, advantages),
         metrics=left_out + metrics,
-        kl_coef=_next_kl_coef(config, kl_coef, metrics, len(selection.kept)),
+        # While the critic learns alone the policy stands still, and its KL says nothing about the weight.
+        kl_coef=kl_coef if critic_only else _next_kl_coef(config, kl_coef, metrics, len(selection.kept)),
     )
 
 

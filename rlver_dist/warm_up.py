@@ -189,7 +189,7 @@ def _sample(key: str, turn_index: int, context_ids: list[int], trained_ids: list
     length = len(context_ids) + len(trained_ids)
     return TurnSample(
         token_ids=[*context_ids, *trained_ids], loss_mask=[False] * len(context_ids) + [True] * len(trained_ids),
-        rollout_logprobs=[0.0] * length, reward=0.0, dialogue_id=key, group_id=key, turn_index=turn_index,
+        rollout_logprobs=[0.0] * length, dialogue_id=key, group_id=key, turn_index=turn_index,
     )  # fmt: skip
 
 

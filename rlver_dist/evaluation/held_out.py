@@ -114,7 +114,7 @@ def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[T
     """
     if renderer.think:
         raise ValueError("replies are scored without thinking; pass a renderer with think=False")
-    return [sample for dialogue in held(dialogues) for sample in to_samples(_as_heard(dialogue, renderer), reward=0.0)]
+    return [sample for dialogue in held(dialogues) for sample in to_samples(_as_heard(dialogue, renderer))]
 
 
 def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:

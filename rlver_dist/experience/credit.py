@@ -19,9 +19,9 @@ from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.training_config import AlgorithmConfig
 
 
-def samples_of(dialogues: Sequence[Dialogue], rewards: dict[str, float]) -> list[TurnSample]:
-    """Rows of all dialogues, in the dialogues' order; `rewards` is keyed by dialogue id."""
-    return [sample for dialogue in dialogues for sample in to_samples(dialogue, rewards[dialogue.id])]
+def samples_of(dialogues: Sequence[Dialogue]) -> list[TurnSample]:
+    """Rows of all dialogues, in the dialogues' order."""
+    return [sample for dialogue in dialogues for sample in to_samples(dialogue)]
 
 
 def token_rewards(

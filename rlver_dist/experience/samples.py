@@ -20,7 +20,6 @@ class TurnSample:
         token_ids: `[L]` prompt and replies.
         loss_mask: `[L]` True on sampled tokens; position 0 is always False.
         rollout_logprobs: `[L]` log-prob in nats under the sampling distribution; 0.0 where not sampled.
-        reward: the dialogue's reward.
         dialogue_id: whose turns these are.
         group_id: the dialogue's group.
         turn_index: index of the first turn in the row.
@@ -29,7 +28,6 @@ class TurnSample:
     token_ids: list[int]
     loss_mask: list[bool]
     rollout_logprobs: list[float]
-    reward: float
     dialogue_id: str
     group_id: str
     turn_index: int
@@ -58,7 +56,7 @@ class ImitationSample:
     plain: TurnSample
 
 
-def to_samples(dialogue: Dialogue, reward: float) -> list[TurnSample]:
+def to_samples(dialogue: Dialogue) -> list[TurnSample]:
     """Rows of a dialogue, in turn order.
 
     A turn joins the open row while its prompt extends that row's tokens, so that a token is computed once; where the history
@@ -77,7 +75,6 @@ def to_samples(dialogue: Dialogue, reward: float) -> list[TurnSample]:
                     token_ids=[],
                     loss_mask=[],
                     rollout_logprobs=[],
-                    reward=reward,
                     dialogue_id=dialogue.id,
                     group_id=dialogue.group_id,
                     turn_index=turn.index,

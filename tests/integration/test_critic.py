@@ -76,7 +76,6 @@ def make_samples():
                     token_ids=[*history, *reply],
                     loss_mask=[False] * len(history) + [True] * len(reply),
                     rollout_logprobs=[0.0] * len(history) + [-6.0] * len(reply),
-                    reward=0.0,
                     dialogue_id=str(dialogue),
                     group_id=str(dialogue),
                     turn_index=turn,

@@ -27,6 +27,7 @@ CONFIG = RunConfig(
     rollout=RolloutConfig(temperature=0.7, dialogues_per_iteration=8),
     learner=LearnerConfig(lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1),
 )
+OTHERWISE = dict(lr=0.001, beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.02)
 WARM_UP = WarmUpConfig(dialogues=8, epochs=3, batch_size=5, lr=0.01)
 CUTS = {
     "plain": {},
@@ -88,7 +89,6 @@ def make_sample(draw, dialogue, turn, context, trained):
         token_ids=[*context, *trained],
         loss_mask=[False] * len(context) + [True] * len(trained),
         rollout_logprobs=[0.0] * len(context) + [-6 + draw.uniform(-1, 1) for _ in trained],
-        reward=0.0,
         dialogue_id=str(dialogue),
         group_id=str(dialogue // 2),
         turn_index=turn,
@@ -124,6 +124,17 @@ def train(learner):
     return {"metrics": metrics, "weights": weights_of(learner), "probe": learner.probe(PROBE)}
 
 
+def resume_otherwise(build, folder, zero_stage):
+    """The second update of a run that goes on with another learning rate, momentum, decay and clip."""
+    samples, advantages = make_samples()
+    first = build(configure(folder, zero_stage=zero_stage))
+    first.update(samples, advantages, KL_COEF)
+    first.save(f"{folder}/stage{zero_stage}")
+    resumed = build(configure(folder, zero_stage=zero_stage, **OTHERWISE))
+    resumed.load(f"{folder}/stage{zero_stage}")
+    return {"metrics": resumed.update(samples, advantages, KL_COEF), "weights": weights_of(resumed)}
+
+
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port)
     results = {name: train(build(configure(folder, **changes))) for name, changes in CUTS.items()}
@@ -136,6 +147,7 @@ def one_rank(_, port, folder):
     resumed.load(f"{folder}/checkpoint")
     for name, learner in (("uninterrupted", uninterrupted), ("resumed", resumed)):
         results[name] = {"metrics": [learner.update(samples, advantages, KL_COEF)], "weights": weights_of(learner)}
+    results["otherwise"] = [resume_otherwise(build, folder, zero_stage) for zero_stage in (0, 1, 2, 3)]
     resumed.write_weights(f"{folder}/weights.safetensors")
     resumed.export(f"{folder}/policy")
     results["kl_tokens"] = resumed.kl_tokens(samples)
@@ -239,40 +251,57 @@ def plain_step_loss(model, reference, batch, old):
 
 
 class PlainLoop:
-    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass."""
+    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass. `learner` may change between steps."""
 
-    def __init__(self, folder, lr, warmup_steps):
+    def __init__(self, folder, learner):
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        learner = CONFIG.learner
-        self.lr, self.warmup_steps, self.norms = lr, warmup_steps, []
-        betas = (learner.beta1, learner.beta2)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=betas, weight_decay=learner.weight_decay)
+        self.learner, self.norms = learner, []
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
 
     def step(self, loss):
-        self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (len(self.norms) + 1) / max(1, self.warmup_steps))
+        learner, (group,) = self.learner, self.optimizer.param_groups
+        group["lr"] = learner.lr * min(1, (len(self.norms) + 1) / max(1, learner.warmup_steps))
+        group["betas"], group["weight_decay"] = (learner.beta1, learner.beta2), learner.weight_decay
         self.optimizer.zero_grad()
         loss.backward()
-        self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CONFIG.learner.grad_clip)))
+        self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), learner.grad_clip)))
         self.optimizer.step()
+
+
+def plain_iteration(loop, base, pairs):
+    """Two steps of two groups; the number of tokens whose ratio was clipped."""
+    first_half, clipped = sum(sample.group_id in "01" for sample, _ in pairs), 0
+    with torch.no_grad():
+        old = [score_alone(loop.model, sample, CONFIG.rollout.temperature)[0] for sample, _ in pairs]
+    for part in (slice(0, first_half), slice(first_half, None)):
+        loss, num_clipped = plain_step_loss(loop.model, base, pairs[part], old[part])
+        loop.step(loss)
+        clipped += num_clipped
+    return clipped
 
 
 @pytest.fixture(scope="module")
 def reference_run(folder):
-    """Reinforcement learning in plain PyTorch: two steps of two groups an iteration."""
-    loop = PlainLoop(folder / "model", CONFIG.learner.lr, CONFIG.learner.warmup_steps)
-    model, base = loop.model, AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
-    start, clipped = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 0
+    """Reinforcement learning in plain PyTorch."""
+    loop = PlainLoop(folder / "model", CONFIG.learner)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    start = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
     pairs = list(zip(*make_samples(), strict=True))
-    first_half = sum(sample.group_id in "01" for sample, _ in pairs)
-    for _ in range(ITERATIONS):
-        with torch.no_grad():
-            old = [score_alone(model, sample, CONFIG.rollout.temperature)[0] for sample, _ in pairs]
-        for part in (slice(0, first_half), slice(first_half, None)):
-            loss, num_clipped = plain_step_loss(model, base, pairs[part], old[part])
-            loop.step(loss)
-            clipped += num_clipped
-    return {"model": model, "start": start, "norms": loop.norms, "clipped": clipped}
+    clipped = sum(plain_iteration(loop, base, pairs) for _ in range(ITERATIONS))
+    return {"model": loop.model, "start": start, "norms": loop.norms, "clipped": clipped}
+
+
+@pytest.fixture(scope="module")
+def reference_otherwise(folder):
+    """Weights after one iteration with CONFIG and one with OTHERWISE, in plain PyTorch."""
+    loop = PlainLoop(folder / "model", CONFIG.learner)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    pairs = list(zip(*make_samples(), strict=True))
+    for learner in (CONFIG.learner, dataclasses.replace(CONFIG.learner, **OTHERWISE)):
+        loop.learner = learner
+        plain_iteration(loop, base, pairs)
+    return loop.model.state_dict()
 
 
 def distribution(model, sample):
@@ -297,7 +326,7 @@ def plain_imitation(model, base, lesson):
 @pytest.fixture(scope="module")
 def reference_warm_up(folder):
     """Supervised learning in plain PyTorch; the model and the losses of its steps."""
-    loop = PlainLoop(folder / "model", WARM_UP.lr, 0)
+    loop = PlainLoop(folder / "model", dataclasses.replace(CONFIG.learner, lr=WARM_UP.lr, warmup_steps=0))
     base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
     lessons = make_lessons(make_samples()[0])
     shuffler, order, losses = random.Random(5), list(range(len(lessons))), []
@@ -376,6 +405,12 @@ def test_resume_goes_on_as_if_uninterrupted(one):
         assert torch.equal(one["resumed"]["weights"][name], tensor), name
     rates = [reduce_metrics(one[name]["metrics"][0])["learner/lr"] for name in ("uninterrupted", "resumed")]
     assert rates == [CONFIG.learner.lr] * 2
+
+
+def test_resume_goes_on_with_the_options_of_its_configuration(one, reference_otherwise):
+    for stage, resumed in enumerate(one["otherwise"]):
+        assert reduce_metrics(resumed["metrics"])["learner/lr"] == pytest.approx(OTHERWISE["lr"])
+        assert relative_error(resumed["weights"], reference_otherwise) < 1e-5, stage
 
 
 def test_weight_file_has_every_tensor_and_the_tied_head(one, folder):

@@ -35,7 +35,6 @@ def make_samples(contexts, lengths, dialogue="d"):
                 token_ids=token_ids,
                 loss_mask=mask,
                 rollout_logprobs=[0.0] * len(mask),
-                reward=0.0,
                 dialogue_id=dialogue,
                 group_id="g",
                 turn_index=0,

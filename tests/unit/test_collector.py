@@ -146,7 +146,7 @@ def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker
         assert turn.prompt_ids[:trunk] == previous.prompt_ids
         added = thinker._tokenizer.decode(turn.prompt_ids[trunk:])
         assert added == f"I see.<|im_end|>\n<|im_start|>user\n{previous.user_message}<|im_end|>\n<|im_start|>assistant\n"
-    samples = to_samples(dialogue, reward=0.45)
+    samples = to_samples(dialogue)
     assert [sample.turn_index for sample in samples] == [0, 1, 2]
     assert [sum(sample.loss_mask) for sample in samples] == [len(turn.reply_ids) for turn in dialogue.turns]
 

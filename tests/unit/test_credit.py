@@ -3,6 +3,7 @@
 import math
 import pickle
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -45,8 +46,15 @@ def make_dialogue(
     )  # fmt: skip
 
 
-def make_sample(name: str, turn: int, num_trained: int, reward: float = 0.0, group: str = "g") -> TurnSample:
-    return TurnSample(
+@dataclass(kw_only=True, slots=True)
+class PaidSample(TurnSample):
+    """A row that brings its dialogue's reward along."""
+
+    reward: float
+
+
+def make_sample(name: str, turn: int, num_trained: int, reward: float = 0.0, group: str = "g") -> PaidSample:
+    return PaidSample(
         token_ids=[1] * (num_trained + 1), loss_mask=[False] + [True] * num_trained, rollout_logprobs=[0.0] + [-1.0] * num_trained,
         reward=reward, dialogue_id=name, group_id=group, turn_index=turn,
     )  # fmt: skip
@@ -63,7 +71,7 @@ def lists(columns: list[Tensor]) -> list[list[float]]:
 TURNS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
-def at_the_end(samples: list[TurnSample]) -> list[Tensor]:
+def at_the_end(samples: list[PaidSample]) -> list[Tensor]:
     """Each dialogue's reward on the last token of its last row."""
     last = {sample.dialogue_id: sample.turn_index for sample in sorted(samples, key=lambda sample: sample.turn_index)}
     return [
@@ -72,7 +80,7 @@ def at_the_end(samples: list[TurnSample]) -> list[Tensor]:
     ]
 
 
-def whole(samples: list[TurnSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float) -> list[Tensor]:
+def whole(samples: list[PaidSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float) -> list[Tensor]:
     """GRPO of whole dialogues, paid at the end."""
     parts = {sample.dialogue_id: [0] for sample in samples}
     for sample in samples:
@@ -168,7 +176,7 @@ def moved(dialogue: Dialogue, *emotions: float) -> Dialogue:
 
 def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
     dialogue = moved(make_dialogue("a", replies=(2, 0, 1, 3)), 35.0, 33.0, 40.0, 28.0)
-    samples = samples_of([dialogue], {"a": 0.28})
+    samples = samples_of([dialogue])
     (at_once,) = token_rewards(samples, [dialogue], {"a": 0.28}, RewardPlacement.end)
     assert at_once.tolist() == pytest.approx([0, 0, 0, 0, 0, 0.28])
     # The second turn has no token, so the token before it takes its -2 points.
@@ -184,15 +192,22 @@ def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
 )  # fmt: skip
 def test_turn_rewards_sum_to_the_reward_less_the_start(replies: list[int], emotions: list[float], reward: float, edited: bool):
     dialogue = moved(make_dialogue("a", replies=tuple(replies), edited=edited), *emotions[: len(replies)])
-    samples = samples_of([dialogue], {"a": reward})
+    samples = samples_of([dialogue])
     for placement, total in ((RewardPlacement.end, reward), (RewardPlacement.turns, reward - 0.3)):
         paid = token_rewards(samples, [dialogue], {"a": reward}, placement)
         assert float(torch.cat(paid).sum()) == pytest.approx(total, abs=1e-5)
 
 
-def by_turns(dialogues: list[Dialogue], rewards: dict[str, float], *, scaled: bool = False, kl: list[Tensor] | None = None) -> list[Tensor]:
-    samples, turns = samples_of(dialogues, rewards), RewardPlacement.turns
-    paid, parts = token_rewards(samples, dialogues, rewards, turns), compared_parts(dialogues, turns)
+def credited(
+    dialogues: list[Dialogue],
+    rewards: dict[str, float],
+    *,
+    scaled: bool = False,
+    kl: list[Tensor] | None = None,
+    placement: RewardPlacement = RewardPlacement.turns,
+) -> list[Tensor]:
+    samples = samples_of(dialogues)
+    paid, parts = token_rewards(samples, dialogues, rewards, placement), compared_parts(dialogues, placement)
     return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, parts, kl, kl_coef=0.1)
 
 
@@ -207,18 +222,18 @@ def test_grpo_by_turns_compares_a_turn_by_what_is_still_to_come(edited: bool):
     # To go: first turns 0.20, 0.00, -0.08 about 0.04; second turns 0.10 and -0.04 about 0.03 (c says nothing); third turns 0.12 and -0.05
     # about 0.035.
     expected = [*(0.16, 0.16, 0.07, 0.085), *(-0.04, -0.07, -0.07), *(-0.12, -0.085, -0.085)]
-    assert torch.cat(by_turns(dialogues, rewards)).tolist() == pytest.approx(expected, abs=1e-6)
+    assert torch.cat(credited(dialogues, rewards)).tolist() == pytest.approx(expected, abs=1e-6)
     # Squared distances sum to 0.0416 (first turns), 0.0098 and 0.01445, with 2 + 1 + 1 degrees of freedom.
     scale = math.sqrt(0.06585 / 4)
-    scaled = torch.cat(by_turns(dialogues, rewards, scaled=True)).tolist()
+    scaled = torch.cat(credited(dialogues, rewards, scaled=True)).tolist()
     assert scaled == pytest.approx([value / scale for value in expected], abs=1e-4)
 
 
 def test_grpo_by_turns_gives_nothing_to_a_turn_that_no_other_dialogue_reached():
     dialogues = [moved(make_dialogue("a", replies=(1, 2)), 40.0, 50.0), moved(make_dialogue("b", replies=(1,)), 35.0)]
-    assert torch.cat(by_turns(dialogues, {"a": 0.5, "b": 0.35})).tolist() == pytest.approx([0.075, 0.0, 0.0, -0.075], abs=1e-6)
+    assert torch.cat(credited(dialogues, {"a": 0.5, "b": 0.35})).tolist() == pytest.approx([0.075, 0.0, 0.0, -0.075], abs=1e-6)
     # KL 1 and 2 nats of the later turn count for the first as well: 0.2 - 0.1 * 3 = -0.1 against 0.05.
-    with_kl = by_turns(dialogues, {"a": 0.5, "b": 0.35}, kl=tensors([0.0, 1.0, 2.0], [0.0]))
+    with_kl = credited(dialogues, {"a": 0.5, "b": 0.35}, kl=tensors([0.0, 1.0, 2.0], [0.0]))
     assert torch.cat(with_kl).tolist() == pytest.approx([-0.075, 0.0, 0.0, 0.075], abs=1e-6)
 
 
@@ -229,15 +244,15 @@ def test_dialogues_of_one_turn_are_paid_the_same_by_turns_or_at_the_end(emotions
         moved(make_dialogue(f"d{n}", replies=(lengths[n][0],)), emotion) for n, emotion in enumerate(emotions)
     ]  # fmt: skip
     rewards = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
-    at_end = whole(samples_of(dialogues, rewards), AlgorithmConfig(normalize_by_std=False), None, 0.0)
-    assert lists(by_turns(dialogues, rewards)) == [pytest.approx(column, abs=1e-6) for column in lists(at_end)]
+    at_end = credited(dialogues, rewards, placement=RewardPlacement.end)
+    assert lists(credited(dialogues, rewards)) == [pytest.approx(column, abs=1e-6) for column in lists(at_end)]
 
 
 @settings(deadline=None)
 @given(paths=st.lists(st.lists(st.integers(0, 1000), min_size=2, max_size=2), min_size=2, max_size=4), last=st.integers(0, 1000))
 def test_grpo_by_turns_finds_nothing_between_first_turns_that_led_to_the_same_end(paths: list[list[int]], last: int):
     dialogues = [moved(make_dialogue(f"d{n}", replies=(1, 2, 1)), *(step / 10 for step in (*path, last))) for n, path in enumerate(paths)]
-    columns = by_turns(dialogues, {dialogue.id: last / 1000 for dialogue in dialogues}, scaled=True)
+    columns = credited(dialogues, {dialogue.id: last / 1000 for dialogue in dialogues}, scaled=True)
     assert max(abs(float(column[0])) for column in columns) < 1e-6
 
 
@@ -274,10 +289,11 @@ def test_only_trained_tokens_count_however_they_lie_in_rows(
     # The user's tokens, then one row a dialogue against one row a turn.
     for user, edited in ((1, False), (users[0], False), (users[1], True), (users[2], True)):
         dialogues = [make_dialogue(f"d{n}", replies=tuple(row), user=user, edited=edited) for n, row in enumerate(replies)]
-        samples = samples_of(dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))})
+        samples = samples_of(dialogues)
+        paid = token_rewards(samples, dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))}, RewardPlacement.end)
         assert len(samples) == (sum(map(len, replies)) if edited else len(replies))
         values, kl_tokens = ([part for part in column.split([sample.num_trained for sample in samples])] for column in numbers)
-        columns = ppo_credit(samples, ppo(gamma, lam, whiten), at_the_end(samples), values, kl_tokens, kl_coef=0.1)
+        columns = ppo_credit(samples, ppo(gamma, lam, whiten), paid, values, kl_tokens, kl_coef=0.1)
         results.append([torch.cat(column) for column in columns])
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])

@@ -17,7 +17,7 @@ DRAWN_SAMPLE = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1,
 def make_sample(token_ids: list[int], loss_mask: list[bool]) -> TurnSample:
     rollout_logprobs = [-token / 8 if trained else 0.0 for token, trained in zip(token_ids, loss_mask, strict=True)]
     return TurnSample(
-        token_ids=token_ids, loss_mask=loss_mask, rollout_logprobs=rollout_logprobs, reward=0.5, dialogue_id="d", group_id="g", turn_index=0
+        token_ids=token_ids, loss_mask=loss_mask, rollout_logprobs=rollout_logprobs, dialogue_id="d", group_id="g", turn_index=0
     )
 
 

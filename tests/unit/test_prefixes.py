@@ -16,7 +16,7 @@ def make_sample(context: list[int], trained: list[int], *, dialogue: str = "d", 
     token_ids = context + trained + [7] * after
     mask = [False] * len(context) + [True] * len(trained) + [False] * after
     return TurnSample(
-        token_ids=token_ids, loss_mask=mask, rollout_logprobs=[-1.0 if trained else 0.0 for trained in mask], reward=0.5,
+        token_ids=token_ids, loss_mask=mask, rollout_logprobs=[-1.0 if trained else 0.0 for trained in mask],
         dialogue_id=dialogue, group_id="g", turn_index=0,
     )  # fmt: skip
 

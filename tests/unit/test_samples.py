@@ -28,11 +28,11 @@ def make_dialogue(turns: Sequence[Turn], end: EndReason = EndReason.MAX_TURNS, n
 
 def test_turns_that_extend_the_history_merge_into_one_row():
     dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 3, 4, 5], [6])])
-    (sample,) = to_samples(dialogue, reward=0.45)
+    (sample,) = to_samples(dialogue)
     assert sample.token_ids == [1, 2, 3, 4, 5, 6]
     assert sample.loss_mask == [False, False, True, True, False, True]
     assert sample.rollout_logprobs == [0.0, 0.0, -3.0, -4.0, 0.0, -6.0]
-    assert (sample.reward, sample.dialogue_id, sample.group_id, sample.turn_index) == (0.45, "d", "g", 0)
+    assert (sample.dialogue_id, sample.group_id, sample.turn_index) == ("d", "g", 0)
     assert sample.num_trained == 3
     assert sample.trained_logprobs().tolist() == [-3.0, -4.0, -6.0]
 
@@ -40,20 +40,20 @@ def test_turns_that_extend_the_history_merge_into_one_row():
 def test_an_edited_history_opens_a_new_row():
     # Turn 1's prompt leaves out token 3 (say, thinking); turn 2 extends turn 1.
     dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 4, 5], [6]), make_turn(2, [1, 2, 4, 5, 6, 7], [8])])
-    first, second = to_samples(dialogue, reward=0.0)
+    first, second = to_samples(dialogue)
     assert (first.token_ids, first.loss_mask, first.turn_index) == ([1, 2, 3, 4], [False, False, True, True], 0)
     assert (second.token_ids, second.turn_index) == ([1, 2, 4, 5, 6, 7, 8], 1)
     assert second.loss_mask == [False, False, False, False, True, False, True]
 
 
 def test_a_prompt_shorter_than_the_history_opens_a_new_row():
-    samples = to_samples(make_dialogue([make_turn(0, [1, 2], [3]), make_turn(1, [1, 2], [4])]), reward=0.0)
+    samples = to_samples(make_dialogue([make_turn(0, [1, 2], [3]), make_turn(1, [1, 2], [4])]))
     assert [sample.token_ids for sample in samples] == [[1, 2, 3], [1, 2, 4]]
 
 
 def test_an_empty_reply_trains_nothing_and_breaks_nothing():
-    assert to_samples(make_dialogue([make_turn(0, [1, 2], [])]), reward=0.0) == []
-    (sample,) = to_samples(make_dialogue([make_turn(0, [1, 2], []), make_turn(1, [1, 2, 3], [4])]), reward=0.0)
+    assert to_samples(make_dialogue([make_turn(0, [1, 2], [])])) == []
+    (sample,) = to_samples(make_dialogue([make_turn(0, [1, 2], []), make_turn(1, [1, 2, 3], [4])]))
     assert (sample.token_ids, sample.loss_mask) == ([1, 2, 3, 4], [False, False, False, True])
 
 
@@ -71,7 +71,7 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn:
         history = prompt + reply
     before = [(list(turn.prompt_ids), list(turn.reply_ids)) for turn in turns]
     trained = []
-    for sample in to_samples(make_dialogue(turns), reward=0.5):
+    for sample in to_samples(make_dialogue(turns)):
         assert len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs)
         for position, is_trained in enumerate(sample.loss_mask):
             if is_trained:
@@ -97,4 +97,4 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn:
 )
 def test_a_broken_turn_is_refused(turn: Turn, message: str):
     with pytest.raises(ValueError, match=message):
-        to_samples(make_dialogue([turn]), reward=0.0)
+        to_samples(make_dialogue([turn]))

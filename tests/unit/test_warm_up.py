@@ -95,7 +95,7 @@ def test_samples_hold_the_models_own_thought_and_reply_under_the_think_prompt(to
         said = [f"I hear you, {replies[sample.dialogue_id].seed % 97}." for sample in (first, second)]
         for sample, reply in zip((first, second), said, strict=True):
             assert target(sample, tokenizer) == f"<think>They are tired and want rest.</think>\n{reply}<|im_end|>"
-            assert (sample.group_id, sample.reward) == (sample.dialogue_id, 0.0)
+            assert sample.group_id == sample.dialogue_id
             assert len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs) and not any(sample.rollout_logprobs)
         opening = next(persona.opening for persona in PERSONAS if persona.opening in tokenizer.decode(first.token_ids))
         prompt = thinking.opening_prompt(opening)

@@ -1,0 +1,102 @@
+"""A training step between the dialogues and the learners: what each token is paid and when the KL's weight moves."""
+
+import asyncio
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlver_dist.choices import AlgorithmName, KLPlacement, RewardPlacement
+from rlver_dist.config import RunConfig
+from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.training_config import AlgorithmConfig
+from rlver_dist.training_step import Learned, train_on
+
+
+def dialogue(name: str, *emotions: float) -> Dialogue:
+    """Turns of two tokens and one of user text before each, with these emotions after them."""
+    turns: list[Turn] = []
+    for index, (before, after) in enumerate(zip((30.0, *emotions), emotions, strict=False)):
+        history = turns[-1].prompt_ids + turns[-1].reply_ids if turns else []
+        turns.append(
+            Turn(
+                index=index, prompt_ids=[*history, 9], reply_ids=[1, 2], logprobs=[-1.0, -1.0], reply="hm", thinking="", well_formed=True,
+                truncated=False, emotion_before=before, emotion_after=after, appraisal=None, user_message=None, policy_version=(0, 0),
+            )
+        )  # fmt: skip
+    return Dialogue(
+        id=name, persona_id="p", group_id="g", seed=1, opening="hi", start_emotion=30.0, turns=turns, end_reason=EndReason.MAX_TURNS,
+        final_emotion=emotions[-1],
+    )  # fmt: skip
+
+
+class Policy:
+    """Notes its advantages; every token has a KL of 1 nat."""
+
+    def __init__(self) -> None:
+        self.advantages: dict[str, list[float]] = {}
+
+    async def kl_tokens(self, samples) -> list[Tensor]:
+        return [torch.ones(sample.num_trained) for sample in samples]
+
+    async def update(self, samples, advantages, kl_coef):
+        self.advantages = {sample.dialogue_id: part.tolist() for sample, part in zip(samples, advantages, strict=True)}
+        return []
+
+
+class Critic:
+    """Expects 0.1 everywhere and notes what it is taught."""
+
+    async def values(self, samples) -> list[Tensor]:
+        return [torch.full((sample.num_trained,), 0.1) for sample in samples]
+
+    async def update(self, samples, values, returns):
+        self.returns = {sample.dialogue_id: part.tolist() for sample, part in zip(samples, returns, strict=True)}
+        return []
+
+
+TALKS = [dialogue("a", 40.0, 50.0), dialogue("b", 34.0, 30.0)]
+
+
+def train(policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options) -> Learned:
+    algorithm = AlgorithmConfig(**options)
+    config = RunConfig(algorithm=algorithm)
+    return asyncio.run(train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=algorithm.kl_coef, critic_only=critic_only))
+
+
+@pytest.mark.parametrize(
+    ("placement", "a", "b"),
+    [
+        # 0.5 and 0.3 about 0.4, for all of a dialogue.
+        (RewardPlacement.end, [0.1] * 4, [-0.1] * 4),
+        # To go: 0.2 and 0 about 0.1 at first, then 0.1 and -0.04 about 0.03.
+        (RewardPlacement.turns, [0.1, 0.1, 0.07, 0.07], [-0.1, -0.1, -0.07, -0.07]),
+    ],
+)
+def test_grpo_is_paid_where_the_configuration_says(placement: RewardPlacement, a: list[float], b: list[float]):
+    policy = Policy()
+    learned = train(policy, reward_placement=placement, normalize_by_std=False)
+    assert policy.advantages == {"a": pytest.approx(a, abs=1e-6), "b": pytest.approx(b, abs=1e-6)}
+    assert learned.advantages == {"a": pytest.approx(sum(a) / 4, abs=1e-6), "b": pytest.approx(sum(b) / 4, abs=1e-6)}
+    assert learned.rewards == {"a": 0.5, "b": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("placement", "a", "b"),
+    [
+        (RewardPlacement.end, [0.5] * 4, [0.3] * 4),
+        (RewardPlacement.turns, [0.2, 0.2, 0.1, 0.1], [0.0, 0.0, -0.04, -0.04]),
+    ],
+)
+def test_ppo_is_paid_where_the_configuration_says(placement: RewardPlacement, a: list[float], b: list[float]):
+    policy, critic = Policy(), Critic()
+    train(policy, critic, name=AlgorithmName.ppo, reward_placement=placement, whiten_advantages=False)
+    assert critic.returns == {"a": pytest.approx(a, abs=1e-6), "b": pytest.approx(b, abs=1e-6)}
+    assert policy.advantages["a"] == pytest.approx([value - 0.1 for value in a], abs=1e-6)
+
+
+def test_the_kl_weight_waits_while_the_critic_learns_alone():
+    adapts = dict(name=AlgorithmName.ppo, kl_coef=0.1, kl_target=0.05, kl_horizon=2.0, kl_placement=KLPlacement.reward)
+    # 1 nat a token is far above the target: the largest step, 20 % over two dialogues of a horizon of two.
+    assert train(Policy(), Critic(), **adapts).kl_coef == pytest.approx(0.12)
+    assert train(Policy(), Critic(), critic_only=True, **adapts).kl_coef == 0.1
