@@ -44,7 +44,7 @@ CUTS = {
 TWO_RANKS = ["stage0", "stage1", "stage2", "stage3", "offload2", "offload3"]
 BFLOAT16 = {
     "bfloat16": {},
-    "bfloat16_offload": dict(offload_optimizer=True),
+    "bfloat16_offload": dict(offload_optimizer=True, micro_batch_tokens=128),
     "bfloat16_offload3": dict(offload_optimizer=True, zero_stage=3),
 }
 BFLOAT16_TWO_RANKS = {
