@@ -8,12 +8,16 @@ Heavy packages are imported only after the configuration has been checked.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rlver_dist.check import describe
 from rlver_dist.choices import SimulatorBackend
@@ -27,6 +31,7 @@ from rlver_dist.simulator.suitability import check_languages, check_personas, ch
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+OPTIONS = "see README.md, Configuration, for where every option and its values stand"
 
 
 def order_overrides(arguments: list[str]) -> list[str]:
@@ -44,11 +49,37 @@ def to_config(composed: DictConfig) -> RunConfig:
     """The single hand-over from Hydra to dataclasses; runs every check.
 
     Raises:
-        ConfigError: a value is refused.
+        ConfigError: a key or a value is refused.
     """
-    config = OmegaConf.to_object(composed)
+    _refuse_unknown(composed)
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def _refuse_unknown(group: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that no dataclass has: `+key=` slips past the schema while Hydra composes."""
+    schema = OmegaConf.get_type(group)
+    assert isinstance(schema, type) and dataclasses.is_dataclass(schema)
+    known = {field.name for field in dataclasses.fields(schema)}
+    for key in map(str, group):
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: there is no such option; {OPTIONS}")
+        node = group._get_node(key)
+        if isinstance(node, DictConfig):
+            _refuse_unknown(node, f"{prefix}{key}.")
+
+
+def _one_line(error: Exception) -> str:
+    """What Hydra or omegaconf refuses, with the way out, as one line."""
+    # Hydra's own text names the override; the omegaconf error behind it says what is wrong, then in further lines where.
+    refused = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(refused, OmegaConfBaseException) and refused.full_key:
+        return f"{refused.full_key}: {str(refused).splitlines()[0]}; {OPTIONS}"
+    return " ".join(str(error).partition("Config search path:")[0].split())
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -104,7 +135,13 @@ def main() -> None:
     """Console script `rlver-dist`, the same as `python -m rlver_dist.launch`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     sys.argv[1:] = order_overrides(sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()
+    # Hydra then lets its errors through, instead of printing them over several lines and ending with exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()
+    except HydraException as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
 
 
 if __name__ == "__main__":

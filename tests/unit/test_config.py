@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from rlver_dist.choices import Preset
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
+from rlver_dist.launch import CONFIG_DIR, main, order_overrides, to_config
 from rlver_dist.training_config import AlgorithmConfig
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
@@ -148,7 +148,7 @@ def test_a_bad_value_is_named_with_the_way_out(override, words):
 
 
 def test_a_misspelt_key_is_refused():
-    with pytest.raises(Exception, match="group_sise"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.group_sise: there is no such option; see README\.md"):
         composed("+algorithm.group_sise=4")
 
 
@@ -186,6 +186,27 @@ def test_a_refused_value_exits_with_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: learner.lr=0.0: use a number above 0"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.lr=fast", "learner.lr: Value 'fast' of type 'str' could not be converted to Float; see README.md"),
+        ("algorithm.name=sac", "algorithm.name: Invalid value 'sac', expected one of [grpo, ppo]; see README.md"),
+        ("learner.lrr=1", "learner.lrr: Key 'lrr' not in 'LearnerConfig'; see README.md"),
+        ("output_dir=${nowhere}", "output_dir: Interpolation key 'nowhere' not found; see README.md"),
+        ("+model=huge", "In 'config': Could not find 'model/huge' Available options in 'model': qwen2_5_7b_instruct "),
+        ("learner.lr", "Error parsing override 'learner.lr' missing EQUAL at '<EOF>' "),
+    ],
+)
+def test_what_cannot_be_composed_exits_with_one_line(override, words, monkeypatch, capsys):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a launch changes it, which is to end with this test
+    monkeypatch.setattr(sys, "argv", ["launch", "+on=cpu", override, "check=true"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert said.startswith(f"error: {words}") and said.count("\n") == 1
 
 
 def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
