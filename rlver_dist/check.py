@@ -16,6 +16,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
     dialogues = rollout.dialogues_per_iteration
     turns = dialogues * rollout.max_turns
     evaluated, steps = min(config.evaluation.num_personas, len(evaluation)), algorithm.updates_per_iteration
+    policy_moves = config.num_iterations - (config.critic.prefit_iterations if config.has_critic else 0)
     thinking = ", thinking first" if rollout.think else ""
     lines = [
         f"model                 {model.path} ({model.dtype.value}), context {model.max_context_tokens} tokens",
@@ -24,7 +25,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
         f"an iteration          {config.num_personas} personas x {algorithm.group_size} dialogues = {dialogues} dialogues, "
         f"up to {turns} turns of up to {rollout.max_turn_tokens} tokens{thinking}",
         f"tokens an iteration   at most {turns * rollout.max_turn_tokens} sampled; a dialogue at most {model.max_context_tokens}",
-        f"optimizer steps       {steps} an iteration, {steps * config.num_iterations} in all, "
+        f"optimizer steps       {steps} an iteration, {steps * policy_moves} in all, "
         f"lr {config.learner.lr:g} after {config.learner.warmup_steps} warm-up steps",
         f"micro-batches         packed rows of up to {config.learner.micro_batch_tokens} tokens, ZeRO {config.learner.zero_stage}",
         f"evaluation            {config.evaluation.num_personas} dialogues of up to {config.evaluation.max_turns} turns, before and after",

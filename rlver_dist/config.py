@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.choices import AlgorithmName, Device, Precision, SecondJudge, SimulatorBackend, WandbMode
+from rlver_dist.choices import AlgorithmName, CriticTrunk, Device, Precision, SecondJudge, SimulatorBackend, WandbMode
 from rlver_dist.simulator_config import SimulatorConfig
 from rlver_dist.training_config import (
     AlgorithmConfig,
@@ -84,9 +84,10 @@ class ClusterConfig:
     """Data-parallel ranks of the learners; 0 derives them. With PPO half of them, rounded down, train the critic; a single one's share
     of a GPU is halved between policy and critic."""
     gpus_per_engine_rank: float = 1.0
-    """GPUs that Ray reserves for each engine worker; below 1 lets an engine and a learner share one."""
+    """GPUs that Ray reserves for each engine worker; below 1 lets an engine and a learner share one, on one node. With tensor_parallel
+    above 1 it has to be above 0.5, since NCCL connects no two workers on one GPU."""
     gpus_per_learner_rank: float = 1.0
-    """GPUs that Ray reserves for each learner rank."""
+    """GPUs that Ray reserves for each learner rank; above 0.5 where policy or critic has several, likewise."""
     gpu_memory_fraction: float = 0.85
     """Share of a GPU's memory that an engine takes."""
     kv_cache_gib: int = 2
@@ -192,7 +193,10 @@ class RunConfig:
         prefit, last = self.critic.prefit_iterations, self.num_iterations
         moves = not self.has_critic or prefit < last
         require(moves, "critic.prefit_iterations", prefit, f"use less than num_iterations={last}, or the policy never moves")
-        for group, learner in (("learner", self.learner), ("critic", self.critic)):
+        trained = {"learner": self.learner}
+        if self.has_critic and self.critic.trunk is CriticTrunk.trained:  # the head on a frozen trunk is float32 whatever the model is
+            trained["critic"] = self.critic
+        for group, learner in trained.items():
             exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
             require(exact, f"{group}.zero_stage", learner.zero_stage, "use 1 or more with model.dtype=bfloat16, or model.dtype=float32")
         self._check_second_judge()

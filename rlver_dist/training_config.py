@@ -214,7 +214,8 @@ class CriticConfig(LearnerConfig):
     warmup_steps: int = 50
     """Optimizer steps of linear warm-up (train_rlver.sh: ratio 0.05 of 1000)."""
     trunk: CriticTrunk = CriticTrunk.trained
-    """Whether the model under the value head learns: `trained`, or `frozen` as it came, which leaves the head alone to learn."""
+    """Whether the model under the value head learns: `trained`, or `frozen` as it came, which leaves the head alone to learn;
+    gradient_checkpointing then has no effect."""
     num_layers: int = 0
     """Layers of the model that the critic keeps, from the first on; 0 keeps all."""
     head_units: int = 0

@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
+from rlver_dist.check import describe
 from rlver_dist.choices import Preset
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
@@ -127,14 +128,14 @@ def test_only_recipe_and_placement_change_places():
             "+exp=grpo_no_think simulator=openai simulator.openai.model=m simulator.openai.max_concurrent=1 simulator.replicas=2",
             "use 2 or more",
         ),
-        ("critic.zero_stage=0", "critic.zero_stage=0"),
+        ("+exp=ppo_think critic.zero_stage=0 critic.offload_optimizer=false", "critic.zero_stage=0"),
         ("critic.epochs=0", "critic.epochs=0"),
         ("+exp=ppo_think critic.prefit_iterations=1000", "critic.prefit_iterations=1000"),
         ("+exp=ppo_think warm_up.dialogues=4", "warm_up.batch_size=16"),
         ("learner.zero_stage=7", "learner.zero_stage=7"),
         ("warm_up.lr=0", "warm_up.lr=0"),
         ("model.lora.rank=-1", "model.lora.rank=-1"),
-        ("learner.zero_stage=0", "model.dtype=float32"),
+        ("+exp=grpo_think learner.zero_stage=0 learner.offload_optimizer=false", "model.dtype=float32"),
         ("cluster.engines=2", "cluster.learner_ranks=0"),
         ("num_iterations=0", "num_iterations=0"),
     ],
@@ -145,6 +146,21 @@ def test_a_bad_value_is_named_with_the_way_out(override, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "use" in str(caught.value) or "set" in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["+exp=grpo_think"], ["+exp=ppo_think", "critic.trunk=frozen"]])
+def test_a_critic_that_trains_nothing_in_bfloat16_may_do_without_zero(overrides):
+    assert composed(*overrides, "critic.zero_stage=0", "critic.offload_optimizer=false").critic.zero_stage == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_derived_placement_spreads_and_offloads_the_learners(recipe):
+    config = composed(f"+exp={recipe}")
+    for learner in (config.learner, config.critic):
+        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (3, True, True)
+    config = composed(f"+exp={recipe}", "+on=cpu")
+    for learner in (config.learner, config.critic):
+        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (1, False, False)
 
 
 def test_a_misspelt_key_is_refused():
@@ -169,6 +185,12 @@ def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
     assert "needs 8 GPUs: policy engines 1 + users 2 + learners 5" in done.stdout
     assert "spoken for by Qwen/Qwen2.5-14B-Instruct (vllm), up to 2048 calls an iteration" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("ppo_think", "8 an iteration, 7760 in all"), ("grpo_think", "8 an iteration, 8000 in all")])
+def test_check_counts_no_steps_of_the_policy_while_the_critic_learns_alone(recipe, steps):
+    config = composed(f"+exp={recipe}", "critic.prefit_iterations=30")
+    assert f"optimizer steps       {steps}" in describe(config, [], [])
 
 
 def test_check_imports_nothing_heavy(tmp_path):
