@@ -53,7 +53,7 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
         with console.phase("starting Ray", 1) as advance:
             session = open_session(config.cluster)
             advance(1)
-        layout = resolve_layout(config, num_gpus=session.num_gpus, num_cpus=session.num_cpus)
+        layout = resolve_layout(config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes)
         on_accepted()
         if session.dashboard:
             console.note(f"Ray dashboard: http://{session.dashboard}")

@@ -49,7 +49,8 @@ class UserEngineConfig:
     tensor_parallel: int = 1
     """GPUs an engine."""
     gpus_per_rank: float = 1.0
-    """GPUs that Ray reserves for each engine worker; below 1 lets it share a GPU with the policy."""
+    """GPUs that Ray reserves for each engine worker; below 1 lets it share a GPU with the policy. Above 0.5 with tensor_parallel above
+    1, since NCCL connects no two workers on one GPU."""
     gpu_memory_fraction: float = 0.85
     """Share of a GPU's memory that an engine takes."""
     kv_cache_gib: int = 1

@@ -6,6 +6,7 @@ layout. Heavy packages are imported inside the actors, so that vLLM and DeepSpee
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -195,6 +196,10 @@ class PolicyLearnerActor(LearnerActor):
     def probe(self, token_ids: list[int]) -> list[float]:
         """`PolicyLearner.probe`."""
         return self._started.probe(token_ids)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, as `write_weights` writes them."""
+        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self._started.metadata())
 
     def write_weights(self, path: str) -> None:
         """`PolicyLearner.write_weights`."""

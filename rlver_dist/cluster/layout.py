@@ -12,6 +12,7 @@ from rlver_dist.choices import Device
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ResourceError
 from rlver_dist.simulator_config import SimulatorConfig
+from rlver_dist.training_config import require
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -53,7 +54,8 @@ class Layout:
         critic_ranks: data-parallel ranks of the critic learner; 0 where there is none.
         reward_replicas: reward service actors.
         gpus_per_learner_rank: GPUs that Ray reserves for each rank of policy or critic; 0 on CPUs.
-        threads: threads of each engine and each learner rank on CPUs; 0 leaves it to the libraries (GPUs).
+        threads: threads of each learner rank, and on CPUs of each engine. On GPUs the learner ranks, which step offloaded optimizers on
+            the host, share out the cores; engines choose their own.
         weight_transfer: vLLM weight-transfer backend, "shared_file" or "nccl".
     """
 
@@ -112,12 +114,31 @@ def _names(kind: str, count: int) -> str:
     return f"{kind}_0" if count == 1 else f"{kind}_0 to {kind}_{count - 1}, each"
 
 
-def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int) -> Layout:
+def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int, num_nodes: int = 1) -> Layout:
     """Place everything on what there is.
 
+    Args:
+        config: the run's configuration.
+        num_gpus: GPUs of all nodes.
+        num_cpus: cores of all nodes.
+        num_nodes: nodes that Ray may place actors on.
+
     Raises:
-        ResourceError: not enough GPUs; says what is needed, what is there, and the command that would run here.
+        ResourceError: not enough GPUs, or more nodes than one where weights travel by file; says what is needed, what is there, and what
+            would run here.
+        ConfigError: shares of GPUs would let members of one group meet on a GPU.
     """
+    layout = _place(config, num_gpus, num_cpus)
+    if layout.weight_transfer == "shared_file" and num_nodes > 1:
+        whole = "" if layout.device == "cpu" else ", or give every engine and learner rank a whole GPU (cluster.gpus_per_*)"
+        raise ResourceError(
+            f"weights travel by a file in one node's memory here and Ray's cluster has {num_nodes} nodes; leave cluster.address and "
+            f"RAY_ADDRESS unset, so that Ray starts on this machine{whole}"
+        )
+    return layout
+
+
+def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
     cluster = config.cluster
     if cluster.device is Device.auto and num_gpus == 0:
         raise ResourceError("this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add +on=cpu")
@@ -125,6 +146,9 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int) -> Layout
         return _on_cpu(config, num_cpus)
     policy, users, ranks, share = _derived(config, num_gpus) if cluster.engines == 0 else _as_configured(config)
     policy_ranks, critic_ranks, learner_share = _split_ranks(ranks, share, config.has_critic)
+    _require_apart("cluster.gpus_per_engine_rank", policy.gpus_per_rank, policy.tensor_parallel)
+    _require_apart("simulator.engine.gpus_per_rank", users.gpus_per_rank, users.tensor_parallel)
+    _require_apart("cluster.gpus_per_learner_rank", share, policy_ranks)
     layout = Layout(
         device="gpu",
         policy=policy,
@@ -133,7 +157,7 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int) -> Layout
         critic_ranks=critic_ranks,
         reward_replicas=config.simulator.replicas,
         gpus_per_learner_rank=learner_share,
-        threads=0,
+        threads=max(num_cpus // max(policy_ranks + critic_ranks, 1), 1),
         # NCCL refuses two members of a group on one GPU; the policy's first rank and its engines form one.
         weight_transfer="nccl" if min(policy.gpus_per_rank, share) == 1 else "shared_file",
     )
@@ -143,6 +167,12 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int) -> Layout
             f"this run needs {layout.num_gpus:g} GPUs ({layout.split}) and Ray sees {num_gpus}; on this machine, run: {way_out}"
         )
     return layout
+
+
+def _require_apart(key: str, share: float, members: int) -> None:
+    """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it refuses that when they start."""
+    apart = members <= 1 or share > 0.5
+    require(apart, key, share, f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU")
 
 
 def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, float]:

@@ -78,6 +78,10 @@ class PolicyGroup(LearnerGroup):
         """Log-probs of a token sequence under the policy, nats."""
         return (await self._all("probe", token_ids))[0]
 
+    async def weight_bytes(self) -> int:
+        """Bytes of the file that `write_weights` writes."""
+        return await self.ranks[0].weight_bytes.remote()
+
     async def write_weights(self, path: Path) -> None:
         """Write the policy's weights for the engines."""
         await self._all("write_weights", str(path))

@@ -30,11 +30,13 @@ class Session:
     Attributes:
         num_gpus: GPUs of all nodes.
         num_cpus: cores of all nodes.
+        num_nodes: nodes that are alive.
         dashboard: address of the Ray dashboard; empty where there is none.
     """
 
     num_gpus: int
     num_cpus: int
+    num_nodes: int
     dashboard: str
 
 
@@ -57,7 +59,12 @@ def open_session(cluster: ClusterConfig) -> Session:
             configure_logging=False,
         )
     have = ray.cluster_resources()
-    return Session(num_gpus=int(have.get("GPU", 0)), num_cpus=int(have.get("CPU", 1)), dashboard=context.dashboard_url or "")
+    return Session(
+        num_gpus=int(have.get("GPU", 0)),
+        num_cpus=int(have.get("CPU", 1)),
+        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        dashboard=context.dashboard_url or "",
+    )
 
 
 def close_session() -> None:

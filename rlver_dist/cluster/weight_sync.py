@@ -10,12 +10,33 @@ from pathlib import Path
 from rlver_dist.choices import Precision
 from rlver_dist.cluster.learners import PolicyGroup
 from rlver_dist.cluster.pools import EnginePool
+from rlver_dist.errors import ResourceError
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SHARED_MEMORY = Path("/dev/shm")
-MIN_FREE_BYTES = 2**30
-"""Containers often get 64 MB of shared memory; with less than this the weights go through the temporary folder."""
+SPARE_BYTES = 2**30
+"""Shared memory that is left to others, Ray's object store above all, beside the weights."""
+GIB = 2**30
+
+
+def roomy_folder(need: int) -> Path:
+    """Where a file of `need` bytes fits: shared memory, of which containers often get 64 MB alone, else the temporary folder.
+
+    Raises:
+        ResourceError: neither has room; says what is needed and what is free.
+    """
+    temporary = Path(tempfile.gettempdir())
+    rooms = {folder: shutil.disk_usage(folder).free for folder in (SHARED_MEMORY, temporary) if folder.is_dir()}
+    if rooms.get(SHARED_MEMORY, 0) >= need + SPARE_BYTES:
+        return SHARED_MEMORY
+    if rooms[temporary] >= need:
+        return temporary
+    free = " and ".join(f"{room / GIB:.1f} GiB free in {folder}" for folder, room in rooms.items())
+    raise ResourceError(
+        f"the weights travel to the engines in a file of {need / GIB:.1f} GiB, and there are {free}; give the container more shared memory "
+        f"(docker run --shm-size; {SPARE_BYTES / GIB:g} GiB stay free), or set TMPDIR to a folder with room"
+    )
 
 
 class WeightSync:
@@ -34,12 +55,15 @@ class WeightSync:
         self._folder: Path | None = None
 
     async def open(self) -> None:
-        """Prepare the way: a folder in shared memory, or the NCCL group."""
+        """Prepare the way: a folder in shared memory, or the NCCL group.
+
+        Raises:
+            ResourceError: no folder has room for the weights.
+        """
         if self._backend == "nccl":
             await self._learner.connect_engines(self._engines.engines, self._workers_per_engine)
         else:
-            roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= MIN_FREE_BYTES
-            base = SHARED_MEMORY if roomy else None
+            base = roomy_folder(await self._learner.weight_bytes())
             self._folder = Path(tempfile.mkdtemp(prefix="rlver_dist_", dir=base))
 
     def close(self) -> None:

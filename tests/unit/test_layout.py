@@ -5,7 +5,7 @@ import pytest
 from rlver_dist.choices import AlgorithmName, Device, SimulatorBackend
 from rlver_dist.cluster.layout import resolve_layout
 from rlver_dist.config import ClusterConfig, RunConfig
-from rlver_dist.errors import ResourceError
+from rlver_dist.errors import ConfigError, ResourceError
 from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
 from rlver_dist.training_config import AlgorithmConfig
 
@@ -108,6 +108,52 @@ def test_users_engines_beside_configured_ones_are_counted_and_shown():
     assert "user_engine_0 to user_engine_3, each: 2 x 1 GPU, 85% of its memory" in placed.rows()
     with pytest.raises(ResourceError, match=r"needs 32 GPUs \(policy engines 8 \+ users 8 \+ learners 16\) and Ray sees 24"):
         layout(cluster, 24, users=users)
+
+
+SHARED = dict(gpus_per_engine_rank=0.4, gpus_per_learner_rank=0.6)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "users", "words"),
+    [
+        (dict(engines=1, learner_ranks=2, gpus_per_learner_rank=0.5), None, r"^cluster\.gpus_per_learner_rank=0\.5: use more than 0\.5"),
+        (dict(engines=1, learner_ranks=1, tensor_parallel=2, gpus_per_engine_rank=0.2), None, r"^cluster\.gpus_per_engine_rank=0\.2: "),
+        (
+            dict(engines=1, learner_ranks=1),
+            UserEngineConfig(tensor_parallel=2, gpus_per_rank=0.5),
+            r"^simulator\.engine\.gpus_per_rank=0\.5",
+        ),
+    ],
+)
+def test_shares_that_let_two_ranks_of_a_group_meet_are_refused(cluster, users, words):
+    with pytest.raises(ConfigError, match=words):
+        layout(ClusterConfig(device=Device.gpu, **cluster), 8, users=users)
+
+
+def test_shares_that_keep_the_ranks_of_a_group_apart_are_taken():
+    placed = layout(ClusterConfig(device=Device.gpu, engines=2, learner_ranks=2, **SHARED), 2)
+    assert placed.num_gpus == pytest.approx(2) and placed.weight_transfer == "shared_file"
+    # Of two learner ranks PPO makes a policy's and a critic's, which are groups of their own.
+    halves = ClusterConfig(device=Device.gpu, engines=1, learner_ranks=2, gpus_per_learner_rank=0.5)
+    assert layout(halves, 2, has_critic=True).learner_ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "way_out"),
+    [
+        (ClusterConfig(device=Device.cpu), 0, r"Ray starts on this machine$"),
+        (ClusterConfig(device=Device.gpu, engines=1, learner_ranks=1, **SHARED), 8, r", or give every engine and learner rank a whole GPU"),
+    ],
+)
+def test_weights_that_travel_by_file_take_one_node(cluster, gpus, way_out):
+    config = RunConfig(cluster=cluster)
+    assert resolve_layout(config, num_gpus=gpus, num_cpus=2).weight_transfer == "shared_file"
+    with pytest.raises(ResourceError, match=rf"Ray's cluster has 3 nodes; leave cluster\.address .*{way_out}"):
+        resolve_layout(config, num_gpus=gpus, num_cpus=2, num_nodes=3)
+
+
+def test_whole_gpus_may_lie_on_several_nodes():
+    assert resolve_layout(RunConfig(), num_gpus=16, num_cpus=2, num_nodes=2).weight_transfer == "nccl"
 
 
 def test_without_the_backend_there_are_no_users_engines():
