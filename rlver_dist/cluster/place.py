@@ -75,7 +75,7 @@ def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | Non
     name, ranks = ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
     first = layout.policy.ranks + layout.users.ranks + (layout.learner_ranks if critic else 0)
     return [
-        actor.options(**_options(f"{name}_{rank}", layout, group, first + rank, layout.gpus_per_learner_rank)).remote(
+        actor.options(**_learner_options(f"{name}_{rank}", layout, group, first + rank)).remote(
             config, rank, ranks, layout.device, layout.threads
         )
         for rank in range(ranks)
@@ -104,6 +104,14 @@ def _options(name: str, layout: Layout, group: PlacementGroup | None, bundle: in
         )
     if layout.device == "cpu":
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(layout.threads), **CPU_ENVIRONMENT}}
+    return options
+
+
+def _learner_options(name: str, layout: Layout, group: PlacementGroup | None, bundle: int) -> dict[str, Any]:
+    options = _options(name, layout, group, bundle, layout.gpus_per_learner_rank)
+    if layout.device == "gpu":
+        # Ray gives an actor that reserves no cores a single thread; an offloaded optimizer steps on the host.
+        options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(layout.threads)}}
     return options
 
 

@@ -2,7 +2,7 @@
 
 from rlver_dist.choices import Device, SimulatorBackend
 from rlver_dist.cluster.layout import Layout, resolve_layout
-from rlver_dist.cluster.place import _engine_options
+from rlver_dist.cluster.place import _engine_options, _learner_options
 from rlver_dist.cluster.session import bundles
 from rlver_dist.config import ClusterConfig, RunConfig
 from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
@@ -30,3 +30,11 @@ def test_shares_of_one_gpu_stand_in_the_actors_order():
     assert [bundle["GPU"] for bundle in bundles(placed)] == [0.2, 0.3, 0.5]
     (options,) = _engine_options("user_engine", placed, placed.users, None, placed.policy.ranks)
     assert options["num_gpus"] == 0.3 and "runtime_env" not in options
+
+
+def test_learners_on_gpus_share_out_the_cores_for_what_steps_on_the_host():
+    placed = layout(UserEngineConfig(), engines=1, learner_ranks=3)
+    assert placed.threads == 8 // 3
+    assert _learner_options("policy_learner_0", placed, None, 2)["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "2"}}
+    assert "runtime_env" not in _engine_options("rollout_engine", placed, placed.policy, None, 0)[0]
+    assert layout(UserEngineConfig(), engines=1, learner_ranks=16).threads == 1
