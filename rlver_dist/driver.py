@@ -65,7 +65,7 @@ class Driver:
             control={},
             kl_coef=config.algorithm.kl_coef,
             wall_s=0.0,
-            shape=config.learner_shape,
+            shape=config.learner_shape | parts.ranks,
         )
 
     @property

@@ -7,6 +7,7 @@ Components:
     critic       the critic learner, where the algorithm has one
     sync         carries the policy's weights to every engine
     trackers     take each iteration's metrics
+    ranks        how many ranks each learner has, by its name, as checkpoints note it
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Parts:
     plain_renderer: Renderer
     trackers: Sequence[Tracker]
     console: Console
+    ranks: dict[str, str]
 
 
 def train_limits(config: RunConfig) -> CollectLimits:

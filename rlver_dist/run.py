@@ -54,6 +54,8 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
             session = open_session(config.cluster)
             advance(1)
         layout = resolve_layout(config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes)
+        if start is not None:
+            layout.require_ranks(str(start), CheckpointStore.read(start).shape)
         on_accepted()
         if session.dashboard:
             console.note(f"Ray dashboard: http://{session.dashboard}")
@@ -99,7 +101,7 @@ async def _run(
         with causes():
             built = await build(config, layout, console, _warm_start(config, start))
             async with second_judge(config) as judge:
-                driver = Driver(config, _parts(config, built, judge, console, trackers), train, evaluation, started=started)
+                driver = Driver(config, _parts(config, layout, built, judge, console, trackers), train, evaluation, started=started)
                 if start is not None:
                     await driver.resume(start)
                 before, after = await driver.run()
@@ -130,7 +132,7 @@ def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
     return trackers if wandb is None else [*trackers, wandb]
 
 
-def _parts(config: RunConfig, built: Built, judge: Judge | None, console: Console, trackers: list[Tracker]) -> Parts:
+def _parts(config: RunConfig, layout: Layout, built: Built, judge: Judge | None, console: Console, trackers: list[Tracker]) -> Parts:
     return Parts(
         generate=built.engines.generate,
         users=built.users.respond,
@@ -146,6 +148,7 @@ def _parts(config: RunConfig, built: Built, judge: Judge | None, console: Consol
         plain_renderer=built.plain_renderer,
         trackers=trackers,
         console=console,
+        ranks=layout.ranks,
     )
 
 

@@ -6,11 +6,12 @@ A layout is derived from the configuration and the number of GPUs and cores; `se
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlver_dist.choices import Device
 from rlver_dist.config import RunConfig
-from rlver_dist.errors import ResourceError
+from rlver_dist.errors import DataError, ResourceError
 from rlver_dist.simulator_config import SimulatorConfig
 from rlver_dist.training_config import require
 
@@ -78,6 +79,26 @@ class Layout:
     def learner_gpus(self) -> float:
         """GPUs of all learner ranks."""
         return (self.learner_ranks + self.critic_ranks) * self.gpus_per_learner_rank
+
+    @property
+    def ranks(self) -> dict[str, str]:
+        """Ranks of each learner by its actors' name, as a checkpoint notes them."""
+        critic = {"critic_learner": str(self.critic_ranks)} if self.critic_ranks else {}
+        return {"policy_learner": str(self.learner_ranks)} | critic
+
+    def require_ranks(self, checkpoint: str, written: Mapping[str, str]) -> None:
+        """Refuse to go on from `checkpoint`, which notes `written`, with other ranks: each holds its own part of the optimizer's state.
+
+        Raises:
+            DataError: names a learner, its ranks there and here, and the option.
+        """
+        for learner, ranks in self.ranks.items():
+            if written.get(learner, ranks) != ranks:
+                total = sum(int(written.get(name, here)) for name, here in self.ranks.items())
+                raise DataError(
+                    f"{checkpoint} was written with {learner} ranks={written[learner]} and this run has {ranks}; use "
+                    f"cluster.learner_ranks={total}, with cluster.engines, or another output_dir"
+                )
 
     @property
     def shares_gpus(self) -> bool:

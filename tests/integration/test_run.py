@@ -206,6 +206,14 @@ def test_resume_goes_on_and_keeps_the_results_before(first):
     assert [line["iteration"] for line in read_metrics(first.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_resume_with_other_ranks_is_refused_in_one_line(first):
+    kept = sorted(path.name for path in first.folder.iterdir())
+    ended = Launch(first.folder, "cluster.learner_ranks=4", "num_iterations=9", recipe="ppo_no_think").finish()
+    assert ended.code == 2, ended.output
+    assert "was written with policy_learner ranks=1 and this run has 2; use cluster.learner_ranks=2" in ended.output
+    assert "Traceback" not in ended.output and sorted(path.name for path in first.folder.iterdir()) == kept
+
+
 def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(tmp_path):
     launch = Launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=0")
     launch.wait_for(r"iteration 2/500")

@@ -5,7 +5,7 @@ import pytest
 from rlver_dist.choices import AlgorithmName, Device, SimulatorBackend
 from rlver_dist.cluster.layout import resolve_layout
 from rlver_dist.config import ClusterConfig, RunConfig
-from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.errors import ConfigError, DataError, ResourceError
 from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
 from rlver_dist.training_config import AlgorithmConfig
 
@@ -154,6 +154,19 @@ def test_weights_that_travel_by_file_take_one_node(cluster, gpus, way_out):
 
 def test_whole_gpus_may_lie_on_several_nodes():
     assert resolve_layout(RunConfig(), num_gpus=16, num_cpus=2, num_nodes=2).weight_transfer == "nccl"
+
+
+def test_a_checkpoint_of_other_ranks_is_refused():
+    placed = layout(ClusterConfig(device=Device.cpu, engines=1, learner_ranks=5), 0, has_critic=True)
+    assert placed.ranks == {"policy_learner": "3", "critic_learner": "2"}
+    placed.require_ranks("step_1", {"model.path": "tiny"} | placed.ranks)
+    placed.require_ranks("step_1", {"model.path": "tiny"})
+    words = r"^step_1 was written with critic_learner ranks=3 and this run has 2; use cluster\.learner_ranks=6,"
+    with pytest.raises(DataError, match=words):
+        placed.require_ranks("step_1", {"policy_learner": "3", "critic_learner": "3"})
+    alone = layout(ClusterConfig(device=Device.cpu, engines=1, learner_ranks=5), 0)
+    with pytest.raises(DataError, match=r"policy_learner ranks=3 and this run has 5; use cluster\.learner_ranks=3,"):
+        alone.require_ranks("step_1", placed.ranks)
 
 
 def test_without_the_backend_there_are_no_users_engines():
