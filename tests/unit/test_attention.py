@@ -14,6 +14,7 @@ from rlver_dist.learner.rows import score_row
 SHAPE = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LENGTHS = [5, 1, 9, 2]
 TEMPERATURE = 0.7
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def tiny(family, implementation):
@@ -122,6 +123,41 @@ def test_blockwise_attention_equals_torch(block, in_front, monkeypatch):
     expected.backward(upstream)
     for part, copy in zip(parts, copies, strict=True):
         torch.testing.assert_close(part.grad, copy.grad, rtol=1e-5, atol=1e-5)
+
+
+def seen_by(span, start):
+    """Positions of the keys that a span beginning at `start` attends to."""
+    return [*range(span.context_start, span.context_start + span.context_length), *range(start, start + span.length)]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.float32, 1e-5),
+        ("cpu", torch.bfloat16, 1e-2),
+        pytest.param("cuda", torch.float32, 1e-5, marks=ON_GPU),
+        pytest.param("cuda", torch.bfloat16, 1e-2, marks=ON_GPU),
+    ],
+)
+def test_packed_attention_equals_torch_on_every_span(device, dtype, tolerance):
+    torch.manual_seed(3)
+    spans = [Span(length=70), Span(length=300, context_start=0, context_length=40), Span(length=1), Span(length=29)]
+    parts = [torch.randn(1, heads, 400, 64, dtype=dtype).to(device).requires_grad_() for heads in (4, 2, 2)]
+    exact = [part.detach().cpu().double().requires_grad_() for part in parts]
+    upstream = torch.randn(1, 400, 4, 64, dtype=dtype)
+    output, _ = attention.packed_causal_attention(torch.nn.Identity(), *parts, None, spans=spans)
+    output.backward(upstream.to(device))
+
+    expected, start = [], 0
+    for span in spans:
+        query, (key, value) = exact[0][:, :, start : start + span.length], (part[:, :, seen_by(span, start)] for part in exact[1:])
+        mask = torch.ones(span.length, span.context_length + span.length, dtype=torch.bool).tril(span.context_length)
+        expected.append(scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2))
+        start += span.length
+    torch.cat(expected, dim=1).backward(upstream.double())
+    pairs = [(output, torch.cat(expected, dim=1)), *((part.grad, copy.grad) for part, copy in zip(parts, exact, strict=True))]
+    for ours, theirs in pairs:
+        assert (ours.cpu().double() - theirs).norm() <= tolerance * theirs.norm()
 
 
 def test_plan_of_the_variable_length_kernel_by_hand():
