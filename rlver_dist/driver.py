@@ -20,7 +20,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.evaluation.held_out import HeldOut
-from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
+from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts, hold, train_limits
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
@@ -95,6 +95,7 @@ class Driver:
             BudgetError: the users' budget is used up.
             Exception: whatever a part raises, such as a sync that misses an engine.
         """
+        drop_later(self._output, self.progress.iteration)
         await self._parts.sync(self.progress.iteration)
         before = await self._start()
         try:

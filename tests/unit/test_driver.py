@@ -459,3 +459,19 @@ def test_nothing_is_saved_after_a_failure_in_the_midst_of_an_update_or_a_save(tm
         asyncio.run(harness.driver.run())
     assert len(tried) == (2 if what == "update" else 1)
     assert CheckpointStore(tmp_path, 2).latest() is None
+
+
+def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_is_left(tmp_path, renderer):
+    first = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
+    asyncio.run(first.driver.run())
+    folder = tmp_path / "dialogues"
+    assert (folder / "after_000003.parquet").exists()
+    old = {name: (folder / name).stat().st_mtime_ns for name in ("before_000000.parquet", "train_000001.parquet")}
+    second = Harness(tmp_path, renderer, num_iterations=2, keep_checkpoints=3)
+    asyncio.run(second.go_on(tmp_path / "checkpoints" / "step_1"))
+    assert {path.name for path in folder.iterdir()} == old.keys() | {"train_000002.parquet", "after_000002.parquet"}
+    assert {name: (folder / name).stat().st_mtime_ns for name in old} == old
+    # A finished run that is made longer keeps what it ended with before.
+    third = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
+    asyncio.run(third.go_on(tmp_path / "checkpoints" / "step_2"))
+    assert {path.name for path in folder.glob("after*")} == {"after_000002.parquet", "after_000003.parquet"}
