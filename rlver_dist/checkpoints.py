@@ -1,7 +1,11 @@
 """Checkpoint folders: written aside, renamed when complete, found again, pruned.
 
 `checkpoints/step_<n>/` holds the learner's own files and `manifest.json`: the number of finished iterations and everything that the
-driver needs to go on. A folder without a manifest does not exist for `latest`.
+driver needs to go on. The manifest is written last, and whole: a folder that has one is complete, any other one does not exist.
+
+    step_<n>.tmp   being written; with a manifest it is the newest checkpoint, and what a kill left undone of its `commit` is done
+                   by whoever reads next
+    step_<n>.old   being deleted
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlver_dist.errors import DataError
+from rlver_dist.files import write_whole
 
 MANIFEST = "manifest.json"
 
@@ -55,29 +60,47 @@ class CheckpointStore:
         self._keep = keep
 
     def begin(self, iteration: int) -> Path:
-        """An empty folder aside, for the learner's files."""
+        """An empty folder aside, for the learner's files; deletes what interrupted saves of any step left."""
+        self._settle()
+        self._delete("tmp")
         aside = self._root / f"step_{iteration}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         return aside
 
     def commit(self, aside: Path, progress: Progress) -> Path:
         """Add the manifest, rename into place, and drop all checkpoints but this and the ones just before it."""
-        (aside / MANIFEST).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        final = aside.with_suffix("")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        # Newer steps than this one belong to a line of training that was left by resuming an older checkpoint.
-        kept = [path for path in self._complete() if _step(path) <= _step(final)][-self._keep :]
-        for other in self._complete():
-            if other not in kept:
-                shutil.rmtree(other)
-        return final
+        write_whole(aside / MANIFEST, json.dumps(asdict(progress)))
+        return self._finish(aside)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
+        self._settle()
         complete = self._complete()
         return complete[-1] if complete else None
+
+    def _settle(self) -> None:
+        """Finish a commit that was interrupted, and delete what was being deleted."""
+        for manifest in list(self._root.glob(f"step_*.tmp/{MANIFEST}")):
+            self._finish(manifest.parent)
+        self._delete("old")
+
+    def _finish(self, aside: Path) -> Path:
+        """Bring the complete checkpoint in `aside` to its place; interrupted anywhere and begun again, it ends in the same state."""
+        self._delete("old")
+        final = aside.with_suffix("")
+        # Steps from this one on belong to a line of training that was left by resuming an older checkpoint, or to an earlier save.
+        for left in [path for path in self._complete() if _step(path) >= _step(final)]:
+            left.rename(left.with_suffix(".old"))
+        aside.rename(final)
+        for older in self._complete()[: -self._keep]:
+            older.rename(older.with_suffix(".old"))
+        self._delete("old")
+        return final
+
+    def _delete(self, suffix: str) -> None:
+        for folder in list(self._root.glob(f"step_*.{suffix}")):
+            # A file system may refuse while somebody reads in there: the next save tries again.
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
         found = [path.parent for path in self._root.glob(f"step_*/{MANIFEST}") if path.parent.name.removeprefix("step_").isdigit()]

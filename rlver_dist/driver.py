@@ -19,9 +19,8 @@ from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut
-from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
+from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts, hold, train_limits
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
@@ -89,18 +88,21 @@ class Driver:
         """Warm up, evaluate, train, evaluate, export. Returns the results before and after; None where evaluation is off.
 
         Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on;
-        cancelled again, it leaves the update alone and saves nothing.
+        cancelled again, it leaves the update alone and saves nothing. A failure while it trains is passed on likewise; nothing is saved
+        where it came in the midst of an update or of a checkpoint.
 
         Raises:
-            BoundaryError: every dialogue of an iteration or an evaluation failed; what was learned before it has been saved.
-            BudgetError: the users' budget is used up; likewise.
+            BoundaryError: every dialogue of an iteration or an evaluation failed.
+            BudgetError: the users' budget is used up.
+            Exception: whatever a part raises, such as a sync that misses an engine.
         """
+        drop_later(self._output, self.progress.iteration)
         await self._parts.sync(self.progress.iteration)
         before = await self._start()
         try:
             for iteration in range(self.progress.iteration, self._config.num_iterations):
                 await self._iterate(iteration)
-        except (asyncio.CancelledError, BoundaryError, BudgetError):
+        except (asyncio.CancelledError, Exception):
             if self.progress.iteration > self._saved and not self._between_states:
                 await self.save()
             raise
@@ -167,7 +169,7 @@ class Driver:
         self._between_states = False
 
     async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
-        """Update, sync, write down, count."""
+        """Update, sync, write down, count; a failed sync is raised only then, since the learners hold what has been counted."""
         parts, critic = self._parts, self._config.critic
         with parts.console.phase(f"iteration {iteration + 1}: update", 1) as advance:
             learned = await train_on(
@@ -182,14 +184,28 @@ class Driver:
         if not learned.advantages:
             parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
         clock.lap("learner")
-        synced = await parts.sync(iteration + 1)
+        synced, failure = await self._synced(iteration + 1)
         clock.lap("sync")
         self._write(iteration + 1, dialogues, learned)
-        metrics = [*learned.metrics, *synced, *await parts.service_metrics(), *dialogue_metrics(dialogues, learned.rewards)]
+        metrics = [*learned.metrics, *synced, *dialogue_metrics(dialogues, learned.rewards)]
         self._record(iteration + 1, dialogues, metrics, clock)
         self.progress.iteration = iteration + 1
         self.progress.sampler = self._sampler.state()
         self.progress.kl_coef = learned.kl_coef
+        if failure is not None:
+            # Only the engines lag behind, and a resume syncs them first.
+            self._between_states = False
+            raise failure
+
+    async def _synced(self, version: int) -> tuple[list[Metric], Exception | None]:
+        """Bring the engines to `version` and ask all services for their metrics. Returns the metrics and what failed."""
+        metrics: list[Metric] = []
+        try:
+            metrics += await self._parts.sync(version)
+            metrics += await self._parts.service_metrics()
+        except Exception as error:
+            return metrics, error
+        return metrics, None
 
     def _tasks(self, iteration: int) -> list[DialogueTask]:
         personas = self._sampler.next(self._config.num_personas)

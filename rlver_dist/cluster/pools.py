@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from rlver_dist.cluster.routing import Router
+from rlver_dist.cluster.routing import HomeRouter, Router
 from rlver_dist.errors import BoundaryError, GoneError, RlverError
 from rlver_dist.rollout.collector import GenerateRequest, Generation
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
@@ -24,23 +24,20 @@ UNAVAILABLE_WAIT_S = 1.0
 
 
 class EnginePool:
-    """The rollout engines. A new dialogue goes to the least loaded one and stays there, where its prefix is cached."""
+    """The rollout engines. A new dialogue goes to the least loaded one and stays there, where its prefix is cached, until it dies."""
 
     def __init__(self, engines: Sequence[ActorHandle]) -> None:
         self.engines = list(engines)
-        self._load = [0] * len(self.engines)
-        self._home: dict[str, int] = {}
+        self._router = HomeRouter(len(self.engines))
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        """Sample one reply on the dialogue's engine."""
-        if request.turn_index == 0 or request.dialogue_id not in self._home:
-            self._home[request.dialogue_id] = self._load.index(min(self._load))
-        home = self._home[request.dialogue_id]
-        self._load[home] += 1
-        try:
-            return await self.engines[home].generate.remote(request)
-        finally:
-            self._load[home] -= 1
+        """Sample one reply on the dialogue's engine, or on another one if that has died: all hold the same weights.
+
+        Raises:
+            BoundaryError: the engine failed for this request, or every engine has died.
+        """
+        reply, _ = await _ask_any(self.engines, self._router, request.dialogue_id, "rollout engine", "generate", request)
+        return reply
 
     async def score(self, token_ids: list[int]) -> list[list[float]]:
         """Log-probs of one token sequence under each engine, nats."""
@@ -52,7 +49,7 @@ class EnginePool:
 
     def forget_homes(self) -> None:
         """After a weight sync no prefix is cached anywhere: new turns may go anywhere."""
-        self._home.clear()
+        self._router.forget()
 
 
 class RewardPool:

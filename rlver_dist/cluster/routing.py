@@ -1,4 +1,4 @@
-"""Which of several equal members gets a call: the one that knows the prefix, unless it is busier than the others."""
+"""Which of several equal members gets a call: the one that knows the prefix, unless it is dead or far busier than the others."""
 
 from __future__ import annotations
 
@@ -26,12 +26,16 @@ class Router:
 
     def pick(self, affinity: str) -> int | None:
         """The member for a call; None where all are dead."""
-        alive = [member for member in range(len(self.load)) if member not in self.dead]
+        alive = self.alive()
         if not alive:
             return None
         bound = math.ceil(SLACK * (sum(self.load[member] for member in alive) + 1) / len(alive))
         order = sorted(alive, key=lambda member: _rank(affinity, member))
         return next(member for member in order if self.load[member] < bound)
+
+    def alive(self) -> list[int]:
+        """The members that are not dead."""
+        return [member for member in range(len(self.load)) if member not in self.dead]
 
     @contextmanager
     def call(self, member: int) -> Iterator[None]:
@@ -41,6 +45,28 @@ class Router:
             yield
         finally:
             self.load[member] -= 1
+
+
+class HomeRouter(Router):
+    """Each affinity goes to the least loaded member and stays there, however busy that gets, until the member dies."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._home: dict[str, int] = {}
+
+    def pick(self, affinity: str) -> int | None:
+        """The affinity's home, a new one where it has none that lives; None where all are dead."""
+        home = self._home.get(affinity)
+        if home is None or home in self.dead:
+            alive = self.alive()
+            if not alive:
+                return None
+            home = self._home[affinity] = min(alive, key=lambda member: self.load[member])
+        return home
+
+    def forget(self) -> None:
+        """Let every affinity go anywhere."""
+        self._home.clear()
 
 
 def _rank(affinity: str, member: int) -> bytes:

@@ -89,6 +89,19 @@ def dialogues_path(output_dir: str | Path, *, phase: Phase | PhaseName, iteratio
     return Path(output_dir) / "dialogues" / f"{Phase(phase).value}_{iteration:06d}.parquet"
 
 
+def drop_later(output_dir: str | Path, iteration: int) -> None:
+    """Delete the dialogues of every iteration after `iteration`, the one that a run goes on from.
+
+    They belong to a line of training that was left: they would pass for this run's until it comes that far, or for good.
+    """
+    for phase in Phase:
+        folder = dialogues_path(output_dir, phase=phase, iteration=iteration).parent
+        for path in folder.glob(f"{phase.value}_*.parquet"):
+            number = path.stem.removeprefix(f"{phase.value}_")
+            if number.isdecimal() and int(number) > iteration:
+                path.unlink()
+
+
 def write_dialogues(
     path: str | Path,
     dialogues: Sequence[Dialogue],

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlver_dist.dialogue import Message, Role
-from rlver_dist.errors import BoundaryError, ConfigError, GoneError, boundary
-from rlver_dist.rollout.engine import EngineSettings, engine_arguments, set_environment
+from rlver_dist.errors import BoundaryError, ConfigError, boundary
+from rlver_dist.rollout.engine import EngineSettings, engine_arguments, final_output, set_environment
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class ChatEngine:
         """The model's answer, JSON by `request.schema` unless it is cut at `max_tokens`.
 
         Raises:
-            BoundaryError: the prompt is too long, or vLLM ended the request otherwise than at an end or the token limit.
+            GoneError: vLLM's process died.
+            BoundaryError: the prompt is too long, vLLM failed, or it ended the request otherwise than at an end or the token limit.
         """
         assert self._template is not None, "start() comes first"
         started = time.perf_counter()
@@ -117,23 +118,12 @@ class ChatEngine:
     async def _run(self, prompt_ids: list[int], request: ChatRequest) -> RequestOutput:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._llm is not None, "start() comes first"
         parameters = SamplingParams(
             max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
             structured_outputs=StructuredOutputsParams(json=request.schema), output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        last: RequestOutput | None = None
+        what = f"{request.key}: vLLM engine of {self._name}"
         # The counter keeps ids unique where a request is asked again.
-        with boundary(f"{request.key}: vLLM engine"):
-            try:
-                async for output in self._llm.generate(
-                    {"prompt_token_ids": prompt_ids}, parameters, f"{request.key}#{next(self._counter)}"
-                ):
-                    last = output
-            except EngineDeadError as error:
-                raise GoneError(f"{request.key}: vLLM engine of {self._name}: its process died") from error
-        if last is None:
-            raise BoundaryError(f"{request.key}: vLLM ended the request without an output")
-        return last
+        return await final_output(self._llm, what, prompt_ids, parameters, f"{request.key}#{next(self._counter)}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlver_dist.choices import Device, Precision
-from rlver_dist.errors import BoundaryError, WeightSyncError, boundary
+from rlver_dist.errors import BoundaryError, GoneError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
+    from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 GIB = 1024**3
@@ -90,6 +90,27 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     return arguments | {"gpu_memory_utilization": settings.gpu_memory_fraction}
 
 
+async def final_output(llm: AsyncLLM, what: str, prompt_ids: Sequence[int], parameters: SamplingParams, request_id: str) -> RequestOutput:
+    """The last output of one request; `what` names the engine in errors. Cancelled, it has vLLM abort the request.
+
+    Raises:
+        GoneError: the engine's process died.
+        BoundaryError: vLLM failed, or ended the request without an output.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    last: RequestOutput | None = None
+    with boundary(what):
+        try:
+            async for output in llm.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
+                last = output
+        except EngineDeadError as error:
+            raise GoneError(f"{what}: its process died") from error
+    if last is None:
+        raise BoundaryError(f"{what}: the request ended without an output")
+    return last
+
+
 class PolicyEngine:
     """Samples replies, scores token lists, and takes the learner's weights.
 
@@ -122,7 +143,8 @@ class PolicyEngine:
         """Sample one reply from softmax(logits / temperature), neither top-p nor top-k; equal seeds give equal replies.
 
         Raises:
-            BoundaryError: vLLM ended the request otherwise than at an end token or the token limit.
+            GoneError: vLLM's process died.
+            BoundaryError: vLLM failed, or ended the request otherwise than at an end token or the token limit.
         """
         output = await self._run(
             request.prompt_ids, f"{request.dialogue_id}/{request.turn_index}", max_tokens=request.max_tokens,
@@ -219,12 +241,7 @@ class PolicyEngine:
         # The counter keeps ids unique where a failed request is sent again.
         request_id = f"{name}#{next(self._counter)}"
         parameters = SamplingParams(top_p=1.0, top_k=0, min_p=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
-        last: RequestOutput | None = None
-        async for output in self._started.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
-            last = output
-        if last is None:
-            raise BoundaryError("vLLM engine: the request ended without an output")
-        return last
+        return await final_output(self._started, "vLLM engine", prompt_ids, parameters, request_id)
 
     @property
     def _started(self) -> AsyncLLM:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlver_dist.choices import Device, Precision
-from rlver_dist.errors import WeightSyncError
+from rlver_dist.errors import GoneError, WeightSyncError
 from rlver_dist.models import TINY, resolve
 from rlver_dist.rollout.collector import GenerateRequest
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
@@ -146,6 +146,20 @@ def test_request_in_flight_goes_on_under_new_weights(served: Served, tmp_path: P
     served.run(overlap())
 
 
+def test_a_reply_that_nobody_waits_for_is_no_longer_sampled(served: Served) -> None:
+    async def give_up() -> None:
+        running = asyncio.create_task(served.engine.generate(served.request(max_tokens=400, seed=5)))
+        await served.engine.generate(served.request(max_tokens=4))
+        assert served.engine.stats()["unfinished"] == 1
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert served.engine.stats()["unfinished"] == 0
+        assert len((await served.engine.generate(served.request(max_tokens=4))).token_ids) == 4
+
+    served.run(give_up())
+
+
 def test_reply_ends_with_its_end_token(served: Served, tmp_path: Path) -> None:
     """Every token embeds as ones and no layer adds to it, so with a tied head the end token, twice ones, gets twice the logit."""
     with torch.no_grad():
@@ -177,3 +191,20 @@ def test_omitted_tied_head_is_caught_and_a_full_update_heals(served: Served, tmp
         served.run(served.sync(headless, tmp_path))
     served.run(served.sync(weights, tmp_path))
     served.run(served.probe())
+
+
+def test_an_engine_whose_process_died_says_that_it_is_gone(served: Served) -> None:
+    """The last test of this file, since nothing brings the process back."""
+
+    async def die() -> None:
+        await served.engine.pause()
+        waiting = asyncio.create_task(served.engine.generate(served.request()))
+        while served.engine.stats()["unfinished"] == 0:
+            await asyncio.sleep(0.01)
+        for process in served.engine._started.engine_core.resources.engine_manager.processes:
+            process.kill()
+        for call in (waiting, served.engine.generate(served.request())):
+            with pytest.raises(GoneError, match=r"^vLLM engine: its process died$"):
+                await asyncio.wait_for(call, timeout=60)
+
+    served.run(die())

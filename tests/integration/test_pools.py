@@ -267,17 +267,31 @@ class Named:
 
     def __init__(self, name: int) -> None:
         self.name = name
+        self.dropped: list[str] = []
+
+    def given_up(self) -> list[str]:
+        """Dialogues whose reply was called off while it was sampled."""
+        return self.dropped
 
     async def generate(self, request: GenerateRequest) -> int:
-        await asyncio.sleep(0.3)
+        try:
+            await asyncio.sleep(60 if request.dialogue_id == "slow" else 0.3)
+        except asyncio.CancelledError:
+            self.dropped.append(request.dialogue_id)
+            raise
         return self.name
 
 
-def test_dialogues_spread_over_engines_and_stay_where_their_prefix_is():
-    engines = [ray.remote(Named).options(num_cpus=0, max_concurrency=64).remote(name) for name in range(3)]
+def named(count: int) -> list:
+    return [ray.remote(Named).options(num_cpus=0, max_concurrency=64).remote(name) for name in range(count)]
 
-    def ask(dialogue: int, turn: int) -> GenerateRequest:
-        return GenerateRequest(dialogue_id=str(dialogue), turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0)
+
+def ask(dialogue: int | str, turn: int) -> GenerateRequest:
+    return GenerateRequest(dialogue_id=str(dialogue), turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0)
+
+
+def test_dialogues_spread_over_engines_and_stay_where_their_prefix_is():
+    engines = named(3)
 
     async def scenario():
         pool = EnginePool(engines)
@@ -287,6 +301,43 @@ def test_dialogues_spread_over_engines_and_stay_where_their_prefix_is():
         assert second == first
         pool.forget_homes()
         assert await pool.generate(ask(8, 2)) == 0
+
+    asyncio.run(scenario())
+
+
+def test_the_dialogues_of_a_dead_rollout_engine_move_to_the_others_and_no_new_ones_come():
+    engines = named(3)
+
+    async def scenario():
+        pool = EnginePool(engines)
+        first = await asyncio.gather(*(pool.generate(ask(dialogue, 0)) for dialogue in range(9)))
+        running = [asyncio.ensure_future(pool.generate(ask(dialogue, 1))) for dialogue in range(9)]
+        await asyncio.sleep(0.1)
+        kill(engines[0])
+        second = await asyncio.gather(*running)
+        assert all(after == before for before, after in zip(first, second, strict=True) if before != 0)
+        assert set(second) == {1, 2}
+        assert {await pool.generate(ask(dialogue, 0)) for dialogue in range(9, 12)} <= {1, 2}
+        for engine in engines[1:]:
+            kill(engine)
+        with pytest.raises(BoundaryError, match=r"^all 3 rollout engines have died$"):
+            await pool.generate(ask(12, 0))
+
+    asyncio.run(scenario())
+
+
+def test_a_late_reply_is_called_off_on_its_engine():
+    async def scenario():
+        (engine,) = named(1)
+        pool = EnginePool([engine])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pool.generate(ask("slow", 0)), timeout=1)
+        for _ in range(50):
+            if await engine.given_up.remote():
+                break
+            await asyncio.sleep(0.1)
+        assert await engine.given_up.remote() == ["slow"]
+        assert await pool.generate(ask("next", 0)) == 0
 
     asyncio.run(scenario())
 

@@ -1,9 +1,14 @@
 """Checkpoint folders: complete or absent."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from rlver_dist import checkpoints
 from rlver_dist.checkpoints import CheckpointStore, Progress, choose
 from rlver_dist.errors import DataError
+from rlver_dist.files import write_whole
 
 
 def progress(iteration: int) -> Progress:
@@ -101,3 +106,82 @@ def test_a_broken_manifest_is_named(tmp_path):
     (path / "manifest.json").write_text('{"iteration": 1}')
     with pytest.raises(DataError, match=r"manifest\.json"):
         CheckpointStore.read(path)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Mortal:
+    """Counts file operations of `checkpoints`, and kills before the one with number `fatal`, or in the midst of it where it deletes."""
+
+    def __init__(self, monkeypatch, fatal: int, midst: bool) -> None:
+        self.done, self._fatal, self._midst = 0, fatal, midst
+        self._rename, self._write, self._rmtree = Path.rename, write_whole, shutil.rmtree
+        monkeypatch.setattr(Path, "rename", lambda path, target: self._do(lambda: self._rename(path, target)))
+        monkeypatch.setattr(checkpoints, "write_whole", lambda path, text: self._do(lambda: self._write(path, text)))
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", self._delete)
+
+    def _do(self, operation) -> None:
+        if self.done == self._fatal:
+            raise Killed
+        self.done += 1
+        operation()
+
+    def _delete(self, path, ignore_errors=False) -> None:
+        if self.done == self._fatal and self._midst:
+            # Files go in any order: the manifest may be what is left.
+            (path / "weights").unlink()
+        self._do(lambda: self._rmtree(path, ignore_errors=ignore_errors))
+
+
+def line(store: CheckpointStore, name: str, *iterations: int) -> None:
+    """Save `iterations` with weights that say which line of training they belong to."""
+    for iteration in iterations:
+        aside = store.begin(iteration)
+        (aside / "weights").write_text(f"{name}{iteration}")
+        store.commit(aside, progress(iteration))
+
+
+@pytest.mark.parametrize("midst", [False, True])
+@pytest.mark.parametrize(
+    ("earlier", "then", "keep", "before", "left"),
+    [
+        ([0], 0, 2, "a0", ["step_0"]),
+        ([1, 2], 3, 2, "a2", ["step_2", "step_3"]),
+        ([4, 8, 10], 8, 3, "a10", ["step_4", "step_8"]),
+        ([4, 8, 10], 6, 1, "a10", ["step_6"]),
+    ],
+    ids=["the same step again", "one more", "a left line with the same step", "a left line"],
+)
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, earlier, then, keep, before, left, midst):
+    root = tmp_path / "run" / "checkpoints"
+    for fatal in range(100):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        # Kept all, as by a run that did not know that it would be left.
+        line(CheckpointStore(tmp_path / "run", keep=9), "a", *earlier)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            mortal = Mortal(monkeypatch, fatal, midst)
+            try:
+                line(CheckpointStore(tmp_path / "run", keep), "b", then)
+            except Killed:
+                written = mortal.done > 0
+            else:
+                break
+        newest = CheckpointStore(tmp_path / "run", keep).latest()
+        assert newest is not None
+        # From the moment that the manifest is there, nothing else counts.
+        assert (newest / "weights").read_text() == (f"b{then}" if written else before)
+        assert CheckpointStore.read(newest).iteration == (then if written else earlier[-1])
+        assert choose(CheckpointStore(tmp_path / "run", keep), str(newest), (), {}) == newest
+        line(CheckpointStore(tmp_path / "run", keep), "c", then)
+        assert sorted(path.name for path in root.iterdir()) == left
+        assert (root / f"step_{then}" / "weights").read_text() == f"c{then}"
+    # The manifest, the rename, and what had to go.
+    assert 2 < fatal < 100
+
+
+def test_a_save_that_was_interrupted_is_deleted_by_the_next_one_of_any_step(tmp_path):
+    (CheckpointStore(tmp_path, keep=2).begin(5) / "weights").write_text("half")
+    line(CheckpointStore(tmp_path, keep=2), "a", 10)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_10"]

@@ -16,7 +16,7 @@ from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig, Simula
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.driver import Driver
-from rlver_dist.errors import BoundaryError, BudgetError
+from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import resolve
 from rlver_dist.parts import Parts
@@ -113,6 +113,7 @@ class Harness:
         self.asked: list[str] = []
         self.version = -1
         self.appraised = 0
+        self.sync_failures: dict[int, Exception] = {}
         self._renderer, self._fail = renderer, fail
         config = RunConfig(
             model=ModelConfig(path="tiny-random", dtype=Precision.float32, max_context_tokens=2048),
@@ -170,6 +171,8 @@ class Harness:
 
     async def sync(self, version):
         self.journal.append(f"sync {version}")
+        if version in self.sync_failures:
+            raise self.sync_failures.pop(version)
         self.version = version
         return []
 
@@ -397,3 +400,91 @@ def test_an_adapted_kl_weight_starts_anew_where_it_was_0(tmp_path, renderer):
 
     asyncio.run(second.go_on(checkpoint))
     assert second.policy.kl_coefs == [0.3]
+
+
+@pytest.mark.parametrize("failure", [WeightSyncError("engine 1 differs"), ConnectionError("engine 1 is gone")])
+def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learned(tmp_path, renderer, failure):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = Harness(tmp_path / "whole", renderer, save_every=0, num_iterations=3)
+    asyncio.run(whole.driver.run())
+    first = Harness(tmp_path / "cut", renderer, save_every=0, num_iterations=3)
+    first.sync_failures[2] = failure
+    with pytest.raises(type(failure), match="engine 1"):
+        asyncio.run(first.driver.run())
+    assert first.journal == ["sync 0", "update", "sync 1", "update", "sync 2"]
+    lines = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2] and all("time/sync_s" in line for line in lines)
+    checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
+    assert checkpoint is not None and checkpoint.name == "step_2"
+    second = Harness(tmp_path / "cut", renderer, save_every=0, num_iterations=3)
+    asyncio.run(second.go_on(checkpoint))
+    assert second.journal == ["load step_2", "sync 2", "update", "sync 3", "export policy"]
+    assert sorted(first.asked + second.asked) == sorted(whole.asked)
+    assert replace(second.driver.progress, wall_s=0) == replace(whole.driver.progress, wall_s=0)
+
+
+def test_services_that_cannot_be_asked_after_a_sync_lose_nothing_that_was_learned(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=0)
+
+    async def gone():
+        raise ConnectionError("engine 1 is gone")
+
+    harness.driver._parts.service_metrics = gone
+    with pytest.raises(ConnectionError, match="engine 1"):
+        asyncio.run(harness.driver.run())
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_sync_that_fails_after_an_interrupt_is_saved_too(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=0, num_iterations=50)
+    harness.sync_failures[2] = WeightSyncError("engine 1 differs")
+
+    async def interrupted():
+        running = asyncio.ensure_future(harness.driver.run())
+        while harness.journal.count("update") < 2:
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(WeightSyncError):
+            await running
+
+    asyncio.run(interrupted())
+    checkpoint = CheckpointStore(tmp_path, 2).latest()
+    assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == 2
+
+
+@pytest.mark.parametrize("what", ["update", "save"])
+def test_nothing_is_saved_after_a_failure_in_the_midst_of_an_update_or_a_save(tmp_path, renderer, what):
+    harness = Harness(tmp_path, renderer, save_every=2, num_iterations=50)
+    tried = []
+
+    async def fails(*arguments):
+        tried.append(what)
+        # The first update succeeds, so that there is something learned and not saved.
+        if what == "update" and len(tried) == 1:
+            return [Metric("learner/optimizer_steps", 1, Reduction.max)]
+        raise RuntimeError(f"{what} failed")
+
+    setattr(harness.policy, what, fails)
+    with pytest.raises(RuntimeError, match=f"{what} failed"):
+        asyncio.run(harness.driver.run())
+    assert len(tried) == (2 if what == "update" else 1)
+    assert CheckpointStore(tmp_path, 2).latest() is None
+
+
+def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_is_left(tmp_path, renderer):
+    first = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
+    asyncio.run(first.driver.run())
+    folder = tmp_path / "dialogues"
+    assert (folder / "after_000003.parquet").exists()
+    old = {name: (folder / name).stat().st_mtime_ns for name in ("before_000000.parquet", "train_000001.parquet")}
+    second = Harness(tmp_path, renderer, num_iterations=2, keep_checkpoints=3)
+    asyncio.run(second.go_on(tmp_path / "checkpoints" / "step_1"))
+    assert {path.name for path in folder.iterdir()} == old.keys() | {"train_000002.parquet", "after_000002.parquet"}
+    assert {name: (folder / name).stat().st_mtime_ns for name in old} == old
+    # A finished run that is made longer keeps what it ended with before.
+    third = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
+    asyncio.run(third.go_on(tmp_path / "checkpoints" / "step_2"))
+    assert {path.name for path in folder.glob("after*")} == {"after_000002.parquet", "after_000003.parquet"}

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Role, Turn
 from rlver_dist.errors import DataError
-from rlver_dist.ledger.parquet import SCHEMA, SCHEMA_VERSION, VERSION_KEY, dialogues_path, read_dialogues, read_records, write_dialogues
+from rlver_dist.ledger.parquet import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    dialogues_path,
+    drop_later,
+    read_dialogues,
+    read_records,
+    write_dialogues,
+)
 from rlver_dist.ledger.records import Phase, appraisal_hashes, input_hash
 
 TEXT = st.text(max_size=12)
@@ -164,3 +173,17 @@ def test_folder_names_add_no_columns(tmp_path):
     path = tmp_path / "lr=3" / "train_000001.parquet"
     write_dialogues(path, [make_dialogue()], iteration=1, phase="train", rewards={})
     assert read_dialogues(path) == [make_dialogue()]
+
+
+def test_later_iterations_are_dropped_and_everything_else_stays(tmp_path):
+    drop_later(tmp_path, 3)  # There may be no ledger yet.
+    written = [("control", 0), ("before", 0), ("train", 1), ("train", 3), ("after", 3), ("train", 4), ("train", 1_000_000), ("after", 4)]
+    for phase, iteration in written:
+        path = dialogues_path(tmp_path, phase=phase, iteration=iteration)
+        write_dialogues(path, [make_dialogue()], iteration=iteration, phase=phase, rewards={})
+    for name in ("train_best.parquet", "notes_000009.parquet", "train_000009.csv"):
+        (tmp_path / "dialogues" / name).write_text("somebody's own")
+    drop_later(tmp_path, 3)
+    kept = {dialogues_path(tmp_path, phase=phase, iteration=iteration).name for phase, iteration in written[:5]}
+    kept |= {"train_best.parquet", "notes_000009.parquet", "train_000009.csv"}
+    assert {path.name for path in (tmp_path / "dialogues").iterdir()} == kept

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.cluster.routing import Router
+from rlver_dist.cluster.routing import HomeRouter, Router
 
 NAMES = [f"persona-{index}" for index in range(200)]
 
@@ -55,3 +55,29 @@ def test_a_call_counts_while_it_runs_also_where_it_fails():
         assert router.load == [0, 1]
         raise ValueError
     assert router.load == [0, 0]
+
+
+def test_homes_spread_over_the_least_loaded_and_are_kept_however_busy_they_get():
+    router = HomeRouter(3)
+    homes = {}
+    for name in NAMES[:9]:
+        homes[name] = member = router.pick(name)
+        assert member is not None
+        router.load[member] += 1
+    assert router.load == [3, 3, 3]
+    router.load = [50, 0, 0]
+    assert {name: router.pick(name) for name in homes} == homes
+    assert router.pick(NAMES[9]) == 1
+    router.forget()
+    assert 0 not in {router.pick(name) for name in homes}
+
+
+def test_a_dead_home_is_left_for_another_one_and_nobody_moves_in():
+    router = HomeRouter(3)
+    assert router.pick("a") == 0
+    router.load = [0, 4, 5]
+    router.dead.add(0)
+    # Nothing runs on the dead one, so by its load alone it would look the best.
+    assert [router.pick(name) for name in ("a", "b", "c")] == [1, 1, 1]
+    router.dead |= {1, 2}
+    assert router.pick("a") is None and router.pick("d") is None
