@@ -64,7 +64,7 @@ def start_rank(*, rank: int, world_size: int, master_address: str, master_port: 
         master_address: host of rank 0.
         master_port: free TCP port there.
         device: `cpu` or `gpu`; a GPU rank sees exactly one GPU.
-        num_threads: torch's compute threads on a CPU; 0 leaves torch's choice.
+        num_threads: compute threads on the host; 0 leaves torch's choice.
 
     Returns:
         The device that the rank computes on.

@@ -35,7 +35,7 @@ class LearnerRank:
             master_address: host of rank 0.
             master_port: free TCP port there.
             device: what to compute on.
-            num_threads: compute threads on a CPU; 0 leaves torch's choice.
+            num_threads: compute threads on the host; 0 leaves torch's choice.
         """
         self._rank, self._world_size = rank, world_size
         self._device = start_rank(
