@@ -88,6 +88,7 @@ def train(learner):
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port, folder)
     results = {"recompute": train(build(gradient_checkpointing=True)), "bfloat16": train(build(dtype=Precision.bfloat16))}
+    results["offload3"] = train(build(zero_stage=3, offload_optimizer=True))
     for name, family, changes in (("stage1", "qwen2", {}), ("stage3", "qwen2", {"zero_stage": 3}), ("llama", "llama", {})):
         learner = build(family, **changes)
         results[name] = train(learner)
@@ -212,7 +213,7 @@ def test_exported_folder_needs_no_peft(name, family, one, folder, monkeypatch):
     assert {path.name for path in (folder / f"exported_{name}").iterdir()} == {path.name for path in (folder / family).iterdir()}
 
 
-@pytest.mark.parametrize("name", ["recompute", "stage3"])
+@pytest.mark.parametrize("name", ["recompute", "stage3", "offload3"])
 def test_one_rank_trains_alike_however_it_computes(name, one):
     plain = one["stage1"]
     assert distance(one[name]["weights"], plain["weights"], plain["start"]) < 1e-4
