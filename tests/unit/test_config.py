@@ -15,7 +15,7 @@ from rlver_dist.check import describe
 from rlver_dist.choices import Preset
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.launch import CONFIG_DIR, main, order_overrides, to_config
+from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
 from rlver_dist.training_config import AlgorithmConfig
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
@@ -221,14 +221,10 @@ def test_a_refused_value_exits_with_one_line(tmp_path):
         ("learner.lr", "Error parsing override 'learner.lr' missing EQUAL at '<EOF>' "),
     ],
 )
-def test_what_cannot_be_composed_exits_with_one_line(override, words, monkeypatch, capsys):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a launch changes it, which is to end with this test
-    monkeypatch.setattr(sys, "argv", ["launch", "+on=cpu", override, "check=true"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    said = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert said.startswith(f"error: {words}") and said.count("\n") == 1
+def test_what_cannot_be_composed_exits_with_one_line(override, words, tmp_path):
+    done = launch("+on=cpu", override, "check=true", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
 
 
 def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
