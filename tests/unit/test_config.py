@@ -227,6 +227,13 @@ def test_what_cannot_be_composed_exits_with_one_line(override, words, tmp_path):
     assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
 
 
+def test_a_warning_given_while_the_run_goes_on_is_seen(tmp_path):
+    warn = "logging.getLogger('rlver_dist.tracking.wandb').warning('W&B log failed')"
+    source = f"import logging; from rlver_dist import launch; launch.run = lambda config: {warn}; launch.main()"
+    done = subprocess.run([sys.executable, "-c", source, "+on=cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "W&B log failed\n"
+
+
 def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
     row = {"id": "p1", "name": "A", "profile": "x", "scene": "y", "temperament": "passive", "hidden_intent": "praise", "want": "z"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
