@@ -2,8 +2,8 @@
 
     python -m benchmarks.report_run runs/mine docs/results/grpo_no_think_cpu
 
-Copies `config.yaml`, `summary.json` and `metrics.jsonl`, and writes `README.md` with the figures, the mean seconds of each phase and the
-first replies of the first evaluation users before and after, as they are.
+Copies `config.yaml`, `summary.json`, `held_out.json` and `metrics.jsonl`, and writes `README.md` with the figures, the mean seconds of
+each phase and the first replies of the first evaluation users before and after, as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.ledger.parquet import read_dialogues
@@ -101,19 +103,20 @@ def main() -> None:
     ledger = arguments.run / "dialogues"
     before, after = (read_dialogues(next(ledger.glob(f"{phase}_*.parquet"))) for phase in ("before", "after"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.jsonl"):
+    for name in ("summary.json", "held_out.json", "metrics.jsonl"):
         shutil.copy(arguments.run / name, arguments.out / name)
     # The folder on the machine that ran is nobody else's business.
     config = re.sub(
         r"(?m)^output_dir:.*$", f"output_dir: runs/{arguments.out.name}", (arguments.run / "config.yaml").read_text(encoding="utf-8")
     )
+    seed = OmegaConf.create(config).seed
     (arguments.out / "config.yaml").write_text(config, encoding="utf-8")
     length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
     page = [
         f"# {arguments.out.name}",
         "",
         f"{summary['iterations']} iterations, {summary['num_eval_personas']} held-out users, {length}; "
-        "one seed. Raw data: `config.yaml`, `summary.json`, `metrics.jsonl`. Made by `benchmarks/report_run.py`.",
+        f"seed {seed}. Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by `benchmarks/report_run.py`.",
         "",
         *figures(summary),
         "",

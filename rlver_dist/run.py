@@ -196,17 +196,23 @@ def _report(
     summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": driver.wall_s}
     pairs = []
     if before is not None and after is not None:
+        held_out = {"control": driver.progress.control or None, "before": asdict(before), "after": asdict(after)}
+        _write_json(output / "held_out.json", held_out)
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
         if driver.progress.control:
             summary["warm_up"] = compare(HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples)
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
         pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]
-    write_whole(output / "summary.json", json.dumps(_finite(summary), indent=2, allow_nan=False))
+    _write_json(output / "summary.json", summary)
     for tracker in trackers:
         if isinstance(tracker, WandbTracker):
             tracker.summarize(summary)
     console.finish(driver.progress.curve, output, summary, pairs)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def _by_persona(path: Path) -> dict[str, Dialogue]:

@@ -35,6 +35,7 @@ ITERATION_FIELDS = (
 ITERATION_PHASES = (("rollout", "time/rollout_s"), ("learner", "time/learner_s"), ("sync", "time/sync_s"))
 RESULT_FILES = (
     ("summary.json", "results"),
+    ("held_out.json", "the same of each held-out user"),
     ("metrics.jsonl", "metrics of every iteration"),
     ("dialogues", "every dialogue and reward, as Parquet"),
     ("policy", "the trained model, as a Hugging Face folder"),

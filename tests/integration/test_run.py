@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.tracking.jsonl import read_metrics
 from tests.integration.faulty_server import FaultyServer
@@ -139,6 +140,16 @@ def test_every_result_is_there(first):
     assert 10_000 < summary["perplexity"]["before"] < 200_000
     assert "max_turns: 2" in (first.folder / "config.yaml").read_text()
     assert list((first.folder / "wandb").glob("offline-run-*"))
+
+
+def test_the_intervals_can_be_had_again_from_each_users_figures(first):
+    summary = json.loads((first.folder / "summary.json").read_text())
+    held_out = json.loads((first.folder / "held_out.json").read_text())
+    before, after = HeldOut(**held_out["before"]), HeldOut(**held_out["after"])
+    assert len(set(before.persona_ids)) == 3 and held_out["control"] is None
+    again = compare(before, after, 10_000)
+    for key in ("interval95", "second_appraiser", "difference"):
+        assert again[key] == summary[key]
 
 
 def test_metrics_have_a_line_an_iteration(first):
