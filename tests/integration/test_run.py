@@ -246,6 +246,8 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
     # The model as it came replies without thinking, so every reply of its control is well-formed.
     assert summary["warm_up"]["well_formed"]["before"] == 1
     assert summary["warm_up"]["after"] == summary["before"]
+    held_out = json.loads((tmp_path / "think" / "held_out.json").read_text())
+    assert compare(HeldOut(**held_out["control"]), HeldOut(**held_out["before"]), 10_000) == summary["warm_up"]
     after = read_dialogues(tmp_path / "think" / "dialogues" / "after_000001.parquet")
     assert any(turn.thinking and turn.well_formed for dialogue in after for turn in dialogue.turns)
     for dialogue in read_dialogues(tmp_path / "think" / "dialogues" / "train_000001.parquet"):
