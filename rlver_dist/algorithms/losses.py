@@ -1,7 +1,6 @@
 """Per-token losses of policy and critic, as parts that sum over micro-batches and ranks to the loss of an update.
 
-Tokens with zero weight contribute exactly 0 to loss and gradient, whatever their log-probs hold: inputs are replaced before any
-function that could overflow, since a `where` after it would still send 0 * inf = nan backwards.
+Every entry is a trained token: rows are scored at those alone, so that no loss needs a mask. A part may hold none.
 """
 
 from __future__ import annotations
@@ -16,31 +15,29 @@ TokenSums = dict[str, tuple[float, float]]
 """Metric name to (sum, number of tokens) over a part's trained tokens; pooled by adding both, then dividing."""
 
 
-def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
     """Token weights min(exp(old_logprob - rollout_logprob), cap) that correct for an engine whose numbers differ from the learner's.
 
     Truncated importance sampling (Ionides 2008; for rollout engines: Yao et al. 2025, "Your Efficient RL Framework Secretly
     Brings You Off-Policy RL Training").
 
     Args:
-        old_logprobs: `[T]` the learner's log-probs before the update, nats.
-        rollout_logprobs: `[T]` the engine's, as sampled.
-        mask: `[T]` bool, True on trained tokens.
-        cap: largest weight; 0 switches the correction off, so that every trained token weighs 1.
+        old_logprobs: `[S]` the learner's log-probs before the update, nats.
+        rollout_logprobs: `[S]` the engine's, as sampled.
+        cap: largest weight; 0 switches the correction off, so that every token weighs 1.
 
     Returns:
-        `[T]` float32 without gradient, exactly 0 outside the mask.
+        `[S]` float32 without gradient.
 
     Raises:
         ValueError: shapes differ, or the cap is negative.
     """
-    require_same_shape(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs, mask=mask)
+    require_same_shape(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
     if cap < 0:
         raise ValueError(f"cap={cap}: use 0 (off) or a positive number")
     if cap == 0:
-        return mask.float()
-    weights = (old_logprobs.detach().float() - rollout_logprobs.float()).exp().clamp(max=cap)
-    return torch.where(mask, weights, 0.0)
+        return torch.ones_like(rollout_logprobs, dtype=torch.float32)
+    return (old_logprobs.detach().float() - rollout_logprobs.float()).exp().clamp(max=cap)
 
 
 def policy_loss(
@@ -51,10 +48,10 @@ def policy_loss(
     PPO, arXiv:1707.06347, eq. 7, with the two clip ranges of DAPO, arXiv:2503.14476, section 3.1 (equal ranges give PPO's).
 
     Args:
-        logprobs: `[T]` log-probs with gradient, nats.
-        old_logprobs: `[T]` before the update; no gradient flows into them, so passing `logprobs` itself gives ratio 1.
-        advantages: `[T]`.
-        weights: `[T]` mask times importance weight; 0 excludes a token.
+        logprobs: `[S]` log-probs with gradient, nats.
+        old_logprobs: `[S]` before the update; no gradient flows into them, so passing `logprobs` itself gives ratio 1.
+        advantages: `[S]`.
+        weights: `[S]` importance weights.
         clip_low: lower clip range.
         clip_high: upper clip range.
         global_count: trained tokens of the whole update, over all micro-batches and ranks.
@@ -66,34 +63,30 @@ def policy_loss(
         ValueError: shapes differ, or the count is not positive.
     """
     require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
-    active = weights > 0
-    ratio = torch.where(active, logprobs - old_logprobs.detach(), 0.0).exp()
-    advantages = torch.where(active, advantages, 0.0)
+    ratio = (logprobs - old_logprobs.detach()).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -global_mean(weights * torch.minimum(unclipped, clipped), active, global_count)
+    loss = -global_mean(weights * torch.minimum(unclipped, clipped), global_count)
     with torch.no_grad():
         rows = torch.stack([(clipped < unclipped).float(), ratio, weights])
-        clip_sum, ratio_sum, weight_sum, count = [*torch.where(active, rows, 0.0).sum(dim=1).tolist(), float(active.sum())]
+        clip_sum, ratio_sum, weight_sum = rows.sum(dim=1).tolist()
+    count = float(len(logprobs))
     return loss, {"clip_fraction": (clip_sum, count), "ratio": (ratio_sum, count), "tis_weight": (weight_sum, count)}
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kind: str, global_count: int) -> Tensor:
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str, global_count: int) -> Tensor:
     """This part's share of the mean KL(policy || reference) over trained tokens, nats; see `kl.estimate` for the gradient.
 
     Args:
-        logprobs: `[T]` log-probs with gradient, nats.
-        ref_logprobs: `[T]` the reference's.
-        mask: `[T]` bool, True on trained tokens.
+        logprobs: `[S]` log-probs with gradient, nats.
+        ref_logprobs: `[S]` the reference's.
         kind: `k1`, `k2` or `k3`.
         global_count: trained tokens of the whole update.
 
     Raises:
         ValueError: unknown kind, shapes differ, or the count is not positive.
     """
-    require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
-    per_token = kl.estimate(torch.where(mask, logprobs, 0.0), torch.where(mask, ref_logprobs, 0.0), kind)
-    return global_mean(per_token, mask, global_count)
+    return global_mean(kl.estimate(logprobs, ref_logprobs, kind), global_count)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float, global_count: int) -> tuple[Tensor, TokenSums]:
@@ -101,7 +94,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float,
 
     The clipped form of OpenAI Baselines' PPO2, which the original uses (RLVER, verl/trainer/ppo/core_algos.py): a value that has
     left the range around its old one on the way to the return gets no gradient; one that left it the other way is still pulled
-    back. All entries are trained tokens; there may be none.
+    back.
 
     Args:
         values: `[S]` with gradient, in reward.
@@ -127,5 +120,5 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float,
         clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()
         worst = torch.maximum(squared, clipped)
         num_clipped = float((clipped > squared).sum())
-    loss = 0.5 * global_mean(worst, torch.ones_like(worst, dtype=torch.bool), global_count)
+    loss = 0.5 * global_mean(worst, global_count)
     return loss, {"clip_fraction": (num_clipped, float(len(values)))}

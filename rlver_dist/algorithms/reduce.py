@@ -7,28 +7,25 @@ however tokens are spread. The learner must therefore sum gradients over micro-b
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def global_mean(values: Tensor, mask: Tensor, global_count: int) -> Tensor:
+def global_mean(values: Tensor, global_count: int) -> Tensor:
     """This part's share of the mean over all trained tokens of an update.
 
     Args:
-        values: `[T]` any value per token; whatever stands at masked tokens, inf and nan included, contributes exactly 0.
-        mask: `[T]` bool, True on trained tokens.
+        values: `[S]` a value for each of this part's trained tokens; there may be none.
         global_count: trained tokens of the whole update, over all micro-batches and ranks.
 
     Returns:
         Scalar; the parts' scalars sum to the mean.
 
     Raises:
-        ValueError: shapes differ, or the count is not positive.
+        ValueError: the count is not positive.
     """
-    require_same_shape(values=values, mask=mask)
     if global_count < 1:
         raise ValueError(f"global_count={global_count}: an update needs at least one trained token")
-    return torch.where(mask, values, 0.0).sum() / global_count
+    return values.sum() / global_count
 
 
 def require_same_shape(**tensors: Tensor) -> None:

@@ -144,15 +144,14 @@ class PolicyLearner(LearnerRank):
         algorithm, count = self._algorithm, len(row.targets)
         logprobs, entropies = score_row(self._engine.forward, row, self._temperature)
         old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-        trained = torch.ones_like(logprobs, dtype=torch.bool)
-        tis_weights = losses.truncated_importance_weights(old_logprobs, rollout_logprobs, trained, algorithm.tis_cap)
+        tis_weights = losses.truncated_importance_weights(old_logprobs, rollout_logprobs, algorithm.tis_cap)
         policy_loss, sums = losses.policy_loss(
             logprobs, old_logprobs, advantages, tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
         if self._reference is not None and algorithm.kl_placement is KLPlacement.loss:
             ref_logprobs = self._logprobs(self._reference, row)
-            kl_loss = losses.kl_loss(logprobs, ref_logprobs, trained, algorithm.kl_estimator.value, num_trained)
+            kl_loss = losses.kl_loss(logprobs, ref_logprobs, algorithm.kl_estimator.value, num_trained)
             loss = loss + kl_coef * kl_loss
             tally.add("kl_ref", kl_loss.item() * num_trained, count)
         self._engine.backward(loss)
