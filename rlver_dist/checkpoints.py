@@ -21,6 +21,8 @@ from rlver_dist.errors import DataError
 from rlver_dist.files import write_whole
 
 MANIFEST = "manifest.json"
+WARM_START = "warm_start"
+"""Folder of the policy that the warm-up made, beside `checkpoints/`; with a KL term it is the reference."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,8 +136,8 @@ def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: 
         shape: options that this state has to fit.
 
     Raises:
-        DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none; it lacks a learner; or it
-            fits other options.
+        DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none; it lacks a learner or the
+            policy that the warm-up made; or it fits other options.
     """
     chosen = _choose(store, resume)
     lacking = [name for name in learners if chosen is not None and not (chosen / name).is_dir()]
@@ -143,7 +145,39 @@ def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: 
         raise DataError(f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or another output_dir")
     if chosen is not None:
         _require_fit(chosen, store.read(chosen).shape, shape)
+        warm_start_of(chosen)
     return chosen
+
+
+def warm_start_of(checkpoint: Path) -> Path | None:
+    """The warmed-up policy that the run of `checkpoint` began with; None where there was no warm-up.
+
+    Raises:
+        DataError: it is missing.
+    """
+    if not CheckpointStore.read(checkpoint).warmed_up:
+        return None
+    folder = checkpoint.resolve().parent.parent / WARM_START
+    if not folder.is_dir():
+        raise DataError(
+            f"resume={checkpoint}: {folder}, the policy that its warm-up made, is missing; copy it along with the checkpoint, or start "
+            "anew in another output_dir"
+        )
+    return folder
+
+
+def bring_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
+    """`warm_start_of` the checkpoint, copied to `output_dir` where the checkpoint is of another run."""
+    theirs, ours = warm_start_of(checkpoint), output_dir.resolve() / WARM_START
+    if theirs is None or theirs == ours:
+        return theirs
+    aside = ours.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(theirs, aside)
+    # What is there is of a start that never came to a checkpoint.
+    shutil.rmtree(ours, ignore_errors=True)
+    aside.rename(ours)
+    return ours
 
 
 def _require_fit(checkpoint: Path, written: Mapping[str, str], shape: Mapping[str, str]) -> None:

@@ -225,9 +225,10 @@ class RunConfig:
 
     @property
     def learner_shape(self) -> dict[str, str]:
-        """Options that a learner's saved state fits, by key: a run goes on only with equal ones."""
+        """Options that a learner's saved state and the results before training fit, by key: a run goes on only with equal ones."""
         lora = ("rank", "alpha", "target_modules") if self.model.lora.rank else ("rank",)
         named = {"model.path": self.model.path, "model.dtype": self.model.dtype.value, "learner.zero_stage": self.learner.zero_stage}
+        named |= {"algorithm.name": self.algorithm.name.value, "rollout.think": self.rollout.think}
         named |= {f"model.lora.{key}": getattr(self.model.lora, key) for key in lora}
         if self.has_critic:
             named |= {f"critic.{key}": getattr(self.critic, key) for key in ("num_layers", "head_units", "zero_stage")}

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -16,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlver_dist.checkpoints import CheckpointStore, choose
+from rlver_dist.checkpoints import CheckpointStore, bring_warm_start, choose
 from rlver_dist.cluster.build import Built, build
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
@@ -34,7 +33,6 @@ from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.simulator.protocol import Judge
-from rlver_dist.stages import WARM_START
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
@@ -99,7 +97,8 @@ async def _run(
     trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
     try:
         with causes():
-            built = await build(config, layout, console, _warm_start(config, start))
+            warm_start = None if start is None else bring_warm_start(start, Path(config.output_dir))
+            built = await build(config, layout, console, warm_start)
             async with second_judge(config) as judge:
                 driver = Driver(config, _parts(config, layout, built, judge, console, trackers), train, evaluation, started=started)
                 if start is not None:
@@ -112,17 +111,6 @@ async def _run(
                 await built.close()
         for tracker in trackers:
             tracker.close()
-
-
-def _warm_start(config: RunConfig, start: Path | None) -> str | None:
-    """The warmed-up policy that the run in checkpoint `start` began with, in this run's folder; None where there is none."""
-    if start is None or not CheckpointStore.read(start).warmed_up:
-        return None
-    kept = Path(config.output_dir) / WARM_START
-    # A checkpoint lies in `checkpoints/` of its run's folder; one of another run brings that run's warm-up along.
-    if not kept.exists():
-        shutil.copytree(start.resolve().parent.parent / WARM_START, kept)
-    return str(kept.resolve())
 
 
 def _trackers(config: RunConfig, finished: int) -> list[Tracker]:

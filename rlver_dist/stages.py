@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rlver_dist.checkpoints import WARM_START
 from rlver_dist.config import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import held
@@ -19,9 +20,6 @@ from rlver_dist.parts import Parts, evaluation_limits, hold, train_limits
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.warm_up import warm_up_samples
-
-WARM_START = "warm_start"
-"""Folder of the policy that the warm-up made, in a run's folder; with a KL term it is the reference."""
 
 
 async def evaluate(

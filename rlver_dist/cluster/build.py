@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -70,7 +71,7 @@ class Built:
         return self.learner.ranks + (self.critic.ranks if self.critic else [])
 
 
-async def build(config: RunConfig, layout: Layout, console: Console, warm_start: str | None) -> Built:
+async def build(config: RunConfig, layout: Layout, console: Console, warm_start: Path | None) -> Built:
     """Start engines, learners and reward services at the same time and wait until all of them answer.
 
     Args:
@@ -118,7 +119,7 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
     return built
 
 
-async def _start(built: Built, layout: Layout, console: Console, warm_start: str | None) -> None:
+async def _start(built: Built, layout: Layout, console: Console, warm_start: Path | None) -> None:
     """Wait until every actor has loaded what it holds."""
     learners = 2 if built.critic else 1
     total = layout.policy.count + layout.users.count + learners + len(built.replicas)
@@ -130,7 +131,7 @@ async def _start(built: Built, layout: Layout, console: Console, warm_start: str
                 if layout.shares_gpus:
                     # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
                     await waiting[-1]
-        waiting.append(asyncio.ensure_future(built.learner.start(warm_start)))
+        waiting.append(asyncio.ensure_future(built.learner.start(None if warm_start is None else str(warm_start))))
         if built.critic:
             waiting.append(asyncio.ensure_future(built.critic.start()))
         waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in built.replicas]

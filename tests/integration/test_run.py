@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlver_dist.dialogue import Role
 from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.tracking.jsonl import read_metrics
@@ -239,7 +240,7 @@ def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(
 
 def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
     small = ["rollout.dialogues_per_iteration=4", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
-    warm_up = ["warm_up.dialogues=8", "warm_up.batch_size=4", "warm_up.epochs=4", "critic.num_layers=2"]
+    warm_up = ["warm_up.dialogues=8", "warm_up.batch_size=4", "warm_up.epochs=4", "critic.num_layers=2", "algorithm.kl_coef=0.01"]
     ended = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
     assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "think" / "summary.json").read_text())
@@ -251,10 +252,15 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
     after = read_dialogues(tmp_path / "think" / "dialogues" / "after_000001.parquet")
     assert any(turn.thinking and turn.well_formed for dialogue in after for turn in dialogue.turns)
     for dialogue in read_dialogues(tmp_path / "think" / "dialogues" / "train_000001.parquet"):
-        heard = [message.text for message in dialogue.messages()]
-        assert not any(turn.thinking and turn.thinking in text for turn in dialogue.turns for text in heard)
-    (line,) = read_metrics(tmp_path / "think" / "metrics.jsonl")
-    assert math.isfinite(line["critic/value_loss"]) and math.isfinite(line["learner/policy_loss"])
+        heard = [message.text for message in dialogue.messages() if message.role is Role.ASSISTANT]
+        assert heard == [turn.reply for turn in dialogue.turns][: len(heard)]
+    again = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=2", recipe="ppo_think", on="cpu").finish()
+    assert again.code == 0 and "warm-up" not in again.output.partition("Held-out users")[0], again.output
+    first, second = read_metrics(tmp_path / "think" / "metrics.jsonl")
+    for line in (first, second):
+        assert math.isfinite(line["critic/value_loss"]) and math.isfinite(line["learner/policy_loss"])
+        # Also after a resume the reference is the warmed-up model: by the one that came the tags alone would cost some nats a token.
+        assert abs(line["learner/kl_ref"]) < 0.2
 
 
 def test_a_small_chat_model_speaks_for_the_users(tmp_path):

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 
 from rlver_dist import checkpoints
-from rlver_dist.checkpoints import CheckpointStore, Progress, choose
+from rlver_dist.checkpoints import WARM_START, CheckpointStore, Progress, bring_warm_start, choose
 from rlver_dist.errors import DataError
 from rlver_dist.files import write_whole
 
 
-def progress(iteration: int) -> Progress:
+def progress(iteration: int, warmed_up: bool = False) -> Progress:
     return Progress(
         iteration=iteration,
         sampler={"epoch": 1},
         totals={"dialogues_total": 8.0},
         curve=[30.0, 31.5],
         before={"emotion": [1.0]},
-        warmed_up=True,
+        warmed_up=warmed_up,
         control={"emotion": [0.5]},
         kl_coef=0.1,
         wall_s=12.5,
@@ -26,10 +26,10 @@ def progress(iteration: int) -> Progress:
     )
 
 
-def write(store: CheckpointStore, iteration: int):
+def write(store: CheckpointStore, iteration: int, warmed_up: bool = False):
     aside = store.begin(iteration)
     (aside / "weights").write_text(str(iteration))
-    return store.commit(aside, progress(iteration))
+    return store.commit(aside, progress(iteration, warmed_up))
 
 
 def test_round_trip_and_newest_wins(tmp_path):
@@ -89,6 +89,35 @@ def test_another_runs_checkpoint_starts_a_folder_of_its_own(tmp_path):
         DataError, match=r"step_3: of another run, and .*ours/checkpoints/step_1 exists; use resume=auto .* another output_dir"
     ):
         choose(ours, str(theirs), (), {})
+
+
+def warm_start(folder: Path, name: str) -> Path:
+    """A warmed-up policy in a run's folder."""
+    made = folder / WARM_START
+    made.mkdir(parents=True)
+    (made / "weights").write_text(name)
+    return made
+
+
+def test_a_warmed_up_checkpoint_comes_with_the_policy_that_it_began_with(tmp_path):
+    plain = write(CheckpointStore(tmp_path / "plain", keep=2), 1)
+    assert bring_warm_start(plain, tmp_path / "ours") is None and not (tmp_path / "ours").exists()
+    theirs = write(CheckpointStore(tmp_path / "theirs", keep=2), 3, warmed_up=True)
+    began = warm_start(tmp_path / "theirs", "theirs")
+    assert bring_warm_start(theirs, tmp_path / "theirs") == began
+    # A start of ours that ended before its first checkpoint left a warm-up behind.
+    ours = warm_start(tmp_path / "ours", "ours")
+    assert bring_warm_start(theirs, tmp_path / "ours") == ours
+    assert (ours / "weights").read_text() == (began / "weights").read_text() == "theirs"
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == [WARM_START]
+
+
+def test_a_warmed_up_checkpoint_that_was_copied_alone_is_refused(tmp_path):
+    alone = write(CheckpointStore(tmp_path, keep=2), 3, warmed_up=True)
+    with pytest.raises(DataError, match=r"^resume=.*step_3: .*/warm_start, the policy .* is missing; copy it along .* another output_dir$"):
+        choose(CheckpointStore(tmp_path, keep=2), "auto", (), {})
+    warm_start(tmp_path, "ours")
+    assert choose(CheckpointStore(tmp_path, keep=2), "auto", (), {}) == alone
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
