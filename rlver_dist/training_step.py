@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlver_dist.algorithms import kl
 from rlver_dist.choices import KLPlacement
+from rlver_dist.concurrency import all_or_none
 from rlver_dist.config import RunConfig
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
@@ -81,7 +82,7 @@ async def train_on(
     if not critic_only:
         updates.append(policy.update(samples, advantages, kl_coef))
     # Policy and critic share nothing but the samples, so they learn at the same time.
-    metrics = [metric for part in await asyncio.gather(*updates) for metric in part]
+    metrics = [metric for part in await all_or_none(updates) for metric in part]
     metrics.append(Metric("time/scoring_s", scored_s, Reduction.last))
     if kl_tokens is not None:
         metrics.append(_mean_kl(kl_tokens))

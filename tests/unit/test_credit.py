@@ -98,11 +98,14 @@ def test_ends_that_are_not_the_policys_are_paid_by_emotion(end: EndReason):
     assert dialogue_reward(make_dialogue(end=end), nothing) == pytest.approx(0.45)
 
 
-@pytest.mark.parametrize("end", [end for end in EndReason if end.is_policy_fault])
+FAULTS = (EndReason.MALFORMED, EndReason.OVER_LONG, EndReason.CONTEXT_OVERFLOW)
+
+
+@pytest.mark.parametrize("end", FAULTS)
 def test_ends_that_the_policy_caused_follow_their_own_rule(end: EndReason):
     for paid in (EndReward.emotion, EndReward.zero):
         unlike = EndReward.zero if paid is EndReward.emotion else EndReward.emotion
-        rules = EndRewardConfig(**{other.value: unlike for other in EndReason if other.is_policy_fault} | {end.value: paid})
+        rules = EndRewardConfig(**{other.value: unlike for other in FAULTS} | {end.value: paid})
         assert dialogue_reward(make_dialogue(end=end), rules) == pytest.approx(0.45 if paid is EndReward.emotion else 0.0)
 
 
@@ -273,7 +276,8 @@ def test_ppo_whitens_over_all_trained_tokens_and_leaves_the_returns():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    replies=st.lists(TURNS, min_size=1, max_size=3),
+    replies=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any), min_size=1, max_size=3),
+    placement=st.sampled_from(RewardPlacement),
     users=st.lists(st.integers(1, 5), min_size=3, max_size=3),
     gamma=st.floats(0, 1),
     lam=st.floats(0, 1),
@@ -281,7 +285,7 @@ def test_ppo_whitens_over_all_trained_tokens_and_leaves_the_returns():
     seed=st.integers(0, 1000),
 )
 def test_only_trained_tokens_count_however_they_lie_in_rows(
-    replies: list[list[int]], users: list[int], gamma: float, lam: float, whiten: bool, seed: int
+    replies: list[list[int]], placement: RewardPlacement, users: list[int], gamma: float, lam: float, whiten: bool, seed: int
 ):
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(2, sum(map(sum, replies)), generator=generator).unbind()
@@ -290,8 +294,8 @@ def test_only_trained_tokens_count_however_they_lie_in_rows(
     for user, edited in ((1, False), (users[0], False), (users[1], True), (users[2], True)):
         dialogues = [make_dialogue(f"d{n}", replies=tuple(row), user=user, edited=edited) for n, row in enumerate(replies)]
         samples = samples_of(dialogues)
-        paid = token_rewards(samples, dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))}, RewardPlacement.end)
-        assert len(samples) == (sum(map(len, replies)) if edited else len(replies))
+        paid = token_rewards(samples, dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))}, placement)
+        assert len(samples) == (sum(1 for row in replies for length in row if length) if edited else len(replies))
         values, kl_tokens = ([part for part in column.split([sample.num_trained for sample in samples])] for column in numbers)
         columns = ppo_credit(samples, ppo(gamma, lam, whiten), paid, values, kl_tokens, kl_coef=0.1)
         results.append([torch.cat(column) for column in columns])

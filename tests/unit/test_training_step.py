@@ -55,6 +55,30 @@ class Critic:
         return []
 
 
+class Paired:
+    """A learner whose update waits until the other one's has begun, and then `fails` or goes on for long."""
+
+    def __init__(self, mine: asyncio.Event, other: asyncio.Event, *, fails: bool = False, stays: bool = False) -> None:
+        self._mine, self._other, self._fails, self._stays = mine, other, fails, stays
+        self.ended = ""
+
+    async def values(self, samples) -> list[Tensor]:
+        return [torch.zeros(sample.num_trained) for sample in samples]
+
+    async def update(self, *_):
+        self._mine.set()
+        await self._other.wait()
+        try:
+            if self._fails:
+                raise ConnectionError("this learner is gone")
+            await asyncio.sleep(60 if self._stays else 0)
+        except asyncio.CancelledError:
+            self.ended = "called off"
+            raise
+        self.ended = "done"
+        return []
+
+
 TALKS = [dialogue("a", 40.0, 50.0), dialogue("b", 34.0, 30.0)]
 
 
@@ -100,3 +124,29 @@ def test_the_kl_weight_waits_while_the_critic_learns_alone():
     # 1 nat a token is far above the target: the largest step, 20 % over two dialogues of a horizon of two.
     assert train(Policy(), Critic(), **adapts).kl_coef == pytest.approx(0.12)
     assert train(Policy(), Critic(), critic_only=True, **adapts).kl_coef == 0.1
+
+
+async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paired, Paired, Exception | None]:
+    """Both learners after a step, and what it raised."""
+    begun = asyncio.Event(), asyncio.Event()
+    policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
+    config = RunConfig(algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1))
+    step = train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.0, critic_only=False)
+    try:
+        await asyncio.wait_for(step, 5)
+    except ConnectionError as error:
+        return policy, critic, error
+    return policy, critic, None
+
+
+def test_policy_and_critic_learn_at_the_same_time():
+    policy, critic, failure = asyncio.run(update_both({}, {}))
+    assert failure is None and policy.ended == critic.ended == "done"
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["policy", "critic"])
+def test_a_learner_that_fails_ends_the_step_without_waiting_for_the_other(failing: int):
+    options = [{"stays": True}, {"stays": True}]
+    options[failing] = {"fails": True}
+    *learners, failure = asyncio.run(update_both(*options))
+    assert str(failure) == "this learner is gone" and learners[1 - failing].ended == "called off"
