@@ -40,11 +40,6 @@ class EndReason(str, Enum):
     INFRASTRUCTURE = "infrastructure"
     """An engine or a service failed; the dialogue carries `error`, gets no reward and is excluded from the loss."""
 
-    @property
-    def is_policy_fault(self) -> bool:
-        """True where the policy's own output ended the dialogue."""
-        return self in (EndReason.MALFORMED, EndReason.OVER_LONG, EndReason.CONTEXT_OVERFLOW)
-
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Message:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlver_dist.choices import Preset
-from rlver_dist.config import SimulatorConfig
 from rlver_dist.dialogue import EndReason, Role
-from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser, EmbeddedAppraiser
+from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.messages import MessageContext, next_message
-from rlver_dist.simulator.presets import DifficultyRules, resolve_rules
+from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.suitability import check_personas
 
@@ -66,9 +64,3 @@ class EmbeddedSimulator:
         return UserResponse(
             appraisal=appraisal, emotion=emotion, message=message, end_reason=EndReason.GOODBYE if message is None else None
         )
-
-
-def build_simulator(simulator: SimulatorConfig | Preset) -> EmbeddedSimulator:
-    """The embedded users of a configuration, or of a bare preset, with the appraiser that training uses."""
-    config = SimulatorConfig(preset=simulator) if isinstance(simulator, Preset) else simulator
-    return EmbeddedSimulator(rules=resolve_rules(config), appraiser=EmbeddedAppraiser())

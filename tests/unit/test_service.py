@@ -11,9 +11,9 @@ from rlver_dist.choices import Preset
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import BudgetError, DataError, RlverError
-from rlver_dist.simulator.appraisal import AppraisalContext
-from rlver_dist.simulator.embedded import EmbeddedSimulator, build_simulator
-from rlver_dist.simulator.presets import PRESETS
+from rlver_dist.simulator.appraisal import AppraisalContext, EmbeddedAppraiser
+from rlver_dist.simulator.embedded import EmbeddedSimulator
+from rlver_dist.simulator.presets import PRESETS, resolve_rules
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.service import RewardService, nearest_rank
 from rlver_dist.simulator.suitability import check_personas
@@ -99,7 +99,7 @@ def test_a_request_without_a_reply_is_refused() -> None:
 
 def test_real_appraiser_end_to_end() -> None:
     """Same request, same response; no word at all costs the most; whatever is said, the rules of emotion hold."""
-    simulator = build_simulator(SimulatorConfig(preset=Preset.sage))
+    simulator = EmbeddedSimulator(rules=resolve_rules(SimulatorConfig(preset=Preset.sage)), appraiser=EmbeddedAppraiser())
     assert simulator.respond(request()).emotion == 40.0
     asked = request("That is a lot of trouble for one yard. What happened with the axe?", emotion=40.0)
     first = simulator.respond(asked)
