@@ -35,6 +35,7 @@ class HeldOut:
         emotion: final emotion of each dialogue, 0 to 100.
         second_emotion: the same dialogues' final emotion under the second judge, None where it failed; empty without one.
         distinct2: distinct bigrams over bigrams of all replies.
+        thinking_distinct2: the same of all thoughts, which no judge hears and no guard reads; 0 without thinking.
         perplexity: the base model's, of the replies in their dialogues (`visible_samples`).
         well_formed: share of all turns whose reply kept the format.
         failed: dialogues lost to infrastructure.
@@ -46,6 +47,7 @@ class HeldOut:
     emotion: list[float]
     second_emotion: list[float | None]
     distinct2: float
+    thinking_distinct2: float
     perplexity: float
     well_formed: float
     failed: int
@@ -139,6 +141,7 @@ def summarize(dialogues: Sequence[Dialogue], *, second_emotion: list[float | Non
         emotion=[dialogue.final_emotion for dialogue in complete],
         second_emotion=second_emotion,
         distinct2=distinct_n([turn.reply for turn in turns], 2),
+        thinking_distinct2=distinct_n([turn.thinking for turn in turns], 2),
         perplexity=perplexity,
         well_formed=sum(turn.well_formed for turn in turns) / max(len(turns), 1),
         failed=len(dialogues) - len(complete),
@@ -158,6 +161,7 @@ def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]
         "num_eval_personas": first.pop("num_personas"),
         "judges": {"before": before.judges, "after": after.judges},
         "distinct2": {"before": before.distinct2, "after": after.distinct2},
+        "thinking_distinct2": {"before": before.thinking_distinct2, "after": after.thinking_distinct2},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "well_formed": {"before": before.well_formed, "after": after.well_formed},
         "failed": {"before": before.failed, "after": after.failed},

@@ -33,6 +33,13 @@ ITERATION_FIELDS = (
     ("kl", "learner/kl_ref", ".4f"),
 )
 ITERATION_PHASES = (("rollout", "time/rollout_s"), ("learner", "time/learner_s"), ("sync", "time/sync_s"))
+LANGUAGE = (
+    ("well-formed replies", "well_formed"),
+    ("distinct2", "distinct2"),
+    ("distinct2 of thoughts", "thinking_distinct2"),
+    ("perplexity", "perplexity"),
+)
+"""What `summary.json` says of the language, and its keys."""
 RESULT_FILES = (
     ("summary.json", "results"),
     ("held_out.json", "the same of each held-out user"),
@@ -232,14 +239,21 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
         )
         if result.get("difference") is not None
     ]
-    for name, key in (("well-formed replies", "well_formed"), ("distinct2", "distinct2"), ("perplexity", "perplexity")):
-        if key in summary:
-            lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}")
+    for name, key in LANGUAGE:
+        # Without thinking there are no thoughts to compare.
+        if any(summary.get(key, {}).values()):
+            lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}{_as_it_came(summary, key)}")
     judges = summary.get("judges", {}).get("after", [])
     lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
     if "num_eval_personas" in summary:
         lines.append(f"  {'users':<26} {summary['num_eval_personas']}")
     return lines
+
+
+def _as_it_came(summary: Mapping[str, Any], key: str) -> str:
+    """The figure of the model before a warm-up, which may have changed more than training did; empty where it has none."""
+    came = summary.get("warm_up", {}).get(key, {}).get("before", 0)
+    return f" (as it came: {came:.3g})" if came else ""
 
 
 def _comparison(result: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
         _mean("rollout/well_formed_share", [turn.well_formed for turn in turns]),
         _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
+        Metric("rollout/thinking_distinct2", distinct_n(turn.thinking for turn in turns), Reduction.last),
         *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),
         *_reward_metrics(complete, list(rewards.values())),
         *_judge_metrics(turns),

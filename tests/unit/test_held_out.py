@@ -122,6 +122,11 @@ def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Rende
     assert (results.emotion, results.second_emotion, results.perplexity) == ([40.0, 40.0], second, 7.0)
     # Bigrams (that hurts.) (what now?) (that hurts.).
     assert results.distinct2 == pytest.approx(2 / 3)
+    # No thoughts, then "one by one by one" in each of three turns: one by, by one.
+    assert results.thinking_distinct2 == 0.0
+    for turn in [*kept.turns, *broken.turns]:
+        turn.thinking = "one by one by one"
+    assert summarize([kept, broken], second_emotion=[], perplexity=7.0, judges=["a"]).thinking_distinct2 == pytest.approx(2 / 12)
     assert summarize([], second_emotion=[], perplexity=7.0, judges=["a"]).well_formed == 0.0
 
 
@@ -146,7 +151,7 @@ def test_a_second_judge_that_fails_leaves_a_gap_and_a_spent_budget_stops(plain: 
         judged(BudgetError("spent"))
 
 
-SHARED = {"distinct2": 0.5, "perplexity": 9.0, "failed": 0}
+SHARED = {"distinct2": 0.5, "thinking_distinct2": 0.25, "perplexity": 9.0, "failed": 0}
 
 
 def results(personas: str, emotion: list[float], second: list[float | None], **changes) -> HeldOut:
@@ -159,6 +164,7 @@ def test_comparison_pairs_personas_and_reports_the_format() -> None:
     after = results("ba", [42.0, 36.0], [2.0, 1.0], well_formed=0.75)
     compared = compare(before, after, num_samples=100)
     assert compared["well_formed"] == {"before": 0.25, "after": 0.75}
+    assert compared["thinking_distinct2"] == {"before": 0.25, "after": 0.25}
     assert (compared["before"], compared["after"], compared["difference"]) == (35.0, 39.0, 4.0)
     assert compared["num_eval_personas"] == 2 and compared["second_appraiser"]["difference"] == 0.0
     assert compared["judges"] == {"before": ["embedded", "lexical"], "after": ["embedded", "lexical"]}

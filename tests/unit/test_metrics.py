@@ -103,6 +103,8 @@ def test_mean_does_not_depend_on_the_shards(values, data):
 def test_dialogue_metrics_by_hand():
     turns = [make_turn(0, "so it goes", 10, 30, 38), make_turn(1, "so it goes", 20, 38, 100)]
     turns[1].thinking_tokens = 9
+    for turn, thinking in zip(turns, ("you need me", "you need you need"), strict=True):
+        turn.thinking = thinking
     left_content = make_dialogue("a", turns, EndReason.EMOTION_HIGH, 100)
     broken = make_dialogue("b", [make_turn(0, "", 6, 30, 30, appraised=False)], EndReason.MALFORMED, 8)
     failed = make_dialogue("c", [make_turn(0, "lost words", 99, 30, 90)], EndReason.INFRASTRUCTURE, 90)
@@ -116,6 +118,8 @@ def test_dialogue_metrics_by_hand():
         "rollout/truncated_share": 1 / 3,
         "rollout/well_formed_share": 2 / 3,
         "rollout/distinct2": 0.5,
+        # Bigrams (you need) three times, (need me), (need you).
+        "rollout/thinking_distinct2": 3 / 5,
         "rollout/end_emotion_high": 1 / 3,
         "rollout/end_malformed": 1 / 3,
         "rollout/end_infrastructure": 1 / 3,
