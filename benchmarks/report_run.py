@@ -18,7 +18,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.ledger.parquet import read_dialogues
+from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
+from rlver_dist.ledger.records import Phase
 from rlver_dist.tracking.curve import draw_curve
 from rlver_dist.tracking.jsonl import read_metrics
 
@@ -45,6 +46,7 @@ ENDS = (
     "rollout/well_formed_share",
     "rollout/truncated_share",
     "rollout/distinct2",
+    "rollout/thinking_distinct2",
 )
 
 
@@ -61,9 +63,10 @@ def figures(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"| emotion, warm-up alone | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |"
         )
-    for name in ("distinct2", "perplexity", "well_formed"):
-        before, after = summary[name]["before"], summary[name]["after"]
-        lines.append(f"| {name} | {before:.3g} | {after:.3g} | x {after / before:.2f} | |")
+    for name, of in (("", summary), (", warm-up alone", summary.get("warm_up", {}))):
+        for key in ("distinct2", "thinking_distinct2", "perplexity", "well_formed"):
+            before, after = (of.get(key, {}).get(when, 0) for when in ("before", "after"))
+            lines += [f"| {key}{name} | {before:.3g} | {after:.3g} | x {after / before:.2f} | |"] if before else []
     return lines
 
 
@@ -92,28 +95,23 @@ def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Turn a finished run into a page of results.")
-    parser.add_argument("run", type=Path, help="a run's output_dir")
-    parser.add_argument("out", type=Path, help="where the page and the raw data go")
-    arguments = parser.parse_args()
-    summary = json.loads((arguments.run / "summary.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(arguments.run / "metrics.jsonl")
-    ledger = arguments.run / "dialogues"
-    before, after = (read_dialogues(next(ledger.glob(f"{phase}_*.parquet"))) for phase in ("before", "after"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def write_page(run: Path, out: Path) -> Path:
+    """Turn the finished run in `run` into a page and its raw data in `out`. Returns the page."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(run / "metrics.jsonl")
+    # A run that went on has evaluations of every length that it ended with.
+    after = read_dialogues(dialogues_path(run, phase=Phase.after, iteration=summary["iterations"]))
+    before = read_dialogues(dialogues_path(run, phase=Phase.before, iteration=0))
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("summary.json", "held_out.json", "metrics.jsonl"):
-        shutil.copy(arguments.run / name, arguments.out / name)
+        shutil.copy(run / name, out / name)
     # The folder on the machine that ran is nobody else's business.
-    config = re.sub(
-        r"(?m)^output_dir:.*$", f"output_dir: runs/{arguments.out.name}", (arguments.run / "config.yaml").read_text(encoding="utf-8")
-    )
+    config = re.sub(r"(?m)^output_dir:.*$", f"output_dir: runs/{out.name}", (run / "config.yaml").read_text(encoding="utf-8"))
     seed = OmegaConf.create(config).seed
-    (arguments.out / "config.yaml").write_text(config, encoding="utf-8")
+    (out / "config.yaml").write_text(config, encoding="utf-8")
     length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
     page = [
-        f"# {arguments.out.name}",
+        f"# {out.name}",
         "",
         f"{summary['iterations']} iterations, {summary['num_eval_personas']} held-out users, {length}; "
         f"seed {seed}. Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by `benchmarks/report_run.py`.",
@@ -130,8 +128,17 @@ def main() -> None:
         "## First replies to the same users, as they are (thoughts in italics)",
         *replies(before, after),
     ]
-    (arguments.out / "README.md").write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(arguments.out / "README.md")
+    (out / "README.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    return out / "README.md"
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Turn a finished run into a page of results.")
+    parser.add_argument("run", type=Path, help="a run's output_dir")
+    parser.add_argument("out", type=Path, help="where the page and the raw data go")
+    arguments = parser.parse_args()
+    print(write_page(arguments.run, arguments.out))
 
 
 if __name__ == "__main__":
