@@ -80,8 +80,9 @@ def _way_on(config: RunConfig) -> str:
     """What a run that stopped early has saved, and the command that goes on from there."""
     newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
     if newest is None:
-        return f"stopped with no checkpoint yet (save_every={config.save_every}); start again with: {_resume_command(config)}"
-    return f"stopped with {newest.name} saved; go on with: {_resume_command(config)}"
+        again = _command(config, but=("output_dir=",))
+        return f"stopped with no checkpoint yet (save_every={config.save_every}); start again with: {again}"
+    return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
 
 
 async def _run(
@@ -166,9 +167,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             loop.remove_signal_handler(number)
 
 
-def _resume_command(config: RunConfig) -> str:
-    """The command of this process with its output folder pinned."""
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("output_dir=", "resume="))]
+def _command(config: RunConfig, but: tuple[str, ...]) -> str:
+    """The command of this process without arguments that begin with one of `but`, and with its output folder pinned."""
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(but)]
     return shlex.join([sys.executable, "-m", "rlver_dist.launch", *kept, f"output_dir={config.output_dir}"])
 
 

@@ -1,0 +1,17 @@
+"""What a run that stopped early tells its user to type."""
+
+from rlver_dist.config import RunConfig
+from rlver_dist.run import _way_on
+from tests.unit.test_checkpoints import CheckpointStore, write
+
+
+def test_another_runs_checkpoint_is_named_until_there_is_an_own_one(tmp_path, monkeypatch):
+    elsewhere = f"resume={tmp_path}/other/checkpoints/step_20"
+    monkeypatch.setattr("sys.argv", ["launch", "+exp=ppo_think", elsewhere, "output_dir=somewhere"])
+    config = RunConfig(output_dir=str(tmp_path / "run"), save_every=5)
+    start = _way_on(config)
+    assert start.startswith("stopped with no checkpoint yet (save_every=5); start again with: ")
+    assert start.endswith(f"-m rlver_dist.launch +exp=ppo_think {elsewhere} output_dir={tmp_path}/run")
+    write(CheckpointStore(tmp_path / "run", keep=1), 22)
+    assert _way_on(config).startswith("stopped with step_22 saved; go on with: ")
+    assert _way_on(config).endswith(f"-m rlver_dist.launch +exp=ppo_think output_dir={tmp_path}/run")
