@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,8 +66,8 @@ async def train_on(
         return Learned(rewards=rewards, advantages={}, metrics=left_out, kl_coef=kl_coef)
     started = time.monotonic()
     in_reward = kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
-    values, kl_tokens = await asyncio.gather(
-        critic.values(samples) if critic else _nothing(), policy.kl_tokens(samples) if in_reward else _nothing()
+    values, kl_tokens = await all_or_none(
+        (critic.values(samples) if critic else _nothing(), policy.kl_tokens(samples) if in_reward else _nothing())
     )
     scored_s = time.monotonic() - started
     updates = []
