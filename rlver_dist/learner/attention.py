@@ -34,6 +34,8 @@ def packed_causal_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend over one packed row: each span to its context as a whole and to itself causally.
@@ -48,17 +50,22 @@ def packed_causal_attention(
         dropout: must be 0.
         scaling: factor of the scores; None means 1 / sqrt(D).
         sliding_window: refused where a span and its context are longer.
+        softcap: refused; a bound on the scores, of Gemma 2 and its kin.
+        s_aux: refused; attention sinks, of gpt-oss.
 
     Returns:
         `[1, T, Hq, D]`, and None in place of the attention weights.
 
     Raises:
-        ValueError: spans that do not cover the row, a mask, dropout, or a window shorter than a span with its context.
+        ValueError: spans that do not cover the row, a mask, dropout, scores that are more than scaled, or a window shorter than a span
+            with its context.
     """
     if query.shape[0] != 1 or sum(span.length for span in spans) != query.shape[2]:
         raise ValueError(f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}")
     if attention_mask is not None or dropout:
         raise ValueError("packed attention: takes neither a mask nor dropout")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("packed attention: a model with capped scores or attention sinks would be trained wrongly; use another model")
     longest = max(span.context_length + span.length for span in spans)
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(f"packed attention: sliding window {sliding_window} is shorter than a sample of {longest} tokens")

@@ -97,10 +97,11 @@ def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
     check_equals_samples_alone(family, samples, units, recompute=recompute)
 
 
-def test_logits_of_a_branch_equal_those_of_its_sample():
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_logits_of_a_branch_equal_those_of_its_sample(family):
     samples = think_samples()
     row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
-    model, alone = tiny("llama", attention.ATTENTION_NAME), tiny("llama", "eager")
+    model, alone = tiny(family, attention.ATTENTION_NAME), tiny(family, "eager")
     with torch.no_grad():
         logits = model.lm_head(scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans))[row.before]
         expected = [alone(torch.tensor([sample.token_ids])).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]] for sample in samples]
@@ -181,6 +182,8 @@ def test_no_trained_token_gives_a_zero_gradient_for_every_parameter():
         ({"spans": [Span(length=3), Span(length=3)]}, "do not cover"),
         ({"spans": [Span(length=5)], "dropout": 0.1}, "neither a mask nor dropout"),
         ({"spans": [Span(length=5)], "sliding_window": 4}, "sliding window 4"),
+        ({"spans": [Span(length=5)], "softcap": 50.0}, "capped scores"),
+        ({"spans": [Span(length=5)], "s_aux": torch.zeros(4)}, "attention sinks"),
     ],
 )
 def test_refuses_what_it_cannot_do(arguments, message):
