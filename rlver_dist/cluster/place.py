@@ -85,15 +85,12 @@ def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | Non
 def reward_services(config: RunConfig, layout: Layout, engines: list[Any]) -> list[Any]:
     """`RewardServiceActor`s, `reward_service_<n>`, in front of the users' `engines`."""
     actor: Any = ray.remote(RewardServiceActor)
-    return [
-        actor.options(
-            name=f"reward_service_{index}",
-            num_cpus=0,
-            max_concurrency=MAX_CONCURRENCY,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        ).remote(config.simulator, engines)
-        for index in range(layout.reward_replicas)
-    ]
+    return [actor.options(**_service_options(index)).remote(config.simulator, engines) for index in range(layout.reward_replicas)]
+
+
+def _service_options(index: int) -> dict[str, Any]:
+    runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    return {"name": f"reward_service_{index}", "num_cpus": 0, "max_concurrency": MAX_CONCURRENCY, "runtime_env": runtime_env}
 
 
 def _options(name: str, layout: Layout, group: PlacementGroup | None, bundle: int, gpus: float) -> dict[str, Any]:

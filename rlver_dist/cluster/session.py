@@ -46,7 +46,7 @@ def open_session(cluster: ClusterConfig) -> Session:
     if address:
         context = ray.init(address=address, log_to_driver=False)
     else:
-        # Ray turns token authentication on by itself where an old token file lies about; a private cluster needs none.
+        # Ray turns token authentication on for a cluster that it starts; one that listens on loopback alone needs none.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
