@@ -7,6 +7,8 @@ once, which runs the checks in `__post_init__`; after that a configuration never
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
 
 from rlver_dist.choices import AlgorithmName, CriticTrunk, Device, Precision, SecondJudge, SimulatorBackend, WandbMode
 from rlver_dist.simulator_config import SimulatorConfig
@@ -226,14 +228,16 @@ class RunConfig:
     @property
     def learner_shape(self) -> dict[str, str]:
         """Options that a learner's saved state and the results before training fit, by key: a run goes on only with equal ones."""
-        lora = ("rank", "alpha", "target_modules") if self.model.lora.rank else ("rank",)
-        named = {"model.path": self.model.path, "model.dtype": self.model.dtype.value, "learner.zero_stage": self.learner.zero_stage}
-        named |= {"algorithm.name": self.algorithm.name.value, "rollout.think": self.rollout.think}
-        named |= {f"model.lora.{key}": getattr(self.model.lora, key) for key in lora}
+        keys = ["model.path", "model.dtype", "learner.zero_stage", "algorithm.name", "rollout.think", "model.lora.rank"]
+        if self.model.lora.rank:
+            keys += ["model.lora.alpha", "model.lora.target_modules"]
         if self.has_critic:
-            named |= {f"critic.{key}": getattr(self.critic, key) for key in ("num_layers", "head_units", "zero_stage")}
-            named["critic.trunk"] = self.critic.trunk.value
-        return {key: str(value) for key, value in named.items()}
+            keys += ["critic.num_layers", "critic.head_units", "critic.zero_stage", "critic.trunk"]
+        if self.evaluation.num_personas:
+            keys += ["evaluation.max_turns", "evaluation.temperature", "rollout.max_reply_tokens", "model.system_prompt"]
+            keys += ["rollout.max_thinking_tokens", "model.think_instruction"] if self.rollout.think else []
+        values = {key: attrgetter(key)(self) for key in keys}
+        return {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
 
     @property
     def num_personas(self) -> int:

@@ -122,9 +122,11 @@ class Driver:
         if warms_up:
             control = await warm_up(config=config, parts=self._parts, train=self._train, evaluation=self._evaluation)
             progress.control = asdict(control) if control else {}
-            progress.warmed_up = True
+            progress.warmed_up, progress.before = True, {}
             await self._whole(self.save())
-        if self._evaluation and not progress.before:
+        if self._evaluation and not progress.before and progress.iteration > 0:
+            self._parts.console.note("the run began without an evaluation, so there is none to compare the one at its end with")
+        elif self._evaluation and not progress.before:
             results = await self._evaluate(Phase.before)
             assert results is not None
             progress.before = asdict(results)

@@ -47,7 +47,7 @@ class HeldOut:
     emotion: list[float]
     second_emotion: list[float | None]
     distinct2: float
-    thinking_distinct2: float
+    thinking_distinct2: float = 0.0
     perplexity: float
     well_formed: float
     failed: int

@@ -64,7 +64,8 @@ class CountingPolicy:
 
     async def imitate(self, samples, config, seed):
         self.journal.append(f"imitate {len(samples)}")
-        return [Metric("warm_up/loss_first", 2.0, Reduction.last), Metric("warm_up/loss_last", 1.0, Reduction.last)]
+        names = [f"warm_up/{loss}_{end}" for loss in ("format_nll", "reply_kl") for end in ("first", "last")]
+        return [Metric(name, 2.0, Reduction.last) for name in names]
 
     async def base_nll(self, samples):
         return 2.0 * sum(sum(sample.loss_mask) for sample in samples), sum(sum(sample.loss_mask) for sample in samples)
@@ -111,6 +112,8 @@ class Harness:
         """`fail`: ids that match fail from their start; `budget`: appraisals of training dialogues until there is no more."""
         self.journal: list = []
         self.asked: list[str] = []
+        self.evaluated_after: dict[str, str] = {}
+        """What was the newest in the journal when a first evaluation dialogue began, by what the evaluation is for."""
         self.version = -1
         self.appraised = 0
         self.sync_failures: dict[int, Exception] = {}
@@ -166,6 +169,9 @@ class Harness:
     async def generate(self, request):
         if self._fail and re.match(self._fail, request.dialogue_id):
             raise ConnectionError("engine gone")
+        phase = request.dialogue_id.partition("-")[0]
+        if phase in ("control", "before", "after"):
+            self.evaluated_after.setdefault(phase, f"{len(self.journal)}: {self.journal[-1]}")
         ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
         return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(self.version, self.version))
 
@@ -332,16 +338,58 @@ def test_a_used_up_budget_saves_what_was_learned(tmp_path, renderer):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == done
 
 
-def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, renderer):
-    thinking = Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True)
-    changes = {
-        "rollout": RolloutConfig(dialogues_per_iteration=4, max_turns=2, max_reply_tokens=40, think=True),
-        "warm_up": WarmUpConfig(dialogues=2, max_turns=1, batch_size=1),
-        "num_iterations": 1,
-    }
+@pytest.fixture(scope="module")
+def thinking():
+    return Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True)
+
+
+WARMED_UP = {
+    "rollout": RolloutConfig(dialogues_per_iteration=4, max_turns=2, max_reply_tokens=40, think=True),
+    "warm_up": WarmUpConfig(dialogues=2, max_turns=1, batch_size=1),
+    "num_iterations": 1,
+}
+
+
+def latest(folder: Path) -> Path:
+    checkpoint = CheckpointStore(folder, 2).latest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def test_the_first_evaluation_begins_after_the_warm_up_also_where_it_was_cut_off_between(tmp_path, thinking, renderer):
+    harness = Harness(tmp_path, thinking, plain_renderer=renderer, fail="before", **WARMED_UP)
+    with pytest.raises(BoundaryError, match=r"^evaluation before: all 2 dialogues failed"):
+        asyncio.run(harness.driver.run())
+    again = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
+    asyncio.run(again.go_on(latest(tmp_path)))
+    assert again.journal == ["load step_0", "sync 0", "update", "sync 1", "export policy"]
+    assert again.evaluated_after == {"before": "2: sync 0", "after": "4: sync 1"}
+    assert again.driver.progress.control and again.driver.progress.before
+
+
+def test_a_first_evaluation_of_another_policy_than_the_warmed_up_one_is_made_anew(tmp_path, thinking, renderer):
+    unwarmed = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
+    unwarmed.driver.progress.before = {"made": "before the warm-up"}
+    asyncio.run(unwarmed.driver.run())
+    assert unwarmed.evaluated_after["before"] == "4: sync 0" and "made" not in unwarmed.driver.progress.before
+
+
+def test_what_was_learned_without_an_evaluation_is_not_the_beginning_of_a_comparison(tmp_path, renderer):
+    first = Harness(tmp_path, renderer, evaluation=EvaluationConfig(num_personas=0), num_iterations=1)
+    asyncio.run(first.driver.run())
+    second = Harness(tmp_path, renderer)
+    asyncio.run(second.driver.resume(latest(tmp_path)))
+    before, after = asyncio.run(second.driver.run())
+    assert before is None and after is not None and "before" not in second.evaluated_after
+    assert "began without an evaluation" in (tmp_path / "console.txt").read_text()
+
+
+def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, thinking, renderer):
+    changes = WARMED_UP
     harness = Harness(tmp_path, thinking, plain_renderer=renderer, **changes)
     asyncio.run(harness.driver.run())
     assert harness.journal[:4] == ["sync 0", "imitate 2", "export warm_start", "sync 0"]
+    assert harness.evaluated_after == {"control": "1: sync 0", "before": "4: sync 0", "after": "6: sync 1"}
     control = harness.driver.progress.control
     assert control["well_formed"] == 1.0
     assert (tmp_path / "dialogues" / "control_000000.parquet").exists()
