@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from rlver_dist.check import describe
-from rlver_dist.choices import Preset
+from rlver_dist.choices import CriticTrunk, EndReward, Preset
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
@@ -46,11 +46,52 @@ def test_recipes_carry_the_papers_values(recipe):
     assert config.model.path == "Qwen/Qwen2.5-7B-Instruct"
     assert (config.num_personas, config.algorithm.group_size) == (32, 4 if "grpo" in recipe else 1)
     assert (config.rollout.max_turns, config.rollout.temperature, config.num_iterations) == (8, 1.0, 1000)
-    assert (config.learner.lr, config.learner.warmup_steps, config.algorithm.entropy_coef) == (1e-6, 20, 0.001)
-    assert config.rollout.think == ("no_think" not in recipe)
+    algorithm, thinks = config.algorithm, "no_think" not in recipe
+    assert (config.learner.lr, config.learner.grad_clip, config.critic.lr, config.critic.value_clip) == (1e-6, 1.0, 5e-6, 0.5)
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.entropy_coef, algorithm.kl_coef) == (0.2, 0.2, 0.001, 0.0)
+    assert (algorithm.gamma, algorithm.gae_lambda) == (1, 1)
+    assert algorithm.whiten_advantages or not config.has_critic
+    assert algorithm.end_rewards.malformed is EndReward.zero
+    assert config.rollout.think == thinks
+    assert config.rollout.max_turn_tokens == (5000 if thinks else 1024)
     assert config.has_critic == ("ppo" in recipe)
-    assert (config.critic.lr, config.critic.warmup_steps, config.critic.value_clip) == (5e-6, 50, 0.5)
-    assert (config.algorithm.gamma, config.algorithm.gae_lambda) == (1, 1)
+    # A turn is a row of its own with thinking, which makes about 8 mini-batches; both schedules go on once an iteration.
+    assert algorithm.updates_per_iteration == (8 if thinks else 1)
+    assert config.learner.warmup_steps == 20 * algorithm.updates_per_iteration
+    assert config.critic.warmup_steps == 50 * algorithm.updates_per_iteration or not config.has_critic
+
+
+@pytest.mark.parametrize(("recipe", "placement"), PAIRS)
+def test_placements_choose_the_critic_and_who_needs_a_warm_up(recipe, placement):
+    config = composed(f"+exp={recipe}", *([f"+on={placement}"] if placement else []))
+    on_cpu = placement == "cpu"
+    assert (config.critic.trunk, config.critic.num_layers) == ((CriticTrunk.frozen, 8) if on_cpu else (CriticTrunk.trained, 0))
+    assert (config.warm_up.dialogues > 0) == on_cpu
+    if on_cpu:
+        assert config.algorithm.updates_per_iteration == 1
+        # 1 GiB holds 46,592 tokens of this model: 64 dialogues of 1,024 are more.
+        assert config.cluster.kv_cache_gib * 46_592 >= config.rollout.max_concurrent * 1024
+
+
+def test_the_first_command_is_ppo_that_thinks_first_on_this_machines_cpu():
+    done = subprocess.run(["bash", "launch/local.sh", "check=true"], cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=True)
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    assert "smollm2-135m-instruct" in lines["model"] and "frozen" in lines["critic"] and "thinking first" in done.stdout
+
+
+def test_a_run_goes_on_only_with_what_its_state_and_its_first_evaluation_fit():
+    ppo = composed("+exp=ppo_think")
+    changes = {
+        "algorithm.name": "+exp=grpo_think",
+        "rollout.think": "+exp=ppo_no_think",
+        "evaluation.max_turns": "evaluation.max_turns=4",
+        "rollout.max_reply_tokens": "rollout.max_reply_tokens=99",
+        "model.think_instruction": "model.think_instruction=Think.",
+    }
+    for key, override in changes.items():
+        other = composed(*([override] if override.startswith("+exp") else ["+exp=ppo_think", override])).learner_shape
+        assert ppo.learner_shape[key] != other[key]
+    assert "evaluation.max_turns" not in composed("+exp=ppo_think", "evaluation.num_personas=0").learner_shape
 
 
 def test_a_placement_scales_the_recipe_whatever_the_order():
@@ -253,7 +294,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     [
         (["simulator=openai", "simulator.openai.model=m"], "simulator.openai.api_key_env=OPENAI_API_KEY: not set in the environment"),
         (["simulator=vllm", "simulator.engine.model=./nowhere"], "simulator.engine.model=./nowhere: no config.json in that folder"),
-        (["simulator=vllm", "simulator.engine.kv_cache_gib=100000"], "simulator.engine.model=smollm2-135m-instruct: the engines of"),
+        (["simulator=vllm", "simulator.engine.kv_cache_gib=100000"], "simulator.engine.model=smollm2-135m-instruct: weights, optimizers"),
     ],
 )
 def test_what_the_users_cannot_do_without_is_missed_before_anything_starts(tmp_path, overrides, words):
