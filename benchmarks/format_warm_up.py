@@ -4,14 +4,15 @@
 
 In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds two turns with
 users of the evaluation split before and after. Columns: share of well-formed replies, of truncated ones, tokens up to the reply and of
-the reply, distinct-2 of what was heard, and the mean change of emotion a reply. The first two rows are the model as it came, without and
-with the instruction to think.
+the reply, distinct-2 and the base model's perplexity of what was heard, and the mean change of emotion a reply. The first two rows are
+the model as it came, without and with the instruction to think.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import socket
 import statistics
 import tempfile
@@ -27,7 +28,7 @@ from rlver_dist.choices import Device, Precision
 from rlver_dist.config import RolloutConfig, RunConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.evaluation.held_out import evaluation_tasks
+from rlver_dist.evaluation.held_out import evaluation_tasks, visible_samples
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.policy import PolicyLearner
 from rlver_dist.models import resolve
@@ -97,7 +98,7 @@ class Measurement:
             learner.write_weights(path)
             await self.engine.update_from_file(path, self.version)
 
-    async def report(self, name: str, *, think: bool, num_shown: int) -> None:
+    async def report(self, name: str, learner: PolicyLearner, *, think: bool, num_shown: int) -> None:
         """Hold the evaluation dialogues and print one row, and some samples."""
         renderer = self.renderer(think=think)
         limits = self.limits
@@ -109,11 +110,12 @@ class Measurement:
         dialogues = await collect(tasks, generate=self.engine.generate, respond=self.users, renderer=renderer, limits=limits)
         turns = [turn for dialogue in dialogues for turn in dialogue.turns]
         thoughts = [turn.thinking_tokens for turn in turns]
+        nll, tokens = learner.base_nll(visible_samples(dialogues, self.renderer(think=False)))
         print(
             f"{name:<34} well-formed {statistics.fmean(turn.well_formed for turn in turns):6.1%}  "
             f"truncated {statistics.fmean(turn.truncated for turn in turns):6.1%}  tokens {statistics.fmean(thoughts):5.1f} + "
             f"{statistics.fmean(len(turn.reply_ids) - thought for turn, thought in zip(turns, thoughts, strict=True)):5.1f}  "
-            f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  "
+            f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  perplexity {math.exp(nll / tokens):.1f}  "
             f"emotion {statistics.fmean(turn.emotion_after - turn.emotion_before for turn in turns):+.2f}",
             flush=True,
         )
@@ -149,21 +151,22 @@ async def measure(arguments: argparse.Namespace) -> None:
     config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
     bench = Measurement(config, arguments.temperature, arguments.personas)
     await bench.engine.start()
+    learner = make_learner(config)
     try:
-        await bench.report("as it came, no think", think=False, num_shown=arguments.shown)
-        await bench.report("as it came, think", think=True, num_shown=arguments.shown)
+        await bench.report("as it came, no think", learner, think=False, num_shown=arguments.shown)
+        await bench.report("as it came, think", learner, think=True, num_shown=arguments.shown)
         samples = await bench.samples()
         print(f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} trained tokens, such as")
         for sample in (pair.sample for pair in samples[:: max(1, len(samples) // 12)]):
             print("    " + repr(bench.tokenizer.decode(sample.token_ids[sample.loss_mask.index(True) :])))
-        learner, started = make_learner(config), time.monotonic()
+        started = time.monotonic()
         values = reduce_metrics(learner.imitate(samples, config.warm_up, seed=0))
         spent, steps = time.monotonic() - started, int(values["warm_up/steps"])
-        print(f"{spent:.0f} s, {steps} steps, loss {values['warm_up/loss_first']:.2f} to {values['warm_up/loss_last']:.2f}")
+        print(f"{spent:.0f} s, {steps} steps, loss {values}")
         await bench.serve(learner)
-        await bench.report("warmed up, think", think=True, num_shown=arguments.shown)
-        learner.close()
+        await bench.report("warmed up, think", learner, think=True, num_shown=arguments.shown)
     finally:
+        learner.close()
         bench.engine.close()
 
 

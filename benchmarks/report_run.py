@@ -53,20 +53,22 @@ ENDS = (
 def figures(summary: dict[str, Any]) -> list[str]:
     """The before-and-after table."""
     lines = ["| | before | after | difference | 95 % interval |", "|---|---|---|---|---|"]
-    second = [("emotion, second judge", summary["second_appraiser"])] if "second_appraiser" in summary else []
-    for name, row in (("emotion", summary), *second):
-        low, high = row["interval95"]
-        lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
-    if "warm_up" in summary:
-        row = summary["warm_up"]
-        low, high = row["interval95"]
-        lines.append(
-            f"| emotion, warm-up alone | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |"
-        )
-    for name, of in (("", summary), (", warm-up alone", summary.get("warm_up", {}))):
+    warm_up = summary.get("warm_up", {})
+    for name, row in (
+        ("emotion", summary),
+        ("emotion, second judge", summary.get("second_appraiser")),
+        ("emotion, warm-up alone", warm_up),
+        ("emotion, second judge, warm-up alone", warm_up.get("second_appraiser")),
+    ):
+        if row:
+            low, high = row["interval95"]
+            lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
+    for name, of in (("", summary), (", warm-up alone", warm_up)):
         for key in ("distinct2", "thinking_distinct2", "perplexity", "well_formed"):
-            before, after = (of.get(key, {}).get(when, 0) for when in ("before", "after"))
-            lines += [f"| {key}{name} | {before:.3g} | {after:.3g} | x {after / before:.2f} | |"] if before else []
+            # The model as it came replied without thoughts and their format.
+            if key in of and (of is summary or key in ("distinct2", "perplexity")) and any(of[key].values()):
+                before, after = (of[key][when] for when in ("before", "after"))
+                lines.append(f"| {key}{name} | {before:.3g} | {after:.3g} | {f'x {after / before:.2f}' if before else ''} | |")
     return lines
 
 

@@ -236,12 +236,13 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
             ("emotion", summary),
             ("emotion, second judge", summary.get("second_appraiser", {})),
             ("emotion, warm-up alone", summary.get("warm_up", {})),
+            ("  the same, second judge", summary.get("warm_up", {}).get("second_appraiser", {})),
         )
         if result.get("difference") is not None
     ]
     for name, key in LANGUAGE:
         # Without thinking there are no thoughts to compare.
-        if any(summary.get(key, {}).values()):
+        if key in summary and (any(summary[key].values()) or key != "thinking_distinct2"):
             lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}{_as_it_came(summary, key)}")
     judges = summary.get("judges", {}).get("after", [])
     lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
@@ -251,9 +252,12 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _as_it_came(summary: Mapping[str, Any], key: str) -> str:
-    """The figure of the model before a warm-up, which may have changed more than training did; empty where it has none."""
-    came = summary.get("warm_up", {}).get(key, {}).get("before", 0)
-    return f" (as it came: {came:.3g})" if came else ""
+    """The figure of the model before a warm-up, which may have changed more than training did; empty where it has none.
+
+    It replied without thoughts and their format.
+    """
+    came = summary.get("warm_up", {}).get(key, {}).get("before")
+    return "" if came is None or key in ("well_formed", "thinking_distinct2") else f" (as it came: {came:.3g})"
 
 
 def _comparison(result: Mapping[str, Any]) -> str:

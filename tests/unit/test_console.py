@@ -167,8 +167,10 @@ def test_end_of_a_run_as_plain_text(tmp_path):
         "warm_up": {
             "before": 40.0, "after": 41.2, "difference": 1.2, "interval95": [-1.0, 3.5],
             "thinking_distinct2": {"before": 0.0, "after": 0.8}, "perplexity": {"before": 6.0, "after": 12.0},
+            "well_formed": {"before": 1.0, "after": 0.0},
+            "second_appraiser": {"before": 43.0, "after": 41.0, "difference": -2.0, "interval95": [-3.0, -1.0]},
         },
-        "well_formed": {"before": 0.95, "after": 1.0},
+        "well_formed": {"before": 0.0, "after": 0.0},
         "distinct2": {"before": 0.712, "after": 0.66},
         "thinking_distinct2": {"before": 0.8, "after": 0.25},
         "perplexity": {"before": 12.0, "after": 13.5},
@@ -178,7 +180,8 @@ def test_end_of_a_run_as_plain_text(tmp_path):
     assert "  emotion                    41.2 -> 46.3 (+5.1, 95 % interval +2.1 to +8.0)" in lines
     assert "  emotion, second judge      41.0 -> 40.0 (-1.0, 95 % interval -2.0 to +0.5)" in lines
     assert "  emotion, warm-up alone     40.0 -> 41.2 (+1.2, 95 % interval -1.0 to +3.5)" in lines
-    assert "  well-formed replies        0.95 -> 1" in lines
+    assert "    the same, second judge   43.0 -> 41.0 (-2.0, 95 % interval -3.0 to -1.0)" in lines
+    assert "  well-formed replies        0 -> 0" in lines
     assert "  distinct2                  0.712 -> 0.66" in lines
     assert "  distinct2 of thoughts      0.8 -> 0.25" in lines
     assert "  perplexity                 12 -> 13.5 (as it came: 6)" in lines
