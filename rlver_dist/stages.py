@@ -70,7 +70,9 @@ async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], 
         advance(1)
     values = reduce_metrics(metrics)
     parts.console.note(
-        f"warm-up: {len(samples)} replies, loss {values['warm_up/loss_first']:.2f} -> {values['warm_up/loss_last']:.2f} nats a token"
+        f"warm-up: {len(samples)} replies, nats a token: format {values['warm_up/format_nll_first']:.2f} -> "
+        f"{values['warm_up/format_nll_last']:.2f}, replies from the model as it came {values['warm_up/reply_kl_first']:.2f} -> "
+        f"{values['warm_up/reply_kl_last']:.2f}"
     )
     await parts.policy.export(Path(config.output_dir) / WARM_START)
     await parts.sync(0)

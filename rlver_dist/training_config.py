@@ -247,15 +247,15 @@ class WarmUpConfig:
     dialogues: int = 0
     """Dialogues with training personas whose replies are learned from; 0 leaves the stage out."""
     max_turns: int = 2
-    """Replies of each."""
+    """Replies of each; later ones than these are not taught, and lose the format more often (docs/results)."""
     max_thought_tokens: int = 24
     """Tokens of a thought."""
     epochs: int = 1
     """Passes over the replies."""
     batch_size: int = 16
-    """Replies an optimizer step."""
+    """Replies an optimizer step, on average: the replies of a dialogue stay together."""
     lr: float = 5e-5
-    """AdamW's learning rate; reinforcement learning starts with a fresh optimizer."""
+    """AdamW's learning rate at first; it falls to 0 over the stage. Reinforcement learning starts with a fresh optimizer."""
 
     def __post_init__(self) -> None:
         at_least(0, "warm_up.", dialogues=self.dialogues)

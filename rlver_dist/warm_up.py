@@ -77,7 +77,7 @@ async def warm_up_samples(
         hold: see `HoldFn`.
 
     Returns:
-        One sample a reply, each a dialogue and a group of its own, with reward and log-probs 0; in dialogue and turn order.
+        One sample a reply, each dialogue a group of its own, with log-probs 0; in dialogue and turn order.
 
     Raises:
         ConfigError: there are fewer samples than one batch takes.
@@ -172,10 +172,10 @@ def _samples(
         if turn.truncated:
             reply_ids, plain_ids = reply_ids[:-1], plain_ids[:-1]
         if len(reply_ids) <= limits.max_reply_tokens and len(prompt_ids) + len(reply_ids) <= limits.max_context_tokens:
-            key, own = _key(dialogue, turn), len(plain_ids) - _common_end(reply_ids, plain_ids)
+            own = len(plain_ids) - _common_end(reply_ids, plain_ids)
             yield ImitationSample(
-                sample=_sample(key, turn.index, prompt_ids, reply_ids),
-                plain=_sample(key, turn.index, [*turn.prompt_ids, *plain_ids[:own]], plain_ids[own:]),
+                sample=_sample(dialogue.id, turn.index, prompt_ids, reply_ids),
+                plain=_sample(dialogue.id, turn.index, [*turn.prompt_ids, *plain_ids[:own]], plain_ids[own:]),
             )
 
 
@@ -185,11 +185,11 @@ def _common_end(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _sample(key: str, turn_index: int, context_ids: list[int], trained_ids: list[int]) -> TurnSample:
+def _sample(dialogue_id: str, turn_index: int, context_ids: list[int], trained_ids: list[int]) -> TurnSample:
     length = len(context_ids) + len(trained_ids)
     return TurnSample(
         token_ids=[*context_ids, *trained_ids], loss_mask=[False] * len(context_ids) + [True] * len(trained_ids),
-        rollout_logprobs=[0.0] * length, dialogue_id=key, group_id=key, turn_index=turn_index,
+        rollout_logprobs=[0.0] * length, dialogue_id=dialogue_id, group_id=dialogue_id, turn_index=turn_index,
     )  # fmt: skip
 
 

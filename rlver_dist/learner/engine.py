@@ -142,16 +142,38 @@ def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
         del marker
 
 
+def _lr_factor(step: int, warmup: int, num_steps: int | None) -> float:
+    """The share of the learning rate that optimizer step `step`, from 0 on, is taken with."""
+    rise = min(1.0, (step + 1) / warmup)
+    return rise if num_steps is None else rise * max(0.0, 1 - step / num_steps)
+
+
 class TrainingEngine:
-    """A DeepSpeed engine with AdamW and linear warm-up, whose gradient is exactly the sum of the losses' gradients over ranks.
+    """A DeepSpeed engine with AdamW and a linear schedule, whose gradient is exactly the sum of the losses' gradients over ranks.
 
     Parameters that do not require gradients are left as they are.
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, config: LearnerConfig, settings: dict[str, Any], world_size: int, tag: str = "policy"
+        self,
+        model: torch.nn.Module,
+        *,
+        config: LearnerConfig,
+        settings: dict[str, Any],
+        world_size: int,
+        tag: str = "policy",
+        num_steps: int | None = None,
     ) -> None:
-        """Wrap `model`; every rank calls it with the same arguments. `tag` names the learner in checkpoints and errors."""
+        """Wrap `model`; every rank calls it with the same arguments.
+
+        Args:
+            model: what is trained.
+            config: learning rate, warm-up and what AdamW, clipping and ZeRO take.
+            settings: `deepspeed_config` of it.
+            world_size: ranks.
+            tag: names the learner in checkpoints and errors.
+            num_steps: steps over which the learning rate falls to 0 after the warm-up; None keeps it.
+        """
         import deepspeed
 
         self.world_size = world_size
@@ -163,7 +185,7 @@ class TrainingEngine:
         self._options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(trained, **self._options, fused=True)
         warmup = max(1, config.warmup_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, num_steps))
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         with _quiet():

@@ -50,28 +50,35 @@ class DivergenceFrom(torch.autograd.Function):
         return grad_logits, None, None
 
 
-def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[ImitationSample]) -> Measure:
+def distilled(row: PackedRow, samples: Sequence[ImitationSample]) -> Tensor:
+    """`[S]` bool: which of the row's trained tokens are of a reply, and so have a distribution to follow."""
+    mask: list[bool] = []
+    for one in (samples[index] for index in row.indices):
+        mask += [False] * (one.sample.num_trained - one.plain.num_trained) + [True] * one.plain.num_trained
+    return torch.tensor(mask, dtype=torch.bool, device=row.token_ids.device)
+
+
+def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[ImitationSample], reply: Tensor) -> Measure:
     """What a row costs: for each trained token a loss in nats, as `[S]` float32.
 
     Args:
         teacher: the model as it came.
         row: a row of the `sample`s of `samples`.
         samples: all samples that `row.indices` counts in.
+        reply: `distilled` of the row.
     """
-    chosen = [samples[index] for index in row.indices]
-    plain = [one.plain for one in chosen]
-    # Nothing is shared, so the teacher's tokens stand in the row's order.
-    units = make_units(plain, range(len(plain)), share=False, max_tokens=0)
+    plain = [samples[index].plain for index in row.indices]
+    asked = pack(plain, make_units(plain, range(len(plain)), share=True, max_tokens=sum(len(one.token_ids) for one in plain)))
     with torch.no_grad():
-        said = teacher.logits(pack(plain, units).to(row.token_ids.device))
-    taught: list[bool] = []
-    for one in chosen:
-        taught += [False] * (one.sample.num_trained - one.plain.num_trained) + [True] * one.plain.num_trained
-    return partial(_losses, teacher=said, taught=torch.tensor(taught, dtype=torch.bool, device=row.token_ids.device))
+        said = teacher.logits(asked.to(row.token_ids.device))
+    # Sharing histories may change the samples' places.
+    by_sample = dict(zip(asked.indices, said.split([plain[place].num_trained for place in asked.indices]), strict=True))
+    in_order = torch.cat([by_sample[place] for place in range(len(plain))]) if plain else said
+    return partial(_losses, teacher=in_order, reply=reply)
 
 
-def _losses(logits: Tensor, targets: Tensor, temperature: float, *, teacher: Tensor, taught: Tensor) -> Any:
-    logprobs, _ = LogprobAndEntropy.apply(logits[~taught], targets[~taught], temperature)
-    divergences = DivergenceFrom.apply(logits[taught], teacher, temperature)
+def _losses(logits: Tensor, targets: Tensor, temperature: float, *, teacher: Tensor, reply: Tensor) -> Any:
+    logprobs, _ = LogprobAndEntropy.apply(logits[~reply], targets[~reply], temperature)
+    divergences = DivergenceFrom.apply(logits[reply], teacher, temperature)
     losses = torch.zeros(len(targets), dtype=torch.float32, device=logits.device)
-    return losses.masked_scatter(~taught, -logprobs).masked_scatter(taught, divergences)
+    return losses.masked_scatter(~reply, -logprobs).masked_scatter(reply, divergences)

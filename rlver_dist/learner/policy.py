@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from rlver_dist.experience.balance import split_updates
 from rlver_dist.experience.packing import Columns, PackedRow, Span, column
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.learner import checkpoint, engine, weights
-from rlver_dist.learner.imitation import imitation_measure
+from rlver_dist.learner.imitation import distilled, imitation_measure
 from rlver_dist.learner.lora import add_adapters
 from rlver_dist.learner.rank import LearnerRank
 from rlver_dist.learner.rows import collect_columns, require_columns, score_row
@@ -60,8 +62,13 @@ class PolicyLearner(LearnerRank):
         self._reference = self._load_frozen(self._path) if config.algorithm.kl_coef > 0 else None
         self._reference_is_base = self._path == self._base_path
 
-    def _build_engine(self, config: LearnerConfig, replacement: Weights | None = None) -> engine.TrainingEngine:
-        """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement` in its place."""
+    def _build_engine(
+        self, config: LearnerConfig, replacement: Weights | None = None, num_steps: int | None = None
+    ) -> engine.TrainingEngine:
+        """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement` in its place.
+
+        With `num_steps` its learning rate falls to 0 over so many steps.
+        """
         settings = engine.deepspeed_config(config, self._config.model.dtype)
         # Replacements go into a whole model, which DeepSpeed shards afterwards.
         with engine.sharded_construction(settings) if replacement is None else nullcontext():
@@ -71,7 +78,7 @@ class PolicyLearner(LearnerRank):
         if self._config.model.lora.rank > 0:
             add_adapters(model, self._config.model.lora, self._config.seed)
         policy = PolicyModel(model, recompute=config.gradient_checkpointing)
-        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size)
+        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size, num_steps=num_steps)
 
     def _load_frozen(self, path: str, replacement: Weights | None = None) -> PolicyModel:
         """A whole, frozen replica."""
@@ -194,52 +201,55 @@ class PolicyLearner(LearnerRank):
         """Supervised warm-up: say the samples' thoughts in their format, and reply behind them as `config.model.path` does without.
 
         Lowers the mean over the samples' trained tokens of what `imitation.py` defines, at the sampling temperature, with an AdamW of
-        its own and the constant rate `config.lr`. Afterwards the learner is as one that was built on the resulting weights: a fresh
+        its own whose rate falls from `config.lr` to 0. Afterwards the learner is as one that was built on the resulting weights: a fresh
         optimizer and schedule, and these weights as the KL reference.
 
         Args:
-            samples: what to imitate, on every rank, in one order; one or more.
+            samples: what to imitate, on every rank, in one order, those of a dialogue side by side; one or more.
             config: epochs, batch size in samples, and learning rate.
-            seed: shuffles the samples, anew in each epoch.
+            seed: shuffles the dialogues, anew in each epoch; the samples of one stay together, since they share their history.
 
         Returns:
-            This rank's metrics: the loss of the first and the last step, nats a token, and the number of steps.
+            This rank's metrics: the losses of the first and the last step, nats a token, and the number of steps.
         """
-        self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0))
-        teacher = self._base()
-        shuffler, order, steps = random.Random(seed), list(range(len(samples))), []
+        dialogues = [list(members) for _, members in groupby(range(len(samples)), key=lambda index: samples[index].sample.dialogue_id)]
+        num_batches = min(math.ceil(len(samples) / config.batch_size), len(dialogues))
+        self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0), config.epochs * num_batches)
+        teacher, shuffler, steps = self._base(), random.Random(seed), []
         for _ in range(config.epochs):
-            shuffler.shuffle(order)
-            for start in range(0, len(order), config.batch_size):
-                steps.append(self._imitate_step(teacher, samples, order[start : start + config.batch_size]))
+            shuffler.shuffle(dialogues)
+            order = [index for members in dialogues for index in members]
+            for part in split_updates([samples[index].sample.dialogue_id for index in order], num_batches):
+                steps.append(self._imitate_step(teacher, samples, [order[place] for place in part]))
         del teacher
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
             self._reference, self._reference_is_base = self._load_frozen(self._path, merged), False
         engine.return_freed_memory()
-        tally = Tally()
-        tally.add("loss_first", *steps[0])
-        tally.add("loss_last", *steps[-1])
-        return [*tally.metrics("warm_up/"), Metric("warm_up/steps", len(steps), Reduction.max)]
+        ends = (("first", steps[0]), ("last", steps[-1]))
+        reached = [dataclasses.replace(metric, key=f"{metric.key}_{end}") for end, metrics in ends for metric in metrics]
+        return [*reached, Metric("warm_up/steps", len(steps), Reduction.max)]
 
-    def _imitate_step(self, teacher: PolicyModel, samples: list[ImitationSample], part: list[int]) -> tuple[float, int]:
-        """One optimizer step; returns the sum of this rank's losses and the number of its tokens."""
-        num_trained, total, count = sum(samples[index].sample.num_trained for index in part), 0.0, 0
+    def _imitate_step(self, teacher: PolicyModel, samples: list[ImitationSample], part: list[int]) -> list[Metric]:
+        """One optimizer step; returns the means of this rank's losses."""
+        num_trained, tally = sum(samples[index].sample.num_trained for index in part), Tally()
         for row in self._share([one.sample for one in samples], part):
-            loss = score_row(self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples)).sum()
-            self._engine.backward(loss / num_trained)
-            total, count = total + loss.item(), count + len(row.targets)
+            reply = distilled(row, samples)
+            costs = score_row(self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples, reply))
+            self._engine.backward(costs.sum() / num_trained)
+            for name, chosen in (("format_nll", costs[~reply]), ("reply_kl", costs[reply])):
+                tally.add(name, chosen.sum().item(), len(chosen))
         self._engine.step()
-        return total, count
+        return tally.metrics("warm_up/")
 
-    def _rebuild(self, config: LearnerConfig) -> Weights:
+    def _rebuild(self, config: LearnerConfig, num_steps: int | None = None) -> Weights:
         """Replace the engine by a fresh one around its weights, which are returned, on the CPU."""
         current = {name: tensor.cpu().clone() for name, tensor in self.iter_full_tensors()}
         # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one another.
         self._engine.free()
         del self._engine
         gc.collect()
-        self._engine = self._build_engine(config, current)
+        self._engine = self._build_engine(config, current, num_steps)
         return current
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from ranks import place, run_ranks
+from ranks import place, run_jobs, run_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -41,16 +41,26 @@ CUTS = {
     "offload2": dict(offload_optimizer=True, zero_stage=2),
     "offload3": dict(offload_optimizer=True, zero_stage=3, micro_batch_tokens=128),
 }
-TWO_RANKS = ["stage0", "stage1", "stage2", "stage3", "offload2", "offload3"]
+RECOMPUTE = {
+    "stage2_recompute": dict(zero_stage=2, gradient_checkpointing=True),
+    "stage2_recompute_offload": dict(zero_stage=2, gradient_checkpointing=True, offload_optimizer=True),
+    "stage3_recompute": dict(zero_stage=3, gradient_checkpointing=True),
+    "stage3_recompute_offload": dict(zero_stage=3, gradient_checkpointing=True, offload_optimizer=True),
+}
+TWO_RANKS = {
+    **{name: {"micro_batch_tokens": 128, **CUTS[name]} for name in ("stage0", "stage1", "stage2", "stage3", "offload2", "offload3")},
+    **{name: dict(micro_batch_tokens=128, **changes) for name, changes in RECOMPUTE.items()},
+}
 BFLOAT16 = {
-    "bfloat16": {},
-    "bfloat16_offload": dict(offload_optimizer=True, micro_batch_tokens=128),
-    "bfloat16_offload3": dict(offload_optimizer=True, zero_stage=3),
+    "bfloat16": dict(dtype=Precision.bfloat16),
+    "bfloat16_offload": dict(dtype=Precision.bfloat16, offload_optimizer=True, micro_batch_tokens=128),
+    "bfloat16_offload3": dict(dtype=Precision.bfloat16, offload_optimizer=True, zero_stage=3),
 }
 BFLOAT16_TWO_RANKS = {
-    "bfloat16_stage2": dict(zero_stage=2, micro_batch_tokens=128),
-    "bfloat16_stage3": dict(zero_stage=3, micro_batch_tokens=128),
+    f"bfloat16_{name}": dict(dtype=Precision.bfloat16, **TWO_RANKS[name])
+    for name in ("stage1", "stage2", "offload2", "stage3", "stage3_recompute_offload")
 }
+ONE_SAMPLE = {"stage3": dict(zero_stage=3), **RECOMPUTE}
 ITERATIONS = 2
 VOCABULARY = 400
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -103,9 +113,17 @@ def iterate(learner):
     return learner.update(samples, values, returns), values
 
 
-def train(learner):
+def train(build, config):
+    learner = build(config)
     metrics, values = zip(*(iterate(learner) for _ in range(ITERATIONS)), strict=True)
     return {"metrics": metrics, "values": values, "weights": weights_of(learner)}
+
+
+def learn_one_sample(build, config):
+    """What one sample, which is work for one rank, makes of the weights."""
+    learner, (samples, returns) = build(config), make_samples()
+    metrics = learner.update(samples[:1], learner.values(samples[:1]), returns[:1])
+    return {"metrics": metrics, "weights": weights_of(learner)}
 
 
 def resume(build, config, directory):
@@ -122,6 +140,10 @@ def resume(build, config, directory):
     return results
 
 
+def resume_job(config, directory):
+    return config, lambda build, config: resume(build, config, directory)
+
+
 def diverge(learner):
     """The error of an update towards returns that are no numbers."""
     samples, returns = make_samples()
@@ -132,28 +154,29 @@ def diverge(learner):
 
 def one_rank(_, port, folder):
     build = learner_builder(0, 1, port)
-    results = {name: train(build(configure(folder, **changes))) for name, changes in CUTS.items()}
-    results |= {name: train(build(configure(folder, Precision.bfloat16, **changes))) for name, changes in BFLOAT16.items()}
-    results["frozen"] = train(build(configure(folder, **FROZEN)))
-    results["resume"] = resume(build, configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint")
-    results["resume_frozen"] = resume(build, configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen")
+    jobs = {name: (configure(folder, **changes), train) for name, changes in (CUTS | BFLOAT16).items()}
+    jobs["one_sample"] = (configure(folder), learn_one_sample)
+    jobs["frozen"] = (configure(folder, **FROZEN), train)
+    jobs["resume"] = resume_job(configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint")
+    jobs["resume_frozen"] = resume_job(configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen")
+    jobs["resume_bfloat16"] = resume_job(configure(folder, Precision.bfloat16), f"{folder}/bfloat16")
+    results = {}
     results["diverged"] = [diverge(build(configure(folder, dtype))) for dtype in Precision]
     nothing = build(configure(folder))
     results["nothing"] = (nothing.values([]), nothing.update([], [], []))
+    results |= run_jobs(build, jobs, "critic")
     nothing.close()
     torch.save(results, f"{folder}/one_rank.pt")
 
 
 def two_ranks(rank, port, folder):
     build = learner_builder(rank, 2, port)
-    cuts = {name: {"micro_batch_tokens": 128, **CUTS[name]} for name in TWO_RANKS}
-    results = {name: train(build(configure(folder, **changes))) for name, changes in cuts.items()}
-    results |= {name: train(build(configure(folder, Precision.bfloat16, **changes))) for name, changes in BFLOAT16_TWO_RANKS.items()}
-    results["frozen"] = train(build(configure(folder, **FROZEN, zero_stage=3)))
-    results["resume"] = resume(build, configure(folder, zero_stage=3), f"{folder}/checkpoint2")
-    samples, returns = make_samples()
-    last = build(configure(folder, zero_stage=3))
-    results["one_sample"] = last.update(samples[:1], last.values(samples[:1]), returns[:1])
+    jobs = {name: (configure(folder, **changes), train) for name, changes in (TWO_RANKS | BFLOAT16_TWO_RANKS).items()}
+    jobs["frozen"] = (configure(folder, **FROZEN, zero_stage=3), train)
+    jobs["resume"] = resume_job(configure(folder, zero_stage=3), f"{folder}/checkpoint2")
+    jobs |= {f"one_sample_{name}": (configure(folder, **changes), learn_one_sample) for name, changes in ONE_SAMPLE.items()}
+    last = build(configure(folder))
+    results = run_jobs(build, jobs, "critic")
     last.close()
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
 
@@ -228,6 +251,8 @@ def plain_run(critic, parameters):
             (total / count).backward()
             run["norms"].append(float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip)))
             optimizer.step()
+    steps = 2 * settings.epochs
+    run["mean_norms"] = [sum(run["norms"][start : start + steps]) / steps for start in range(0, len(run["norms"]), steps)]
     return run
 
 
@@ -262,11 +287,13 @@ def relative_error(weights, expected):
     return difference / size
 
 
+def grad_norms(metrics):
+    """Mean norm of each iteration's gradients before clipping."""
+    return [reduce_metrics(records)["critic/grad_norm"] for records in metrics]
+
+
 def check_same_training(result, reference):
-    steps = 2 * CONFIG.critic.epochs
-    norms = [sum(reference["norms"][start : start + steps]) / steps for start in range(0, len(reference["norms"]), steps)]
-    metrics = [reduce_metrics(records) for records in result["metrics"]]
-    assert [record["critic/grad_norm"] for record in metrics] == pytest.approx(norms, rel=1e-5)
+    assert grad_norms(result["metrics"]) == pytest.approx(reference["mean_norms"], rel=1e-5)
     assert relative_error(result["weights"], reference["weights"]) < 1e-5
     for ours, expected in zip(result["values"], reference["values"], strict=True):
         torch.testing.assert_close(torch.cat(ours), torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -331,10 +358,13 @@ def test_bfloat16_follows_float32(scenario, one, two, trained_reference):
     expected = {name: tensor - start[name] for name, tensor in trained_reference["weights"].items()}
     for result in [one] if scenario in BFLOAT16 else two:
         end = result[scenario]["weights"]
-        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.3
+        # AdamW moves the weights nearly alike for a multiple of the right gradient; its norm is that multiple. Seen: up to 2e-3.
+        assert grad_norms(result[scenario]["metrics"]) == pytest.approx(trained_reference["mean_norms"], rel=1e-2)
+        # Seen: 0.09.
+        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
 
 
-@pytest.mark.parametrize("scenario", ["resume", "resume_frozen"])
+@pytest.mark.parametrize("scenario", ["resume", "resume_frozen", "resume_bfloat16"])
 def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
     results = [one[scenario]] + ([result[scenario] for result in two] if scenario == "resume" else [])
     for uninterrupted, resumed in results:
@@ -344,9 +374,16 @@ def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
         assert rates == [pytest.approx(CONFIG.critic.lr)] * 2
 
 
-def test_a_rank_without_work_keeps_step(two):
-    metrics = reduce_metrics(two[0]["one_sample"] + two[1]["one_sample"])
-    assert metrics["critic/grad_norm"] > 0 and metrics["critic/value_loss"] > 0
+@pytest.mark.parametrize("scenario", ONE_SAMPLE)
+def test_a_rank_without_work_keeps_step(scenario, one, two, trained_reference):
+    results = [result[f"one_sample_{scenario}"] for result in two]
+    metrics = reduce_metrics(results[0]["metrics"] + results[1]["metrics"])
+    assert metrics["critic/value_loss"] > 0
+    alone = one["one_sample"]
+    assert relative_error(trained_reference["start"], alone["weights"]) > 1e-4
+    for result in results:
+        assert relative_error(result["weights"], alone["weights"]) < 1e-6
+        assert grad_norms([result["metrics"]]) == pytest.approx(grad_norms([alone["metrics"]]), rel=1e-5)
 
 
 def test_no_sample_is_no_update(one):

@@ -6,12 +6,16 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 import dataclasses
 import os
 import random
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import place, run_ranks
+from ranks import TIMEOUT_S, place, run_jobs, run_ranks
 from safetensors.torch import load_file
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rlver_dist.choices import Precision
@@ -39,6 +43,11 @@ CUTS = {
     "stage3": dict(zero_stage=3),
     "offload1": dict(offload_optimizer=True),
 }
+RECOMPUTE = {
+    "stage2_recompute": dict(zero_stage=2, gradient_checkpointing=True),
+    "stage3_recompute": dict(zero_stage=3, gradient_checkpointing=True),
+    "stage3_recompute_offload": dict(zero_stage=3, gradient_checkpointing=True, offload_optimizer=True),
+}
 TWO_RANKS = {
     "stage0": dict(zero_stage=0),
     "stage1": dict(zero_stage=1),
@@ -46,8 +55,25 @@ TWO_RANKS = {
     "unshared": dict(zero_stage=2, share_prefixes=False),
     "offload2": dict(zero_stage=2, offload_optimizer=True),
     "offload3": dict(zero_stage=3, offload_optimizer=True),
-    "bfloat16_stage2": dict(zero_stage=2, dtype=Precision.bfloat16),
-    "bfloat16_stage3": dict(zero_stage=3, dtype=Precision.bfloat16),
+    **RECOMPUTE,
+}
+BFLOAT16 = {
+    "bfloat16": dict(dtype=Precision.bfloat16),
+    "bfloat16_offload": dict(dtype=Precision.bfloat16, offload_optimizer=True, micro_batch_tokens=128),
+}
+BFLOAT16_TWO_RANKS = {
+    "bfloat16_stage1": dict(dtype=Precision.bfloat16, zero_stage=1),
+    "bfloat16_stage2": dict(dtype=Precision.bfloat16, zero_stage=2),
+    "bfloat16_offload2": dict(dtype=Precision.bfloat16, zero_stage=2, offload_optimizer=True),
+    "bfloat16_stage3": dict(dtype=Precision.bfloat16, zero_stage=3),
+    "bfloat16_stage3_recompute_offload": dict(dtype=Precision.bfloat16, **RECOMPUTE["stage3_recompute_offload"]),
+}
+ONE_DIALOGUE = {"stage2": dict(zero_stage=2), "stage3": dict(zero_stage=3), **RECOMPUTE}
+RESUMED = {
+    "stage2": dict(zero_stage=2),
+    "bfloat16_stage1": dict(dtype=Precision.bfloat16, zero_stage=1),
+    "stage3": dict(zero_stage=3),
+    "bfloat16_offload3": dict(dtype=Precision.bfloat16, zero_stage=3, offload_optimizer=True),
 }
 KL_COEF = 0.1
 ITERATIONS = 3
@@ -118,50 +144,95 @@ def weights_of(learner):
     return {name: tensor.detach().float().clone() for name, tensor in learner.iter_full_tensors()}
 
 
-def train(learner):
+def train(build, config):
+    return train_on(build(config))
+
+
+def train_on(learner):
     samples, advantages = make_samples()
     metrics = [learner.update(samples, advantages, KL_COEF) for _ in range(ITERATIONS)]
     return {"metrics": metrics, "weights": weights_of(learner), "probe": learner.probe(PROBE)}
 
 
-def resume_otherwise(build, folder, zero_stage):
+def learn_one_dialogue(build, config):
+    """What one dialogue, which is work for one rank, makes of the weights."""
+    learner = build(config)
+    return {"metrics": learner.update(*one_dialogue()), "weights": weights_of(learner)}
+
+
+def learn(learner):
+    """One iteration."""
+    return {"metrics": learner.update(*make_samples(), KL_COEF), "weights": weights_of(learner)}
+
+
+def imitate(learner):
+    return {"metrics": learner.imitate(make_lessons(make_samples()[0]), WARM_UP, seed=5), "weights": weights_of(learner)}
+
+
+def resume(build, config, directory):
+    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint; the learners."""
+    learners = [build(config), build(config)]
+    learn(learners[0])
+    learners[0].save(directory)
+    learners[1].load(directory)
+    return [learn(learner) for learner in learners], learners
+
+
+def resume_job(config, directory):
+    return config, lambda build, config: resume(build, config, directory)[0]
+
+
+def resume_warmed_up_job(config, directory):
+    """The same from a checkpoint of a learner that has only been warmed up, on the folder that it exported."""
+
+    def work(build, config):
+        first = build(config)
+        imitate(first)
+        first.export(f"{directory}/warm_start")
+        first.save(directory)
+        resumed = build(config, model_path=f"{directory}/warm_start")
+        resumed.load(directory)
+        return [learn(learner) for learner in (first, resumed)]
+
+    return config, work
+
+
+def resume_otherwise_job(folder, zero_stage):
     """The second update of a run that goes on with another learning rate, momentum, decay and clip."""
-    samples, advantages = make_samples()
-    first = build(configure(folder, zero_stage=zero_stage))
-    first.update(samples, advantages, KL_COEF)
-    first.save(f"{folder}/stage{zero_stage}")
-    resumed = build(configure(folder, zero_stage=zero_stage, **OTHERWISE))
-    resumed.load(f"{folder}/stage{zero_stage}")
-    return {"metrics": resumed.update(samples, advantages, KL_COEF), "weights": weights_of(resumed)}
+    directory = f"{folder}/stage{zero_stage}"
+
+    def work(build, config):
+        first, resumed = build(config), build(configure(folder, zero_stage=zero_stage, **OTHERWISE))
+        learn(first)
+        first.save(directory)
+        resumed.load(directory)
+        return learn(resumed)
+
+    return configure(folder, zero_stage=zero_stage), work
 
 
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port)
-    results = {name: train(build(configure(folder, **changes))) for name, changes in CUTS.items()}
-    results["bfloat16"] = train(build(configure(folder, dtype=Precision.bfloat16)))
-    samples, advantages = make_samples()
-    uninterrupted = build(configure(folder))
-    uninterrupted.update(samples, advantages, KL_COEF)
-    uninterrupted.save(f"{folder}/checkpoint")
-    resumed = build(configure(folder))
-    resumed.load(f"{folder}/checkpoint")
-    for name, learner in (("uninterrupted", uninterrupted), ("resumed", resumed)):
-        results[name] = {"metrics": [learner.update(samples, advantages, KL_COEF)], "weights": weights_of(learner)}
-    results["otherwise"] = [resume_otherwise(build, folder, zero_stage) for zero_stage in (0, 1, 2, 3)]
+    results, (samples, _) = {}, make_samples()
+    results["resume"], (_, resumed) = resume(build, configure(folder), f"{folder}/checkpoint")
+    results["resumed"] = results["resume"][1]
     resumed.write_weights(f"{folder}/weights.safetensors")
     resumed.export(f"{folder}/policy")
     results["kl_tokens"] = resumed.kl_tokens(samples)
     results["base_nll"] = build(configure(folder, kl_coef=0.0)).base_nll(samples)
     lonely = build(configure(folder))
     results["nothing"] = lonely.update([], [], KL_COEF)
-    lonely.update(*one_dialogue())
-    results["one_dialogue"] = weights_of(lonely)
     warmed_up = build(configure(folder))
-    results["warm_up"] = imitate(warmed_up, samples)
+    results["warm_up"] = imitate(warmed_up)
     warmed_up.export(f"{folder}/warmed_up")
     for name, learner in (("after_warm_up", warmed_up), ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up"))):
         kl_before = learner.kl_tokens(samples)
-        results[name] = {**train(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
+        results[name] = {**train_on(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
+    jobs = {name: (configure(folder, **changes), train) for name, changes in (CUTS | BFLOAT16).items()}
+    jobs["one_dialogue"] = (configure(folder), learn_one_dialogue)
+    jobs["resume_warmed_up"] = resume_warmed_up_job(configure(folder, dtype=Precision.bfloat16), f"{folder}/step_0")
+    jobs |= {f"otherwise{stage}": resume_otherwise_job(folder, stage) for stage in (0, 1, 2, 3)}
+    results |= run_jobs(build, jobs, "learner")
     resumed.close()
     torch.save(results, f"{folder}/one_rank.pt")
 
@@ -169,35 +240,37 @@ def one_rank(_, port, folder):
 def two_ranks(rank, port, folder):
     build = build_learner(rank, 2, port)
     samples, _ = make_samples()
-    results = {name: train(build(configure(folder, micro_batch_tokens=128, **changes))) for name, changes in TWO_RANKS.items()}
-    sharded = build(configure(folder, zero_stage=3, micro_batch_tokens=128))
-    results["stage3"] = train(sharded)
+    cut = partial(configure, folder, micro_batch_tokens=128)
+    jobs = {name: (cut(**changes), train) for name, changes in (TWO_RANKS | BFLOAT16_TWO_RANKS).items()}
+    jobs |= {f"one_dialogue_{name}": (configure(folder, **changes), learn_one_dialogue) for name, changes in ONE_DIALOGUE.items()}
+    jobs |= {f"resume_{name}": resume_job(cut(**changes), f"{folder}/resume_{name}") for name, changes in RESUMED.items()}
+    jobs |= {f"warm_up{stage}": (configure(folder, zero_stage=stage), warm_up_and_train) for stage in (1, 3)}
+    results = run_jobs(build, jobs, "learner")
+    sharded = build(cut(zero_stage=3))
+    results["stage3"] = train_on(sharded)
     results["kl_tokens"] = sharded.kl_tokens(samples)
     results["metadata"] = sharded.metadata()
     results["base_nll"] = sharded.base_nll(samples)
     sharded.write_weights(f"{folder}/sharded.safetensors")
-    for stage in (2, 3):
-        lonely = build(configure(folder, zero_stage=stage))
-        lonely.update(*one_dialogue())
-        results[f"one_dialogue{stage}"] = weights_of(lonely)
-    for stage in (1, 3):
-        warmed_up = build(configure(folder, zero_stage=stage))
-        results[f"warm_up{stage}"] = {**imitate(warmed_up, samples), "training": train(warmed_up)}
     sharded.close()
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
 
 
-def imitate(learner, samples):
-    return {"metrics": learner.imitate(make_lessons(samples), WARM_UP, seed=5), "weights": weights_of(learner)}
+def warm_up_and_train(build, config):
+    learner = build(config)
+    return {**imitate(learner), "training": train_on(learner)}
 
 
 def make_lessons(samples):
-    """Each sample with its last trained tokens, from none to five, after another context."""
-    draw, lessons = random.Random(3), []
+    """Each sample with its last trained tokens, from none to five, after another context, which grows along a dialogue."""
+    draw, lessons, contexts = random.Random(3), [], {}
     for number, sample in enumerate(samples):
         same = min(number % 6, sample.loss_mask[::-1].index(False)) if number % 6 else 0
-        plain = make_sample(draw, number, 0, draw.choices(range(VOCABULARY), k=9), sample.token_ids[len(sample.token_ids) - same :])
+        context = [*contexts.get(sample.dialogue_id, []), *draw.choices(range(VOCABULARY), k=9)]
+        reply = sample.token_ids[len(sample.token_ids) - same :]
+        plain = make_sample(draw, int(sample.dialogue_id), sample.turn_index, context, reply)
         lessons.append(ImitationSample(sample=sample, plain=plain))
+        contexts[sample.dialogue_id] = [*context, *reply]
     return lessons
 
 
@@ -289,7 +362,8 @@ def reference_run(folder):
     start = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
     pairs = list(zip(*make_samples(), strict=True))
     clipped = sum(plain_iteration(loop, base, pairs) for _ in range(ITERATIONS))
-    return {"model": loop.model, "start": start, "norms": loop.norms, "clipped": clipped}
+    mean_norms = [sum(loop.norms[2 * iteration : 2 * iteration + 2]) / 2 for iteration in range(ITERATIONS)]
+    return {"model": loop.model, "start": start, "norms": loop.norms, "mean_norms": mean_norms, "clipped": clipped}
 
 
 @pytest.fixture(scope="module")
@@ -325,19 +399,25 @@ def plain_imitation(model, base, lesson):
 
 @pytest.fixture(scope="module")
 def reference_warm_up(folder):
-    """Supervised learning in plain PyTorch; the model and the losses of its steps."""
+    """Supervised learning in plain PyTorch, whole dialogues a step; the model, and the losses of each step's tokens and replies' share."""
     loop = PlainLoop(folder / "model", dataclasses.replace(CONFIG.learner, lr=WARM_UP.lr, warmup_steps=0))
     base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
-    lessons = make_lessons(make_samples()[0])
-    shuffler, order, losses = random.Random(5), list(range(len(lessons))), []
+    dialogues = {}
+    for lesson in make_lessons(make_samples()[0]):
+        dialogues.setdefault(lesson.sample.dialogue_id, []).append(lesson)
+    shuffler, order, steps = random.Random(5), list(dialogues.values()), []
+    assert (len(order), sum(map(len, order)), WARM_UP.batch_size) == (8, 14, 5)
     for _ in range(WARM_UP.epochs):
         shuffler.shuffle(order)
-        for start in range(0, len(order), WARM_UP.batch_size):
-            batch = [lessons[index] for index in order[start : start + WARM_UP.batch_size]]
-            loss = torch.cat([plain_imitation(loop.model, base, lesson) for lesson in batch]).mean()
-            losses.append(loss.item())
-            loop.step(loss)
-    return {"model": loop.model, "losses": losses}
+        for part in (order[:3], order[3:6], order[6:]):
+            batch = [lesson for members in part for lesson in members]
+            costs = [plain_imitation(loop.model, base, lesson) for lesson in batch]
+            ends = [len(cost) - lesson.plain.num_trained for cost, lesson in zip(costs, batch, strict=True)]
+            split = [(cost[:end], cost[end:]) for cost, end in zip(costs, ends, strict=True)]
+            steps.append([torch.cat(parts).mean().item() for parts in zip(*split, strict=True)])
+            loop.learner = dataclasses.replace(loop.learner, lr=WARM_UP.lr * (1 - (len(steps) - 1) / (3 * WARM_UP.epochs)))
+            loop.step(torch.cat(costs).mean())
+    return {"model": loop.model, "steps": steps}
 
 
 def relative_error(weights, expected):
@@ -347,10 +427,13 @@ def relative_error(weights, expected):
     return difference / size
 
 
+def grad_norms(metrics):
+    """Mean norm of each iteration's gradients before clipping."""
+    return [reduce_metrics(records)["learner/grad_norm"] for records in metrics]
+
+
 def check_same_training(result, reference_run):
-    norms = [sum(reference_run["norms"][2 * step : 2 * step + 2]) / 2 for step in range(ITERATIONS)]
-    metrics = [reduce_metrics(records) for records in result["metrics"]]
-    assert [record["learner/grad_norm"] for record in metrics] == pytest.approx(norms, rel=1e-5)
+    assert grad_norms(result["metrics"]) == pytest.approx(reference_run["mean_norms"], rel=1e-5)
     assert relative_error(result["weights"], reference_run["model"].state_dict()) < 1e-5
 
 
@@ -365,7 +448,7 @@ def test_one_rank_equals_plain_pytorch(scenario, one, reference_run):
     check_same_training(one[scenario], reference_run)
 
 
-@pytest.mark.parametrize("scenario", ["stage0", "stage1", "stage2", "stage3", "unshared", "offload2", "offload3"])
+@pytest.mark.parametrize("scenario", [*TWO_RANKS, "stage3"])
 def test_two_ranks_equal_one(scenario, two, reference_run):
     for result in two:
         check_same_training(result[scenario], reference_run)
@@ -384,13 +467,19 @@ def test_metrics_pool_over_ranks(one, two):
     assert [pooled[key] for key in keys] == pytest.approx([alone[key] for key in keys], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("scenario", ["bfloat16", "bfloat16_stage2", "bfloat16_stage3"])
+@pytest.mark.parametrize("scenario", [*BFLOAT16, *BFLOAT16_TWO_RANKS])
 def test_bfloat16_follows_float32(scenario, one, two, reference_run):
-    start = reference_run["start"]
+    start, (first, *later) = reference_run["start"], reference_run["mean_norms"]
     expected = {name: tensor - start[name] for name, tensor in reference_run["model"].state_dict().items()}
-    for result in [one] if scenario == "bfloat16" else two:
+    for result in [one] if scenario in BFLOAT16 else two:
         end = result[scenario]["weights"]
-        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.3
+        # Seen: 0.08 to 0.14.
+        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
+        # A multiple of the right gradient moves the weights alike, as AdamW and a clip that is always active have it, but not the norm.
+        # Seen: up to 8e-3 in the first iteration, and as the weights part up to 8e-2 in later ones.
+        norms = grad_norms(result[scenario]["metrics"])
+        assert norms[0] == pytest.approx(first, rel=2e-2)
+        assert norms[1:] == pytest.approx(later, rel=0.3)
 
 
 def test_probe_is_the_models_own_logprob_at_temperature_one(one, reference_run):
@@ -400,15 +489,20 @@ def test_probe_is_the_models_own_logprob_at_temperature_one(one, reference_run):
     assert one["plain"]["probe"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_resume_goes_on_as_if_uninterrupted(one):
-    for name, tensor in one["uninterrupted"]["weights"].items():
-        assert torch.equal(one["resumed"]["weights"][name], tensor), name
-    rates = [reduce_metrics(one[name]["metrics"][0])["learner/lr"] for name in ("uninterrupted", "resumed")]
-    assert rates == [CONFIG.learner.lr] * 2
+@pytest.mark.parametrize("scenario", ["resume", "resume_warmed_up", *(f"resume_{name}" for name in RESUMED)])
+def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
+    for result in [one] if scenario in one else two:
+        uninterrupted, resumed = result[scenario]
+        for name, tensor in uninterrupted["weights"].items():
+            assert torch.equal(resumed["weights"][name], tensor), name
+        rates = [reduce_metrics(learner["metrics"])["learner/lr"] for learner in (uninterrupted, resumed)]
+        # Steps 1 and 2 of a warm-up of 3, where they are the first.
+        assert rates == pytest.approx([CONFIG.learner.lr * (0.5 if scenario == "resume_warmed_up" else 1)] * 2)
 
 
 def test_resume_goes_on_with_the_options_of_its_configuration(one, reference_otherwise):
-    for stage, resumed in enumerate(one["otherwise"]):
+    for stage in (0, 1, 2, 3):
+        resumed = one[f"otherwise{stage}"]
         assert reduce_metrics(resumed["metrics"])["learner/lr"] == pytest.approx(OTHERWISE["lr"])
         assert relative_error(resumed["weights"], reference_otherwise) < 1e-5, stage
 
@@ -452,25 +546,30 @@ def test_kl_tokens_and_base_nll(one, two, folder):
     assert all(column.any() for column in two[0]["kl_tokens"])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_rank_without_work_neither_waits_nor_pulls(stage, one, two, reference_run):
-    assert relative_error(reference_run["start"], one["one_dialogue"]) > 1e-4
-    for result in two:
-        assert relative_error(result[f"one_dialogue{stage}"], one["one_dialogue"]) < 1e-6
+@pytest.mark.parametrize("scenario", ONE_DIALOGUE)
+def test_a_rank_without_work_neither_waits_nor_pulls(scenario, one, two, reference_run):
+    alone = one["one_dialogue"]
+    assert relative_error(reference_run["start"], alone["weights"]) > 1e-4
+    results = [result[f"one_dialogue_{scenario}"] for result in two]
+    trained = sorted(reduce_metrics(result["metrics"])["learner/trained_tokens"] for result in results)
+    assert trained == [0, sum(sample.num_trained for sample in one_dialogue()[0])]
+    for result in results:
+        assert relative_error(result["weights"], alone["weights"]) < 1e-6
+        assert grad_norms([result["metrics"]]) == pytest.approx(grad_norms([alone["metrics"]]), rel=1e-5)
 
 
 def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
-    losses = reference_warm_up["losses"]
-    assert losses[-1] < losses[0] - 0.5
+    steps = reference_warm_up["steps"]
+    assert all(last < first for first, last in zip(steps[0], steps[-1], strict=True))
     runs = [([one["warm_up"]["metrics"]], one["warm_up"]["weights"])]
     for stage in (1, 3):
         metrics = [result[f"warm_up{stage}"]["metrics"] for result in two]
         runs += [(metrics, result[f"warm_up{stage}"]["weights"]) for result in two]
     for metrics, weights in runs:
         pooled = reduce_metrics([metric for records in metrics for metric in records])
-        assert pooled["warm_up/loss_first"] == pytest.approx(losses[0], rel=1e-5)
-        assert pooled["warm_up/loss_last"] == pytest.approx(losses[-1], rel=1e-5)
-        assert pooled["warm_up/steps"] == len(losses)
+        for name, losses in (("first", steps[0]), ("last", steps[-1])):
+            assert [pooled[f"warm_up/{loss}_{name}"] for loss in ("format_nll", "reply_kl")] == pytest.approx(losses, rel=1e-5)
+        assert pooled["warm_up/steps"] == len(steps)
         assert relative_error(weights, reference_warm_up["model"].state_dict()) < 1e-5
 
 
@@ -488,6 +587,13 @@ def test_after_warm_up_the_learner_is_as_one_built_on_the_exported_weights(one, 
     for result in two:
         for stage in (1, 3):
             assert relative_error(result[f"warm_up{stage}"]["training"]["weights"], built["weights"]) < 1e-4
+
+
+def test_set_up_compiles_the_op_that_a_learner_loads():
+    command = ["-m", "rlver_dist.learner.engine", "--build-ops"]
+    assert f".venv/bin/python {' '.join(command)}" in (Path(__file__).parents[2] / "launch" / "setup.sh").read_text()
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=TIMEOUT_S)
+    assert list(Path(get_default_build_root()).glob("**/deepspeed_shm_comm.so"))
 
 
 def test_no_shared_memory_is_left_behind(one, two):

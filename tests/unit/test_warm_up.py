@@ -87,12 +87,13 @@ def test_samples_hold_the_models_own_thought_and_reply_under_the_think_prompt(to
     model = Model(tokenizer)
     pairs = make(model, tokenizer)
     samples = [pair.sample for pair in pairs]
-    assert [sample.dialogue_id for sample in samples] == [f"warm_up-{n:04d}-t{turn}" for n in range(3) for turn in (0, 1)]
+    # Samples of a dialogue share their history in training.
+    assert [sample.dialogue_id for sample in samples] == [f"warm_up-{n:04d}" for n in range(3) for _ in (0, 1)]
     assert [sample.turn_index for sample in samples] == [0, 1] * 3
     thinking = Renderer(tokenizer, system_prompt(CONFIG.model, think=True), think=True)
-    replies = {f"{request.dialogue_id}-t{request.turn_index}": request for _, request in model.asked}
+    replies = {(request.dialogue_id, request.turn_index): request for _, request in model.asked}
     for first, second in zip(samples[::2], samples[1::2], strict=True):
-        said = [f"I hear you, {replies[sample.dialogue_id].seed % 97}." for sample in (first, second)]
+        said = [f"I hear you, {replies[sample.dialogue_id, sample.turn_index].seed % 97}." for sample in (first, second)]
         for sample, reply in zip((first, second), said, strict=True):
             assert target(sample, tokenizer) == f"<think>They are tired and want rest.</think>\n{reply}<|im_end|>"
             assert sample.group_id == sample.dialogue_id
@@ -102,7 +103,7 @@ def test_samples_hold_the_models_own_thought_and_reply_under_the_think_prompt(to
         assert first.token_ids[: first.loss_mask.index(True)] == prompt
         assert second.token_ids[: second.loss_mask.index(True)] == thinking.next_prompt(prompt, [], said[0], "It was a long day.")
     for pair in pairs:
-        asked = replies[pair.sample.dialogue_id]
+        asked = replies[pair.sample.dialogue_id, pair.sample.turn_index]
         reply = f"I hear you, {asked.seed % 97}.<|im_end|>"
         assert pair.plain.token_ids == [*asked.prompt_ids, *tokenizer.encode(reply)] and target(pair.plain, tokenizer) == reply
         trained = [one.token_ids[-pair.plain.num_trained :] for one in (pair.sample, pair.plain)]
