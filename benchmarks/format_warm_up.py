@@ -1,11 +1,11 @@
 """What the warm-up teaches SmolLM2 beside the think format: `warm_up.*` of `+on=cpu` chosen by measurement.
 
-    python -m benchmarks.format_warm_up --dialogues 64 --lr 2e-4 --epochs 2
+    python -m benchmarks.format_warm_up --dialogues 24 --turns 6 --lr 2e-4 --epochs 2
 
-In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds two turns with
-users of the evaluation split before and after. Columns: share of well-formed replies, of truncated ones, tokens up to the reply and of
-the reply, distinct-2 and the base model's perplexity of what was heard, and the mean change of emotion a reply. The first two rows are
-the model as it came, without and with the instruction to think.
+In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds eight turns with
+users of the evaluation split before and after. Columns: share of well-formed replies of the first three turns and of the later ones, of
+truncated ones, tokens up to the reply and of the reply, distinct-2 and the base model's perplexity of what was heard, and the mean change
+of emotion a reply. The first two rows are the model as it came, without and with the instruction to think.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 from rlver_dist.choices import Device, Precision
 from rlver_dist.config import RolloutConfig, RunConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
-from rlver_dist.dialogue import Dialogue
+from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.evaluation.held_out import evaluation_tasks, visible_samples
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.policy import PolicyLearner
@@ -44,6 +45,8 @@ from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.training_config import ModelConfig, WarmUpConfig
 from rlver_dist.warm_up import warm_up_samples
 
+TRAINED_TURNS = 3
+"""Turns of a training dialogue in `+on=cpu`."""
 MODEL_YAML = Path(__file__).parents[1] / "conf" / "model" / "smollm2_135m_instruct.yaml"
 
 
@@ -55,7 +58,7 @@ class Measurement:
         self.folder = resolve(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.limits = CollectLimits(
-            max_turns=2, max_reply_tokens=config.rollout.max_turn_tokens, max_context_tokens=config.model.max_context_tokens,
+            max_turns=8, max_reply_tokens=config.rollout.max_turn_tokens, max_context_tokens=config.model.max_context_tokens,
             end_on_truncation=False, strict_format=False, temperature=temperature, max_concurrent=64, request_timeout_s=600.0,
         )  # fmt: skip
         self.personas = load_split("bank", "evaluation")[:num_personas]
@@ -111,16 +114,23 @@ class Measurement:
         turns = [turn for dialogue in dialogues for turn in dialogue.turns]
         thoughts = [turn.thinking_tokens for turn in turns]
         nll, tokens = learner.base_nll(visible_samples(dialogues, self.renderer(think=False)))
+        perplexity = math.exp(nll / tokens) if tokens else math.nan
         print(
-            f"{name:<34} well-formed {statistics.fmean(turn.well_formed for turn in turns):6.1%}  "
+            f"{name:<24} well-formed {kept(turns, range(TRAINED_TURNS))} then {kept(turns, range(TRAINED_TURNS, 8))}  "
             f"truncated {statistics.fmean(turn.truncated for turn in turns):6.1%}  tokens {statistics.fmean(thoughts):5.1f} + "
             f"{statistics.fmean(len(turn.reply_ids) - thought for turn, thought in zip(turns, thoughts, strict=True)):5.1f}  "
-            f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  perplexity {math.exp(nll / tokens):.1f}  "
+            f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  perplexity {perplexity:.1f}  "
             f"emotion {statistics.fmean(turn.emotion_after - turn.emotion_before for turn in turns):+.2f}",
             flush=True,
         )
         for dialogue in dialogues[:num_shown]:
             print(f"    {dialogue.opening}\n    -> {self.tokenizer.decode(dialogue.turns[0].reply_ids)!r}", flush=True)
+
+
+def kept(turns: list[Turn], numbers: range) -> str:
+    """Share of well-formed replies among the turns of these numbers."""
+    chosen = [turn.well_formed for turn in turns if turn.index in numbers]
+    return f"{statistics.fmean(chosen):6.1%}" if chosen else "     -"
 
 
 def make_learner(config: RunConfig) -> PolicyLearner:
@@ -150,9 +160,11 @@ async def measure(arguments: argparse.Namespace) -> None:
     )
     config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
     bench = Measurement(config, arguments.temperature, arguments.personas)
-    await bench.engine.start()
-    learner = make_learner(config)
-    try:
+    with ExitStack() as stack:
+        stack.callback(bench.engine.close)
+        await bench.engine.start()
+        learner = make_learner(config)
+        stack.callback(learner.close)
         await bench.report("as it came, no think", learner, think=False, num_shown=arguments.shown)
         await bench.report("as it came, think", learner, think=True, num_shown=arguments.shown)
         samples = await bench.samples()
@@ -165,19 +177,16 @@ async def measure(arguments: argparse.Namespace) -> None:
         print(f"{spent:.0f} s, {steps} steps, loss {values}")
         await bench.serve(learner)
         await bench.report("warmed up, think", learner, think=True, num_shown=arguments.shown)
-    finally:
-        learner.close()
-        bench.engine.close()
 
 
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Measure the think format before and after imitation.")
-    parser.add_argument("--dialogues", type=int, default=64)
+    parser.add_argument("--dialogues", type=int, default=24)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--thought-tokens", type=int, default=24)
     parser.add_argument("--thinking-tokens", type=int, default=32)
     parser.add_argument("--reply-tokens", type=int, default=56)
