@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,22 +34,24 @@ class Session:
         num_cpus: cores of all nodes.
         num_nodes: nodes that are alive.
         dashboard: address of the Ray dashboard; empty where there is none.
+        token: what the dashboard and everybody who joins has to show; empty where this process did not choose it.
     """
 
     num_gpus: int
     num_cpus: int
     num_nodes: int
     dashboard: str
+    token: str
 
 
 def open_session(cluster: ClusterConfig) -> Session:
-    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, listening on loopback."""
+    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, behind a token and with its dashboard on loopback."""
+    token = ""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         context = ray.init(address=address, log_to_driver=False)
     else:
-        # Ray turns token authentication on for a cluster that it starts; one that listens on loopback alone needs none.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        token = _choose_token()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -64,7 +68,22 @@ def open_session(cluster: ClusterConfig) -> Session:
         num_cpus=int(have.get("CPU", 1)),
         num_nodes=sum(node["Alive"] for node in ray.nodes()),
         dashboard=context.dashboard_url or "",
+        token=token,
     )
+
+
+def _choose_token() -> str:
+    """A token of its own for the cluster that this process is about to start; none where the environment has chosen how Ray authenticates.
+
+    Ray listens on all of the machine's addresses, and whoever reaches it could run code. By itself it would leave a token in the
+    user's home, for all clusters to come.
+    """
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return ""
+    # Ray says in a warning that it does what it does by default.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+    return os.environ["RAY_AUTH_TOKEN"]
 
 
 def close_session() -> None:

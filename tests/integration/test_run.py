@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ class Launch:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            # Ray leaves the token of other tests' clusters in this process's environment.
+            env={**{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}, "PYTHONUNBUFFERED": "1"},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -88,27 +90,38 @@ class Launch:
         return Finished(self.folder, code, "".join(self.lines), left_over=left_over)
 
 
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+def get(url: str, token: str = "") -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=10) as answer:
         return answer.read().decode()
 
 
-def ray_metrics(dashboard: str) -> str:
-    """Every node's Prometheus page, found through the dashboard's own service discovery."""
-    targets = [target for group in json.loads(get(f"{dashboard}/api/prometheus/sd")) for target in group["targets"]]
-    return "\n".join(get(f"http://{target}/metrics") for target in targets)
+class Dashboard:
+    """The Ray dashboard of a run, as its console names it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.address, self.token = launch.wait_for(r"Ray dashboard: (\S+) \(token (\w+)\)").groups()
+
+    def actors(self) -> list[dict]:
+        return json.loads(get(f"{self.address}/api/v0/actors", self.token))["data"]["result"]["result"]
+
+    def metrics(self) -> str:
+        """Every node's Prometheus page, found through the dashboard's own service discovery."""
+        found = json.loads(get(f"{self.address}/api/prometheus/sd", self.token))
+        return "\n".join(get(f"http://{target}/metrics") for group in found for target in group["targets"])
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Finished:
     folder = tmp_path_factory.mktemp("run") / "first"
     launch = Launch(folder, "evaluation.num_personas=3", "num_iterations=4", "save_every=3", recipe="ppo_no_think")
-    dashboard = launch.wait_for(r"Ray dashboard: (\S+)").group(1)
+    dashboard = Dashboard(launch)
     launch.wait_for(r"iteration 1/4")
-    listed = json.loads(get(f"{dashboard}/api/v0/actors"))["data"]["result"]["result"]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        get(f"{dashboard.address}/api/v0/actors")
+    listed = dashboard.actors()
     seen, deadline = "", time.monotonic() + 60
     while "ray_rlver_reward_mean" not in seen and launch.process.poll() is None and time.monotonic() < deadline:
-        seen = ray_metrics(dashboard)
+        seen = dashboard.metrics()
         time.sleep(0.5)
     finished = launch.finish()
     finished.actors = {actor["name"] for actor in listed if actor["state"] == "ALIVE"}
@@ -266,9 +279,9 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
 def test_a_small_chat_model_speaks_for_the_users(tmp_path):
     small = ["rollout.dialogues_per_iteration=8", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
     launch = Launch(tmp_path / "llm", "simulator=vllm", *small, "num_iterations=2", on="cpu")
-    dashboard = launch.wait_for(r"Ray dashboard: (\S+)").group(1)
+    dashboard = Dashboard(launch)
     launch.wait_for(r"iteration 1: rollout")
-    listed = json.loads(get(f"{dashboard}/api/v0/actors"))["data"]["result"]["result"]
+    listed = dashboard.actors()
     ended = launch.finish()
     assert ended.code == 0, ended.output
     assert "user_engine_0" in {actor["name"] for actor in listed if actor["state"] == "ALIVE"}
