@@ -61,11 +61,6 @@ def resolve(path: str, key: str = "model.path") -> str:
     return path
 
 
-def weight_bytes(folder: str) -> int | None:
-    """Bytes of a local model's weight files; None for a hub id, whose size nobody knows before the download."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) or None
-
-
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
     """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors format)."""
     shapes: dict[str, list[int]] = {}

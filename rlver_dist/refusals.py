@@ -10,11 +10,12 @@ from pathlib import Path
 from rlver_dist.choices import CriticTrunk, Device, Precision, SimulatorBackend
 from rlver_dist.config import RunConfig
 from rlver_dist.errors import ResourceError
-from rlver_dist.models import resolve, weight_bytes, weight_shapes
+from rlver_dist.models import resolve, weight_shapes
 from rlver_dist.simulator.endpoints import key_from_environment, parse_address
 from rlver_dist.training_config import check_num_layers
 
 GIB = 1024**3
+BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
 
 
 def check_parts(config: RunConfig) -> None:
@@ -33,7 +34,8 @@ def check_parts(config: RunConfig) -> None:
         for address in simulator.openai.addresses:
             parse_address(address)
     users = resolve(simulator.engine.model, "simulator.engine.model") if simulator.backend is SimulatorBackend.vllm else None
-    if config.cluster.device is Device.cpu:
+    here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if config.cluster.device is Device.cpu and here:
         check_memory(config, policy, users, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -71,36 +73,48 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
     Raises:
         ResourceError: says what is needed, what is there, and the way out.
     """
-    engine, cluster = config.simulator.engine, config.cluster
+    engine, cluster, size = config.simulator.engine, config.cluster, BYTES[config.model.dtype]
     need = {
-        "engines": max(cluster.engines, 1) * (_weights(policy) + cluster.kv_cache_gib * GIB),
+        "engines": max(cluster.engines, 1) * (_numbers(policy) * size + cluster.kv_cache_gib * GIB),
         "learners": _learner_bytes(config, policy),
     }
     if users is not None:
-        need["users' engines"] = max(engine.engines, 1) * (_weights(users) + engine.kv_cache_gib * GIB)
-    total = sum(need.values())
+        need["users' engines"] = max(engine.engines, 1) * (_numbers(users) * BYTES[engine.dtype] + engine.kv_cache_gib * GIB)
+    total, largest = sum(need.values()), max(need, key=lambda name: need[name])
     if total > have:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
-        largest_is_users = max(need, key=lambda name: need[name]) == "users' engines"
-        named = f"simulator.engine.model={engine.model}" if largest_is_users else f"model.path={config.model.path}"
-        way_out = "simulator.engine.kv_cache_gib, or simulator=embedded" if largest_is_users else "cluster.kv_cache_gib, or GPUs"
+        key, value, way_out = {
+            "engines": ("model.path", config.model.path, "cluster.kv_cache_gib"),
+            "learners": ("model.path", config.model.path, "model.lora.rank, or critic.trunk=frozen"),
+            "users' engines": ("simulator.engine.model", engine.model, "simulator.engine.kv_cache_gib, or simulator=embedded"),
+        }[largest]
         raise ResourceError(
-            f"{named}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({parts}) and this machine has "
+            f"{key}={value}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({parts}) and this machine has "
             f"{have / GIB:.1f} GiB; use a smaller model or {way_out}"
         )
 
 
-def _weights(folder: str) -> int:
-    return weight_bytes(folder) or 0
+def _numbers(folder: str, layers: int = 0) -> int:
+    """Numbers in a local model's weights, or in those of its first `layers` layers and without a head; 0 for a hub id."""
+    shapes = weight_shapes(Path(folder))
+    if layers:
+        left_out = [name for name in shapes if name == "lm_head.weight" or (".layers." in name and _layer(name) >= layers)]
+        shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
 
 
 def _learner_bytes(config: RunConfig, policy: str) -> int:
-    """Of one copy of what each learner holds: weights, and for each parameter that learns its float32 copy, gradient and moments."""
-    if not weight_bytes(policy):
-        return 0
-    parameters = sum(math.prod(shape) for shape in weight_shapes(Path(policy)).values())
+    """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy, gradient and moments."""
+    size, critic = BYTES[config.model.dtype], config.critic
     # A float32 model is its own float32 copy.
-    optimizer = parameters * (12 if config.model.dtype is Precision.float32 else 16)
-    replicas = 1 + (config.algorithm.kl_coef > 0) + config.has_critic
-    trained = (config.model.lora.rank == 0) + (config.has_critic and config.critic.trunk is CriticTrunk.trained)
-    return replicas * _weights(policy) + trained * optimizer
+    learned = 12 if size == 4 else 16
+    numbers, replicas = _numbers(policy), 1 + (config.algorithm.kl_coef > 0)
+    need = replicas * numbers * size + (learned * numbers if config.model.lora.rank == 0 else 0)
+    if config.has_critic:
+        values = _numbers(policy, critic.num_layers)
+        need += values * size + (learned * values if critic.trunk is CriticTrunk.trained else 0)
+    return need
