@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rlver_dist.errors import ConfigError
 from rlver_dist.experience.packing import PackedRow, Span
 from rlver_dist.learner.attention import ATTENTION_NAME, register
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Measure = Callable[[torch.Tensor, torch.Tensor, float], Any]
 """What is computed of logits `[S, V]`, targets `[S]` and the temperature."""
+CHANGED_LOGITS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Options of Hugging Face models by which scores or logits are bounded or scaled."""
 ROWS_AT_ONCE = 32
 """Rows of logits that are held in float32 at a time; 32 rows of a 49k vocabulary stay in a CPU's cache."""
 
@@ -126,10 +129,21 @@ class PolicyModel(torch.nn.Module):
 
 
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model from a Hugging Face folder or hub id, with packed attention."""
+    """Load a causal language model from a Hugging Face folder or hub id, with packed attention.
+
+    Raises:
+        ConfigError: the model does more to its scores or logits than `PolicyModel` and `packed_causal_attention` do.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     register()
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    for name in CHANGED_LOGITS:
+        value = getattr(model.config, name, None)
+        if value is not None and value != 1:
+            raise ConfigError(
+                f"model.path={path}: {name}={value} is not trained as the engines sample; use a model of Llama's or Qwen2's kind"
+            )
+    return model

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from rlver_dist.errors import ConfigError
 from rlver_dist.experience.packing import Span, pack
 from rlver_dist.experience.prefixes import make_units
 from rlver_dist.experience.samples import TurnSample
@@ -190,3 +191,10 @@ def test_refuses_what_it_cannot_do(arguments, message):
     query, key = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)
     with pytest.raises(ValueError, match=message):
         attention.packed_causal_attention(torch.nn.Identity(), query, key, key, None, **arguments)
+
+
+def test_a_model_that_bounds_its_logits_is_refused(tmp_path):
+    shape = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=4, attn_logit_softcapping=None)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^model.path={tmp_path}: final_logit_softcapping=30.0 is not trained as the engines sample"):
+        scoring.load_model(str(tmp_path), torch.float32)
