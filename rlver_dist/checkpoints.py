@@ -39,7 +39,7 @@ class Progress:
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
-        shape: options that the learners' state fits (`RunConfig.learner_shape`), and the ranks of each learner (`Layout.ranks`).
+        shape: options that what is saved fits (`RunConfig.lasting_options`), and the ranks of each learner (`Layout.ranks`).
     """
 
     iteration: int

@@ -226,15 +226,18 @@ class RunConfig:
         return judged or self.simulator.backend is SimulatorBackend.openai or bool(self.simulator.further_judges)
 
     @property
-    def learner_shape(self) -> dict[str, str]:
-        """Options that a learner's saved state and the results before training fit, by key: a run goes on only with equal ones."""
+    def lasting_options(self) -> dict[str, str]:
+        """Options that a learner's saved state, and a comparison with the evaluation before training, hold for; by key. A run goes on only
+        with equal ones."""
         keys = ["model.path", "model.dtype", "learner.zero_stage", "algorithm.name", "rollout.think", "model.lora.rank"]
         if self.model.lora.rank:
             keys += ["model.lora.alpha", "model.lora.target_modules"]
         if self.has_critic:
             keys += ["critic.num_layers", "critic.head_units", "critic.zero_stage", "critic.trunk"]
         if self.evaluation.num_personas:
-            keys += ["evaluation.max_turns", "evaluation.temperature", "rollout.max_reply_tokens", "model.system_prompt"]
+            keys += ["seed", "data.evaluation", "simulator.backend", "simulator.engine.model", "simulator.openai.model"]
+            keys += ["evaluation.max_turns", "evaluation.temperature", "model.system_prompt", "model.max_context_tokens"]
+            keys += ["rollout.max_reply_tokens", "rollout.end_on_truncation"]
             keys += ["rollout.max_thinking_tokens", "model.think_instruction"] if self.rollout.think else []
         values = {key: attrgetter(key)(self) for key in keys}
         return {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}

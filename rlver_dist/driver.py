@@ -64,7 +64,7 @@ class Driver:
             control={},
             kl_coef=config.algorithm.kl_coef,
             wall_s=0.0,
-            shape=config.learner_shape | parts.ranks,
+            shape=config.lasting_options | parts.ranks,
         )
 
     @property

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -45,7 +46,9 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
     started = time.monotonic()
     console = Console(config.num_iterations)
     learners = ("policy", "critic") if config.has_critic else ("policy",)
-    start = choose(CheckpointStore(Path(config.output_dir), config.keep_checkpoints), config.resume, learners, config.learner_shape)
+    store = CheckpointStore(Path(config.output_dir), config.keep_checkpoints)
+    start = choose(store, config.resume, learners, config.lasting_options)
+    there = store.latest()
     try:
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
         with console.phase("starting Ray", 1) as advance:
@@ -56,32 +59,32 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
             layout.require_ranks(str(start), CheckpointStore.read(start).shape)
         on_accepted()
         if session.dashboard:
-            console.note(f"Ray dashboard: http://{session.dashboard}")
-        return asyncio.run(_until_interrupted(config, console, _run(config, layout, start, train, evaluation, console, started)))
+            console.note(f"Ray dashboard: http://{session.dashboard}" + (f" (token {session.token})" if session.token else ""))
+        return asyncio.run(_until_interrupted(config, there, console, _run(config, layout, start, train, evaluation, console, started)))
     finally:
         close_session()
 
 
-async def _until_interrupted(config: RunConfig, console: Console, running: Coroutine[Any, Any, None]) -> int:
+async def _until_interrupted(config: RunConfig, there: Path | None, console: Console, running: Coroutine[Any, Any, None]) -> int:
     with _interruptible() as interrupted:
         try:
             await running
             return 0
         except BudgetError as error:
-            raise BudgetError(f"{error}; {_way_on(config)}") from error
+            raise BudgetError(f"{error}; {_way_on(config, there)}") from error
         except asyncio.CancelledError:
             if not interrupted():
                 raise
-            console.note(f"interrupted; {_way_on(config)}")
+            console.note(f"interrupted; {_way_on(config, there)}")
             return EXIT_INTERRUPTED
 
 
-def _way_on(config: RunConfig) -> str:
-    """What a run that stopped early has saved, and the command that goes on from there."""
+def _way_on(config: RunConfig, there: Path | None) -> str:
+    """What a run that stopped early has saved, and the command that goes on from there; `there` is the newest checkpoint at its start."""
     newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
-    if newest is None:
+    if newest is None or newest == there:
         again = _command(config, but=("output_dir=",))
-        return f"stopped with no checkpoint yet (save_every={config.save_every}); start again with: {again}"
+        return f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
     return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
 
 
@@ -184,9 +187,11 @@ def _report(
     output = Path(config.output_dir)
     summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": driver.wall_s}
     pairs = []
-    if before is not None and after is not None:
-        held_out = {"control": driver.progress.control or None, "before": asdict(before), "after": asdict(after)}
+    if after is not None:
+        held_out = {"control": driver.progress.control or None, "before": before and asdict(before), "after": asdict(after)}
         _write_json(output / "held_out.json", held_out)
+        summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
+    if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
         if driver.progress.control:
             summary["warm_up"] = compare(HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples)

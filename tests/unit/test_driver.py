@@ -252,7 +252,7 @@ def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer)
     second = Harness(tmp_path / "cut", renderer)
     checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
     assert checkpoint is not None
-    assert CheckpointStore.read(checkpoint).shape == {**first.config.learner_shape, "policy_learner": "3"}
+    assert CheckpointStore.read(checkpoint).shape == {**first.config.lasting_options, "policy_learner": "3"}
 
     asyncio.run(second.go_on(checkpoint))
     assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export policy"]
