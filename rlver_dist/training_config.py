@@ -253,7 +253,7 @@ class WarmUpConfig:
     epochs: int = 1
     """Passes over the replies."""
     batch_size: int = 16
-    """Replies an optimizer step, on average: the replies of a dialogue stay together."""
+    """Replies an optimizer step, on average: the replies of a dialogue stay together, so a step takes one dialogue at least."""
     lr: float = 5e-5
     """AdamW's learning rate at first; it falls to 0 over the stage. Reinforcement learning starts with a fresh optimizer."""
 

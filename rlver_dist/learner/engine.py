@@ -142,10 +142,10 @@ def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
         del marker
 
 
-def _lr_factor(step: int, warmup: int, num_steps: int | None) -> float:
+def _lr_factor(step: int, warmup: int, decay_steps: int | None) -> float:
     """The share of the learning rate that optimizer step `step`, from 0 on, is taken with."""
     rise = min(1.0, (step + 1) / warmup)
-    return rise if num_steps is None else rise * max(0.0, 1 - step / num_steps)
+    return rise if decay_steps is None else rise * max(0.0, 1 - step / decay_steps)
 
 
 class TrainingEngine:
@@ -162,7 +162,7 @@ class TrainingEngine:
         settings: dict[str, Any],
         world_size: int,
         tag: str = "policy",
-        num_steps: int | None = None,
+        decay_steps: int | None = None,
     ) -> None:
         """Wrap `model`; every rank calls it with the same arguments.
 
@@ -172,7 +172,7 @@ class TrainingEngine:
             settings: `deepspeed_config` of it.
             world_size: ranks.
             tag: names the learner in checkpoints and errors.
-            num_steps: steps over which the learning rate falls to 0 after the warm-up; None keeps it.
+            decay_steps: steps from the first on over which the learning rate falls to 0, from the warm-up's; None keeps it.
         """
         import deepspeed
 
@@ -185,7 +185,7 @@ class TrainingEngine:
         self._options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(trained, **self._options, fused=True)
         warmup = max(1, config.warmup_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, num_steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, decay_steps))
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         with _quiet():

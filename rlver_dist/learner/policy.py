@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -63,11 +62,11 @@ class PolicyLearner(LearnerRank):
         self._reference_is_base = self._path == self._base_path
 
     def _build_engine(
-        self, config: LearnerConfig, replacement: Weights | None = None, num_steps: int | None = None
+        self, config: LearnerConfig, replacement: Weights | None = None, decay_steps: int | None = None
     ) -> engine.TrainingEngine:
         """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement` in its place.
 
-        With `num_steps` its learning rate falls to 0 over so many steps.
+        With `decay_steps` its learning rate falls to 0 over so many steps.
         """
         settings = engine.deepspeed_config(config, self._config.model.dtype)
         # Replacements go into a whole model, which DeepSpeed shards afterwards.
@@ -78,7 +77,7 @@ class PolicyLearner(LearnerRank):
         if self._config.model.lora.rank > 0:
             add_adapters(model, self._config.model.lora, self._config.seed)
         policy = PolicyModel(model, recompute=config.gradient_checkpointing)
-        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size, num_steps=num_steps)
+        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size, decay_steps=decay_steps)
 
     def _load_frozen(self, path: str, replacement: Weights | None = None) -> PolicyModel:
         """A whole, frozen replica."""
@@ -205,22 +204,25 @@ class PolicyLearner(LearnerRank):
         optimizer and schedule, and these weights as the KL reference.
 
         Args:
-            samples: what to imitate, on every rank, in one order, those of a dialogue side by side; one or more.
+            samples: what to imitate, on every rank, in one order; one or more.
             config: epochs, batch size in samples, and learning rate.
             seed: shuffles the dialogues, anew in each epoch; the samples of one stay together, since they share their history.
 
         Returns:
             This rank's metrics: the losses of the first and the last step, nats a token, and the number of steps.
         """
-        dialogues = [list(members) for _, members in groupby(range(len(samples)), key=lambda index: samples[index].sample.dialogue_id)]
-        num_batches = min(math.ceil(len(samples) / config.batch_size), len(dialogues))
+        by_dialogue: dict[str, list[int]] = {}
+        for index, one in enumerate(samples):
+            by_dialogue.setdefault(one.sample.dialogue_id, []).append(index)
+        dialogues = list(by_dialogue.values())
+        count, num_batches = len(dialogues), min(math.ceil(len(samples) / config.batch_size), len(dialogues))
         self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0), config.epochs * num_batches)
         teacher, shuffler, steps = self._base(), random.Random(seed), []
         for _ in range(config.epochs):
             shuffler.shuffle(dialogues)
-            order = [index for members in dialogues for index in members]
-            for part in split_updates([samples[index].sample.dialogue_id for index in order], num_batches):
-                steps.append(self._imitate_step(teacher, samples, [order[place] for place in part]))
+            for number in range(num_batches):
+                chosen = dialogues[number * count // num_batches : (number + 1) * count // num_batches]
+                steps.append(self._imitate_step(teacher, samples, [index for members in chosen for index in members]))
         del teacher
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
@@ -242,14 +244,14 @@ class PolicyLearner(LearnerRank):
         self._engine.step()
         return tally.metrics("warm_up/")
 
-    def _rebuild(self, config: LearnerConfig, num_steps: int | None = None) -> Weights:
+    def _rebuild(self, config: LearnerConfig, decay_steps: int | None = None) -> Weights:
         """Replace the engine by a fresh one around its weights, which are returned, on the CPU."""
         current = {name: tensor.cpu().clone() for name, tensor in self.iter_full_tensors()}
         # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one another.
         self._engine.free()
         del self._engine
         gc.collect()
-        self._engine = self._build_engine(config, current, num_steps)
+        self._engine = self._build_engine(config, current, decay_steps)
         return current
 
     @torch.no_grad()

@@ -21,3 +21,4 @@ def test_the_learning_rate_rises_and_stays():
 
 def test_the_learning_rate_of_a_stage_falls_to_0():
     assert [_lr_factor(step, 1, 4) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [_lr_factor(step, 2, 4) for step in range(5)] == [0.5, 0.75, 0.5, 0.25, 0.0]
