@@ -58,14 +58,25 @@ class Critic:
 class Paired:
     """A learner whose update waits until the other one's has begun, and then `fails` or goes on for long."""
 
-    def __init__(self, mine: asyncio.Event, other: asyncio.Event, *, fails: bool = False, stays: bool = False) -> None:
-        self._mine, self._other, self._fails, self._stays = mine, other, fails, stays
+    def __init__(
+        self, mine: asyncio.Event, other: asyncio.Event, *, fails: bool = False, stays: bool = False, scores: bool = False
+    ) -> None:
+        """`scores`: meets the other one when it scores already, not only in the update."""
+        self._mine, self._other, self._fails, self._stays, self._scores = mine, other, fails, stays, scores
         self.ended = ""
 
     async def values(self, samples) -> list[Tensor]:
+        if self._scores:
+            await self._work()
         return [torch.zeros(sample.num_trained) for sample in samples]
 
+    kl_tokens = values
+
     async def update(self, *_):
+        await self._work()
+        return []
+
+    async def _work(self):
         self._mine.set()
         await self._other.wait()
         try:
@@ -76,7 +87,6 @@ class Paired:
             self.ended = "called off"
             raise
         self.ended = "done"
-        return []
 
 
 TALKS = [dialogue("a", 40.0, 50.0), dialogue("b", 34.0, 30.0)]
@@ -130,8 +140,8 @@ async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paire
     """Both learners after a step, and what it raised."""
     begun = asyncio.Event(), asyncio.Event()
     policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
-    config = RunConfig(algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1))
-    step = train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.0, critic_only=False)
+    config = RunConfig(algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward))
+    step = train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
     try:
         await asyncio.wait_for(step, 5)
     except ConnectionError as error:
@@ -144,9 +154,10 @@ def test_policy_and_critic_learn_at_the_same_time():
     assert failure is None and policy.ended == critic.ended == "done"
 
 
+@pytest.mark.parametrize("scores", [False, True], ids=["updating", "scoring"])
 @pytest.mark.parametrize("failing", [0, 1], ids=["policy", "critic"])
-def test_a_learner_that_fails_ends_the_step_without_waiting_for_the_other(failing: int):
-    options = [{"stays": True}, {"stays": True}]
-    options[failing] = {"fails": True}
+def test_a_learner_that_fails_ends_the_step_without_waiting_for_the_other(failing: int, scores: bool):
+    options = [{"stays": True, "scores": scores}, {"stays": True, "scores": scores}]
+    options[failing] = {"fails": True, "scores": scores}
     *learners, failure = asyncio.run(update_both(*options))
     assert str(failure) == "this learner is gone" and learners[1 - failing].ended == "called off"
