@@ -60,15 +60,17 @@ def figures(summary: dict[str, Any]) -> list[str]:
         ("emotion, warm-up alone", warm_up),
         ("emotion, second judge, warm-up alone", warm_up.get("second_appraiser")),
     ):
-        if row:
+        if row and row["difference"] is not None:
             low, high = row["interval95"]
             lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
     for name, of in (("", summary), (", warm-up alone", warm_up)):
         for key in ("distinct2", "thinking_distinct2", "perplexity", "well_formed"):
+            before, after = (of.get(key, {}).get(when) for when in ("before", "after"))
             # The model as it came replied without thoughts and their format.
-            if key in of and (of is summary or key in ("distinct2", "perplexity")) and any(of[key].values()):
-                before, after = (of[key][when] for when in ("before", "after"))
-                lines.append(f"| {key}{name} | {before:.3g} | {after:.3g} | {f'x {after / before:.2f}' if before else ''} | |")
+            compares = of is summary or key in ("distinct2", "perplexity")
+            if before is None or after is None or not compares or (key == "thinking_distinct2" and not before and not after):
+                continue
+            lines.append(f"| {key}{name} | {before:.3g} | {after:.3g} | {f'x {after / before:.2f}' if before else ''} | |")
     return lines
 
 
