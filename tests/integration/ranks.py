@@ -1,10 +1,24 @@
 """Learner ranks in spawned processes of their own, since DeepSpeed keeps process-wide state."""
 
+import itertools
 import socket
 import time
 
 import torch
 
+from rlver_dist.choices import Precision
+
+SETTINGS = {
+    f"stage{stage}{'_recompute' if recompute else ''}{'_offload' if offload else ''}": dict(
+        zero_stage=stage, gradient_checkpointing=recompute, offload_optimizer=offload
+    )
+    for stage, recompute, offload in itertools.product(range(4), (False, True), (False, True))
+    if stage or not offload
+}
+"""Every way in which DeepSpeed can be asked to train, by name."""
+BFLOAT16 = {f"bfloat16_{name}": dict(dtype=Precision.bfloat16, **changes) for name, changes in SETTINGS.items() if changes["zero_stage"]}
+SHARDED = {name: changes for name, changes in SETTINGS.items() if changes["zero_stage"] >= 2}
+"""Those in which ranks meet within a step, so that one without work could leave the others waiting."""
 NAMES = {1: ("one_rank",), 2: ("two_ranks_0", "two_ranks_1")}
 """Where each rank writes what it found, by the number of ranks."""
 TIMEOUT_S = 300

@@ -6,10 +6,11 @@ Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wid
 import dataclasses
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
-from ranks import place, run_jobs, run_ranks
+from ranks import BFLOAT16, SETTINGS, SHARDED, place, run_jobs, run_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -29,38 +30,7 @@ CONFIG = RunConfig(
     critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.02, epochs=2),
 )
 FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
-CUTS = {
-    "stage1": {},
-    "stage0": dict(zero_stage=0),
-    "stage2": dict(zero_stage=2),
-    "stage3": dict(zero_stage=3),
-    "many_micro_batches": dict(micro_batch_tokens=128),
-    "unshared": dict(share_prefixes=False),
-    "recompute": dict(gradient_checkpointing=True),
-    "offload1": dict(offload_optimizer=True, micro_batch_tokens=128),
-    "offload2": dict(offload_optimizer=True, zero_stage=2),
-    "offload3": dict(offload_optimizer=True, zero_stage=3, micro_batch_tokens=128),
-}
-RECOMPUTE = {
-    "stage2_recompute": dict(zero_stage=2, gradient_checkpointing=True),
-    "stage2_recompute_offload": dict(zero_stage=2, gradient_checkpointing=True, offload_optimizer=True),
-    "stage3_recompute": dict(zero_stage=3, gradient_checkpointing=True),
-    "stage3_recompute_offload": dict(zero_stage=3, gradient_checkpointing=True, offload_optimizer=True),
-}
-TWO_RANKS = {
-    **{name: {"micro_batch_tokens": 128, **CUTS[name]} for name in ("stage0", "stage1", "stage2", "stage3", "offload2", "offload3")},
-    **{name: dict(micro_batch_tokens=128, **changes) for name, changes in RECOMPUTE.items()},
-}
-BFLOAT16 = {
-    "bfloat16": dict(dtype=Precision.bfloat16),
-    "bfloat16_offload": dict(dtype=Precision.bfloat16, offload_optimizer=True, micro_batch_tokens=128),
-    "bfloat16_offload3": dict(dtype=Precision.bfloat16, offload_optimizer=True, zero_stage=3),
-}
-BFLOAT16_TWO_RANKS = {
-    f"bfloat16_{name}": dict(dtype=Precision.bfloat16, **TWO_RANKS[name])
-    for name in ("stage1", "stage2", "offload2", "stage3", "stage3_recompute_offload")
-}
-ONE_SAMPLE = {"stage3": dict(zero_stage=3), **RECOMPUTE}
+CUTS = {**SETTINGS, "unshared": dict(share_prefixes=False), "many_micro_batches": dict(micro_batch_tokens=128)}
 ITERATIONS = 2
 VOCABULARY = 400
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -171,10 +141,11 @@ def one_rank(_, port, folder):
 
 def two_ranks(rank, port, folder):
     build = learner_builder(rank, 2, port)
-    jobs = {name: (configure(folder, **changes), train) for name, changes in (TWO_RANKS | BFLOAT16_TWO_RANKS).items()}
+    cut = partial(configure, folder, micro_batch_tokens=128)
+    jobs = {name: (cut(**changes), train) for name, changes in (SETTINGS | BFLOAT16).items()}
     jobs["frozen"] = (configure(folder, **FROZEN, zero_stage=3), train)
     jobs["resume"] = resume_job(configure(folder, zero_stage=3), f"{folder}/checkpoint2")
-    jobs |= {f"one_sample_{name}": (configure(folder, **changes), learn_one_sample) for name, changes in ONE_SAMPLE.items()}
+    jobs |= {f"one_sample_{name}": (configure(folder, **changes), learn_one_sample) for name, changes in SHARDED.items()}
     last = build(configure(folder))
     results = run_jobs(build, jobs, "critic")
     last.close()
@@ -313,7 +284,7 @@ def test_one_rank_equals_plain_pytorch(scenario, one, trained_reference):
     check_same_training(one[scenario], trained_reference)
 
 
-@pytest.mark.parametrize("scenario", TWO_RANKS)
+@pytest.mark.parametrize("scenario", SETTINGS)
 def test_two_ranks_equal_plain_pytorch(scenario, two, trained_reference):
     for result in two:
         check_same_training(result[scenario], trained_reference)
@@ -352,11 +323,11 @@ def test_explained_variance_of_the_returns(one):
     assert last[0]["critic/explained_variance"] == pytest.approx(expected) and expected != 0
 
 
-@pytest.mark.parametrize("scenario", [*BFLOAT16, *BFLOAT16_TWO_RANKS])
+@pytest.mark.parametrize("scenario", BFLOAT16)
 def test_bfloat16_follows_float32(scenario, one, two, trained_reference):
     start = trained_reference["start"]
     expected = {name: tensor - start[name] for name, tensor in trained_reference["weights"].items()}
-    for result in [one] if scenario in BFLOAT16 else two:
+    for result in (one, *two):
         end = result[scenario]["weights"]
         # AdamW moves the weights nearly alike for a multiple of the right gradient; its norm is that multiple. Seen: up to 2e-3.
         assert grad_norms(result[scenario]["metrics"]) == pytest.approx(trained_reference["mean_norms"], rel=1e-2)
@@ -374,7 +345,7 @@ def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
         assert rates == [pytest.approx(CONFIG.critic.lr)] * 2
 
 
-@pytest.mark.parametrize("scenario", ONE_SAMPLE)
+@pytest.mark.parametrize("scenario", SHARDED)
 def test_a_rank_without_work_keeps_step(scenario, one, two, trained_reference):
     results = [result[f"one_sample_{scenario}"] for result in two]
     metrics = reduce_metrics(results[0]["metrics"] + results[1]["metrics"])
