@@ -21,8 +21,8 @@ SHARDED = {name: changes for name, changes in SETTINGS.items() if changes["zero_
 """Those in which ranks meet within a step, so that one without work could leave the others waiting."""
 NAMES = {1: ("one_rank",), 2: ("two_ranks_0", "two_ranks_1")}
 """Where each rank writes what it found, by the number of ranks."""
-TIMEOUT_S = 300
-"""More than ten times what the slowest takes on two quiet cores; ranks that wait for each other would do so for half an hour."""
+TIMEOUT_S = 900
+"""Many times what the slowest takes on two quiet cores; ranks that wait for each other would do so for half an hour."""
 
 
 def place(rank, world_size, port):

@@ -529,7 +529,8 @@ def test_a_rank_without_work_neither_waits_nor_pulls(scenario, one, two, referen
 
 def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
     steps = reference_warm_up["steps"]
-    assert all(last < first for first, last in zip(steps[0], steps[-1], strict=True))
+    # A step takes one dialogue or two, so an epoch of seven is what compares.
+    assert sum(format_nll for format_nll, _ in steps[-7:]) < sum(format_nll for format_nll, _ in steps[:7]) - 1
     runs = [([one["warm_up"]["metrics"]], one["warm_up"]["weights"])]
     for stage in (1, 3):
         metrics = [result[f"warm_up{stage}"]["metrics"] for result in two]
@@ -537,7 +538,7 @@ def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
     for metrics, weights in runs:
         pooled = reduce_metrics([metric for records in metrics for metric in records])
         for name, losses in (("first", steps[0]), ("last", steps[-1])):
-            assert [pooled[f"warm_up/{loss}_{name}"] for loss in ("format_nll", "reply_kl")] == pytest.approx(losses, rel=1e-5)
+            assert [pooled[f"warm_up/{loss}_{name}"] for loss in ("format_nll", "reply_kl")] == pytest.approx(losses, rel=1e-5, nan_ok=True)
         assert pooled["warm_up/steps"] == len(steps)
         assert relative_error(weights, reference_warm_up["model"].state_dict()) < 1e-5
 

@@ -91,7 +91,8 @@ class Launch:
 
 
 def get(url: str, token: str = "") -> str:
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=10) as answer:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
         return answer.read().decode()
 
 
@@ -253,7 +254,14 @@ def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(
 
 def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
     small = ["rollout.dialogues_per_iteration=4", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
-    warm_up = ["warm_up.dialogues=8", "warm_up.batch_size=4", "warm_up.epochs=4", "critic.num_layers=2", "algorithm.kl_coef=0.01"]
+    warm_up = [
+        "warm_up.dialogues=8",
+        "warm_up.max_turns=2",
+        "warm_up.batch_size=4",
+        "warm_up.epochs=4",
+        "critic.num_layers=2",
+        "algorithm.kl_coef=0.01",
+    ]
     ended = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
     assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "think" / "summary.json").read_text())
