@@ -190,7 +190,8 @@ def _report(
     if after is not None:
         held_out = {"control": driver.progress.control or None, "before": before and asdict(before), "after": asdict(after)}
         _write_json(output / "held_out.json", held_out)
-        summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
+        if before is None:
+            summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
     if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
         if driver.progress.control:
