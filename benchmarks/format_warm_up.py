@@ -25,14 +25,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from rlver_dist.choices import Device, Precision
-from rlver_dist.config import RolloutConfig, RunConfig, SimulatorConfig
+from rlver_dist.choices import Device
+from rlver_dist.config import ClusterConfig, RolloutConfig, RunConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.evaluation.held_out import evaluation_tasks, visible_samples
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.policy import PolicyLearner
 from rlver_dist.models import resolve
+from rlver_dist.precision import with_precision
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, collect
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 from rlver_dist.rollout.renderer import Renderer, system_prompt
@@ -65,7 +66,7 @@ class Measurement:
         self.users = RewardService(EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=EmbeddedAppraiser())).respond
         self.engine = PolicyEngine(
             EngineSettings(
-                model_path=self.folder, dtype=Precision.bfloat16, device=Device.cpu, seed=0, max_context_tokens=2048,
+                model_path=self.folder, dtype=config.model.dtype, device=Device.cpu, seed=0, max_context_tokens=2048,
                 stop_token_ids=(self.renderer(think=False).end_token_id,), max_concurrent=64, kv_cache_gib=1,
                 cpu_threads=torch.get_num_threads(),
             )
@@ -158,7 +159,8 @@ async def measure(arguments: argparse.Namespace) -> None:
         max_thinking_tokens=arguments.thinking_tokens,
         temperature=arguments.temperature,
     )
-    config = RunConfig(model=ModelConfig(**{**model, "dtype": Precision(model["dtype"])}), warm_up=warm_up, rollout=rollout)
+    cluster = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)
+    config, _ = with_precision(RunConfig(model=ModelConfig(**model), warm_up=warm_up, rollout=rollout, cluster=cluster))
     bench = Measurement(config, arguments.temperature, arguments.personas)
     with ExitStack() as stack:
         stack.callback(bench.engine.close)

@@ -22,6 +22,7 @@ from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError
 from rlver_dist.models import SMOLLM2, resolve
+from rlver_dist.precision import resolve_precision
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings
 from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
@@ -77,7 +78,8 @@ async def measure(arguments: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     engine = ChatEngine(
         EngineSettings(
-            model_path=resolve(arguments.model), dtype=Precision.bfloat16, device=Device.gpu if cuda else Device.cpu, seed=0,
+            model_path=resolve(arguments.model), dtype=resolve_precision(Precision.auto, on_cpu=not cuda),
+            device=Device.gpu if cuda else Device.cpu, seed=0,
             max_context_tokens=8192, weight_transfer=None, max_concurrent=arguments.users, kv_cache_gib=2,
             cpu_threads=torch.get_num_threads(),
         ),

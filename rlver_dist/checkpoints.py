@@ -2,6 +2,8 @@
 
 `checkpoints/step_<n>/` holds the learner's own files and `manifest.json`: the number of finished iterations and everything that the
 driver needs to go on. The manifest is written last, and whole: a folder that has one is complete, any other one does not exist.
+`step_0` has a manifest alone: before training the learners are as the model's folder, or the warm-up's, makes them, so what was done until
+then costs nothing to keep.
 
     step_<n>.tmp   being written; with a manifest it is the newest checkpoint, and what a kill left undone of its `commit` is done
                    by whoever reads next
@@ -35,6 +37,7 @@ class Progress:
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
         before: results of the evaluation before training; empty until it has run.
+        held: phases before training whose dialogues are complete in the ledger, by name.
         warmed_up: the format warm-up has run.
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
@@ -47,6 +50,7 @@ class Progress:
     totals: dict[str, float]
     curve: list[float]
     before: dict[str, Any]
+    held: list[str]
     warmed_up: bool
     control: dict[str, Any]
     kl_coef: float
@@ -140,12 +144,13 @@ def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: 
             policy that the warm-up made; or it fits other options.
     """
     chosen = _choose(store, resume)
-    lacking = [name for name in learners if chosen is not None and not (chosen / name).is_dir()]
-    if lacking:
+    if chosen is None:
+        return None
+    lacking = [name for name in learners if not (chosen / name).is_dir()]
+    if lacking and store.read(chosen).iteration > 0:
         raise DataError(f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or another output_dir")
-    if chosen is not None:
-        _require_fit(chosen, store.read(chosen).shape, shape)
-        warm_start_of(chosen)
+    _require_fit(chosen, store.read(chosen).shape, shape)
+    warm_start_of(chosen)
     return chosen
 
 

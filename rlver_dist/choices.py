@@ -6,8 +6,9 @@ from enum import Enum
 
 
 class Precision(str, Enum):
-    """Number format of the model's weights in the learner and the engines."""
+    """Number format of the model's weights in the learner and the engines; `auto` is decided before a run starts (`precision.py`)."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 

@@ -22,7 +22,7 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
-from rlver_dist.parts import Parts, hold, train_limits
+from rlver_dist.parts import Parts, followed, hold, train_limits
 from rlver_dist.rollout.collector import DialogueTask, derive_seed
 from rlver_dist.stages import evaluate, warm_up
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
@@ -60,6 +60,7 @@ class Driver:
             totals={},
             curve=[],
             before={},
+            held=[],
             warmed_up=False,
             control={},
             kl_coef=config.algorithm.kl_coef,
@@ -80,8 +81,11 @@ class Driver:
             self.progress.kl_coef = self._config.algorithm.kl_coef
         self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)
-        for learner in self._learners():
-            await learner.load(checkpoint)
+        if checkpoint.resolve().parent.parent != self._output.resolve():
+            self.progress.held = []  # the ledger of another run is not here
+        if self.progress.iteration > 0:
+            for learner in self._learners():
+                await learner.load(checkpoint)
         self._parts.console.note(f"resumed from {checkpoint} after {self.progress.iteration} iterations")
 
     async def run(self) -> tuple[HeldOut | None, HeldOut | None]:
@@ -98,7 +102,20 @@ class Driver:
         """
         drop_later(self._output, self.progress.iteration)
         await self._parts.sync(self.progress.iteration)
-        before = await self._start()
+        self._parts.forecast.score_rate = await self._parts.policy.score_rate()
+        foretelling = asyncio.create_task(self._foretell())
+        try:
+            before = await self._start()
+            await self._train_to_the_end()
+            after = await self._evaluate(Phase.after) if self._evaluation else None
+        finally:
+            foretelling.cancel()
+        with self._parts.console.phase("exporting policy", 1) as advance:
+            await self._parts.policy.export(self._output / "policy")
+            advance(1)
+        return before, after
+
+    async def _train_to_the_end(self) -> None:
         try:
             for iteration in range(self.progress.iteration, self._config.num_iterations):
                 await self._iterate(iteration)
@@ -106,41 +123,62 @@ class Driver:
             if self.progress.iteration > self._saved and not self._between_states:
                 await self.save()
             raise
-        after = await self._evaluate(Phase.after)
-        with self._parts.console.phase("exporting policy", 1) as advance:
-            await self._parts.policy.export(self._output / "policy")
-            advance(1)
-        return before, after
+
+    async def _foretell(self) -> None:
+        """Say how long the rest takes, once there are rates to tell it by."""
+        while not self._parts.forecast.ready:
+            await asyncio.sleep(1)
+        progress, last = self.progress, self._config.num_iterations
+        still = [self._warms_up and not progress.control, not progress.before and progress.iteration == 0, True]
+        told = self._parts.forecast.text(
+            warms_up=self._warms_up, evaluations=sum(still) if self._evaluation else 0, iterations=last - progress.iteration
+        )
+        self._parts.console.note(told)
 
     def _learners(self) -> list:
         return [self._parts.policy, *([self._parts.critic] if self._parts.critic else [])]
 
-    async def _start(self) -> HeldOut | None:
-        """What comes before the first iteration, once a run: warm-up and evaluation."""
+    @property
+    def _warms_up(self) -> bool:
+        """Whether the format warm-up is still to come."""
         progress, config = self.progress, self._config
-        warms_up = config.rollout.think and config.warm_up.dialogues > 0 and progress.iteration == 0 and not progress.warmed_up
-        if warms_up:
-            control = await warm_up(config=config, parts=self._parts, train=self._train, evaluation=self._evaluation)
-            progress.control = asdict(control) if control else {}
+        return config.rollout.think and config.warm_up.dialogues > 0 and progress.iteration == 0 and not progress.warmed_up
+
+    async def _start(self) -> HeldOut | None:
+        """What comes before the first iteration, once a run: warm-up and evaluation. Each part is kept as soon as it is done."""
+        progress = self.progress
+        if self._warms_up:
+            if self._evaluation and not progress.control:
+                progress.control = asdict(await self._evaluate(Phase.control))
+                await self._whole(self.save())
+            kept = Phase.warm_up.value in progress.held
+            await warm_up(config=self._config, parts=self._parts, train=self._train, kept=kept, keep=self._keep)
             progress.warmed_up, progress.before = True, {}
             await self._whole(self.save())
         if self._evaluation and not progress.before and progress.iteration > 0:
             self._parts.console.note("the run began without an evaluation, so there is none to compare the one at its end with")
         elif self._evaluation and not progress.before:
-            results = await self._evaluate(Phase.before)
-            assert results is not None
-            progress.before = asdict(results)
-            if warms_up or config.uses_endpoints:  # What was paid for is not paid for again.
-                await self._whole(self.save())
+            progress.before = asdict(await self._evaluate(Phase.before))
+            await self._whole(self.save())
         return HeldOut(**progress.before) if progress.before else None
 
-    async def _evaluate(self, phase: Phase) -> HeldOut | None:
-        if not self._evaluation:
-            return None
-        parts, iteration = self._parts, self.progress.iteration
+    async def _evaluate(self, phase: Phase) -> HeldOut:
+        """One evaluation; the control replies without thinking, as the model came."""
+        parts, first = self._parts, phase is not Phase.after
         return await evaluate(
-            phase, config=self._config, parts=parts, personas=self._evaluation, iteration=iteration, renderer=parts.renderer
+            phase,
+            config=self._config,
+            parts=parts,
+            personas=self._evaluation,
+            iteration=self.progress.iteration,
+            renderer=parts.plain_renderer if phase is Phase.control else parts.renderer,
+            kept=first and phase.value in self.progress.held,
+            keep=self._keep if first else None,
         )
+
+    async def _keep(self, phase: Phase) -> None:
+        self.progress.held.append(phase.value)
+        await self._whole(self.save())
 
     async def _iterate(self, iteration: int) -> None:
         clock = _Clock()
@@ -173,16 +211,15 @@ class Driver:
     async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
         """Update, sync, write down, count; a failed sync is raised only then, since the learners hold what has been counted."""
         parts, critic = self._parts, self._config.critic
-        with parts.console.phase(f"iteration {iteration + 1}: update", 1) as advance:
-            learned = await train_on(
-                dialogues,
-                config=self._config,
-                policy=parts.policy,
-                critic=parts.critic,
-                kl_coef=self.progress.kl_coef,
-                critic_only=parts.critic is not None and iteration < critic.prefit_iterations,
-            )
-            advance(1)
+        training = train_on(
+            dialogues,
+            config=self._config,
+            policy=parts.policy,
+            critic=parts.critic,
+            kl_coef=self.progress.kl_coef,
+            critic_only=parts.critic is not None and iteration < critic.prefit_iterations,
+        )
+        learned = await followed(parts, f"iteration {iteration + 1}: update", training)
         if not learned.advantages:
             parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
         clock.lap("learner")
@@ -236,6 +273,7 @@ class Driver:
                 *metrics,
                 *(Metric(f"time/{name}_s", seconds, Reduction.last) for name, seconds in clock.laps.items()),
                 Metric("time/iteration_s", sum(clock.laps.values()), Reduction.last),
+                Metric("time/left_s", self._left_s(number, sum(clock.laps.values())), Reduction.last),
                 Metric("perf/rollout_tokens_per_s", sampled / clock.laps["rollout"], Reduction.last),
                 Metric("progress/iteration", number, Reduction.last),
                 *(Metric(f"progress/{key}", total, Reduction.last) for key, total in totals.items()),
@@ -246,13 +284,18 @@ class Driver:
             tracker.log(number, values)
         self._parts.console.iteration(values)
 
+    def _left_s(self, number: int, iteration_s: float) -> float:
+        return self._parts.forecast.left_s(iterations=self._config.num_iterations - number, iteration_s=iteration_s)
+
     async def save(self) -> Path:
-        """Write a checkpoint of the finished iterations."""
+        """Write a checkpoint of the finished iterations; before the first one there is no state of the learners to write."""
+        self.progress.wall_s = self.wall_s
+        if self.progress.iteration == 0:
+            return self._store.commit(self._store.begin(0), self.progress)
         with self._parts.console.phase("checkpoint", 1) as advance:
             aside = self._store.begin(self.progress.iteration)
             for learner in self._learners():
                 await learner.save(aside)
-            self.progress.wall_s = self.wall_s
             final = self._store.commit(aside, self.progress)
             self._saved = self.progress.iteration
             advance(1)

@@ -26,6 +26,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import leak_notice, load_split
 from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
 from rlver_dist.files import write_whole
+from rlver_dist.precision import with_precision
 from rlver_dist.refusals import check_parts
 from rlver_dist.simulator.suitability import check_languages, check_personas, check_second_judge
 
@@ -90,6 +91,9 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def run(config: RunConfig) -> int:
     """Check everything cheap, then train. Returns the exit code."""
+    config, notices = with_precision(config)
+    for line in notices:
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     train = load_split(config.data.train, "train")
     evaluation = load_split(config.data.evaluation, "evaluation")
     if notice := leak_notice(train, evaluation):

@@ -7,23 +7,26 @@ Components:
     critic       the critic learner, where the algorithm has one
     sync         carries the policy's weights to every engine
     trackers     take each iteration's metrics
+    forecast     hears each reply, and says how long the run will take
     ranks        how many ranks each learner has, by its name, as checkpoints note it
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from rlver_dist.config import RunConfig
-from rlver_dist.dialogue import Dialogue, held
+from rlver_dist.dialogue import Dialogue, Turn, held
 from rlver_dist.errors import BoundaryError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
+from rlver_dist.forecast import Forecast
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.emotion import EmotionRules
@@ -31,7 +34,12 @@ from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import Tracker
 from rlver_dist.tracking.metrics import Metric
+from rlver_dist.tracking.progress import Stage
 from rlver_dist.training_config import WarmUpConfig
+
+FOLLOW_EVERY_S = 2.0
+"""Seconds between two looks at how far a learner has come."""
+Result = TypeVar("Result")
 
 
 class Policy(Protocol):
@@ -45,6 +53,12 @@ class Policy(Protocol):
 
     async def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
         """KL to the reference at each trained token, nats."""
+
+    async def score_rate(self) -> float:
+        """Tokens a second of a forward pass, measured now."""
+
+    async def progress(self) -> tuple[int, int]:
+        """What the call at hand has computed, and all that it will: tokens, replies of `imitate`; 0 and 0 where there is none."""
 
     async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
         """Negative log-likelihood of all trained tokens under the base model at temperature 1 in nats, and their number."""
@@ -93,6 +107,7 @@ class Parts:
     plain_renderer: Renderer
     trackers: Sequence[Tracker]
     console: Console
+    forecast: Forecast
     ranks: dict[str, str]
 
 
@@ -122,6 +137,24 @@ def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: flo
     )
 
 
+async def followed(parts: Parts, name: str, work: Coroutine[Any, Any, Result], unit: str = "tokens") -> Result:
+    """Await `work`, in which the policy learner computes, under a progress bar called `name` that counts its `unit`s."""
+
+    async def follow(stage: Stage) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_EVERY_S)
+            done, total = await parts.policy.progress()
+            if total:
+                stage.reach(done, total)
+
+    with parts.console.phase(name, None, unit) as stage:
+        following = asyncio.create_task(follow(stage))
+        try:
+            return await work
+        finally:
+            following.cancel()
+
+
 async def hold(
     parts: Parts, name: str, tasks: Sequence[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
 ) -> list[Dialogue]:
@@ -130,13 +163,12 @@ async def hold(
     Raises:
         BoundaryError: infrastructure ended every one of them, and would end those to come.
     """
-    with parts.console.phase(name, len(tasks)) as advance:
-        seen = 0
+    with parts.forecast.sampling(), parts.console.phase(name, len(tasks) * limits.max_turns, "turns") as stage:
 
-        def progress(done: int, total: int, replies: int) -> None:
-            nonlocal seen
-            advance(done - seen, replies=replies)
-            seen = done
+        def progress(settled: int, turn: Turn | None) -> None:
+            stage(settled)
+            if turn is not None:
+                parts.forecast.hear(turn)
 
         dialogues = await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)
     if dialogues and not held(dialogues):

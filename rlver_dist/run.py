@@ -29,6 +29,7 @@ from rlver_dist.errors import EXIT_INTERRUPTED, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.evaluation.second_judge import second_judge
 from rlver_dist.files import write_whole
+from rlver_dist.forecast import Forecast
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.parts import Parts
@@ -140,6 +141,7 @@ def _parts(config: RunConfig, layout: Layout, built: Built, judge: Judge | None,
         plain_renderer=built.plain_renderer,
         trackers=trackers,
         console=console,
+        forecast=Forecast(config),
         ranks=layout.ranks,
     )
 

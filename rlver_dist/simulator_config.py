@@ -39,8 +39,8 @@ class UserEngineConfig:
 
     model: str = "Qwen/Qwen2.5-14B-Instruct"
     """Hugging Face model folder or hub id, or the name of a bundled model (`smollm2-135m-instruct`)."""
-    dtype: Precision = Precision.bfloat16
-    """Number format of the weights."""
+    dtype: Precision = Precision.auto
+    """Number format of the weights; `auto` as in `model.dtype`."""
     max_context_tokens: int = 16384
     """Longest prompt and answer together, in tokens."""
     engines: int = 0

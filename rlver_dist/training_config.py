@@ -66,8 +66,9 @@ class ModelConfig:
 
     path: str = "Qwen/Qwen2.5-7B-Instruct"
     """A Hugging Face folder or hub id, or a bundled name: `smollm2-135m-instruct`, `tiny-random` (see `models.py`)."""
-    dtype: Precision = Precision.bfloat16
-    """Weights' format in learner and engines; the optimizer always keeps float32 master weights."""
+    dtype: Precision = Precision.auto
+    """Weights' format in learner and engines: `float32`, `bfloat16`, or `auto`, which is bfloat16 except on CPUs without instructions
+    for it. The optimizer always keeps float32 master weights."""
     max_context_tokens: int = 16384
     """Longest dialogue in tokens, prompt and reply together; beyond it a dialogue ends as `context_overflow`."""
     system_prompt: str = (

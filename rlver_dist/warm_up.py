@@ -10,7 +10,7 @@ or how long it is: a reply that was cut at the token limit counts up to the cut 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Protocol
@@ -64,7 +64,15 @@ class ThoughtRenderer(Renderer):
 
 
 async def warm_up_samples(
-    *, config: RunConfig, tokenizer: Any, personas: Sequence[Persona], users: RespondFn, limits: CollectLimits, hold: HoldFn
+    *,
+    config: RunConfig,
+    tokenizer: Any,
+    personas: Sequence[Persona],
+    users: RespondFn,
+    limits: CollectLimits,
+    hold: HoldFn,
+    known: list[Dialogue] | None = None,
+    keep: Callable[[list[Dialogue]], Awaitable[None]] | None = None,
 ) -> list[ImitationSample]:
     """Sample replies and thoughts and put them together; equal configurations and weights give equal samples.
 
@@ -75,6 +83,8 @@ async def warm_up_samples(
         users: the training users.
         limits: of training's dialogues; thought and reply of a sample stay within `max_reply_tokens`.
         hold: see `HoldFn`.
+        known: the dialogues of an earlier call with an equal configuration, instead of holding them again.
+        keep: takes the dialogues as soon as they are complete.
 
     Returns:
         One sample a reply, each dialogue a group of its own, with log-probs 0; in dialogue and turn order.
@@ -86,8 +96,9 @@ async def warm_up_samples(
     plain = Renderer(tokenizer, system_prompt(config.model, think=False))
     tasks = _reply_tasks(config, personas)
     reply_limits = replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
-    dialogues = await hold("warm-up: replies", tasks, users, reply_limits, plain)
-
+    dialogues = known or await hold("warm-up: replies", tasks, users, reply_limits, plain)
+    if keep is not None and not known:
+        await keep(dialogues)
     answers = await hold("warm-up: thoughts", *_questions(dialogues, tasks), _thought_limits(config, limits), ThoughtRenderer(tokenizer))
     thoughts = {answer.id: clean_thought(turn.reply, cut=turn.truncated) for answer in answers for turn in answer.turns}
     thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors files concurrency choices guards_config training_config simulator_config config dialogue data algorithms experience simulator "
-    "ledger tracking models rollout data.build learner evaluation report checkpoints cluster refusals check parts warm_up training_step "
-    "stages driver run launch"
+    "errors files concurrency choices guards_config training_config simulator_config config precision dialogue data algorithms experience "
+    "simulator ledger tracking models rollout data.build learner evaluation report checkpoints cluster refusals check forecast parts "
+    "warm_up training_step stages driver run launch"
 ).split()
 # `data.build` is a tool on top of simulator and rollout; it lies in data/ for the name of its command.
 OWNERS = {
@@ -22,7 +22,7 @@ OWNERS = {
     "hydra": ["launch.py"],
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 

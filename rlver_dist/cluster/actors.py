@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from rlver_dist.simulator.embedded import EmbeddedSimulator
     from rlver_dist.simulator.llm import LlmSimulator
 
+PROGRESS_THREAD = "progress"
+"""Name of the thread of a learner's actor that answers `progress` while another one computes."""
 MAX_CONCURRENCY = 4096
 """Calls that wait inside one engine or service actor; Ray's own limit of 1,000 would stall a large batch unseen."""
 
@@ -127,6 +129,10 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def progress(self) -> tuple[int, int]:
+        """`LearnerRank.progress`; asked in a thread of its own while another call runs."""
+        return (0, 0) if self._learner is None else self._learner.progress()
+
     def save(self, directory: str) -> None:
         """Write the training state."""
         self._started.save(directory)
@@ -192,6 +198,10 @@ class PolicyLearnerActor(LearnerActor):
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
         """`PolicyLearner.base_nll`."""
         return self._started.base_nll(samples)
+
+    def score_rate(self) -> float:
+        """`PolicyLearner.score_rate`."""
+        return self._started.score_rate()
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """`PolicyLearner.probe`."""

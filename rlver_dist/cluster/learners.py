@@ -11,6 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from rlver_dist.cluster.actors import PROGRESS_THREAD
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.tracking.metrics import Metric
 from rlver_dist.training_config import WarmUpConfig
@@ -34,6 +35,10 @@ class LearnerGroup:
     async def load(self, directory: Path) -> None:
         """Read the training state."""
         await self._all("load", str(directory.resolve()))
+
+    async def progress(self) -> tuple[int, int]:
+        """What rank 0 has done of the call at hand, and all that it has to do."""
+        return await self.ranks[0].progress.options(concurrency_group=PROGRESS_THREAD).remote()
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         return await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
@@ -73,6 +78,10 @@ class PolicyGroup(LearnerGroup):
     async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
         """Negative log-likelihood of all trained tokens under the base model, nats, and their number."""
         return (await self._all("base_nll", ray.put(samples)))[0]
+
+    async def score_rate(self) -> float:
+        """Tokens a second of a forward pass."""
+        return (await self._all("score_rate"))[0]
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log-probs of a token sequence under the policy, nats."""

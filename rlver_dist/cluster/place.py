@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlver_dist.choices import Device
-from rlver_dist.cluster.actors import MAX_CONCURRENCY, CriticLearnerActor, PolicyLearnerActor, RewardServiceActor
+from rlver_dist.cluster.actors import MAX_CONCURRENCY, PROGRESS_THREAD, CriticLearnerActor, PolicyLearnerActor, RewardServiceActor
 from rlver_dist.cluster.layout import EngineGroup, Layout
 from rlver_dist.config import RunConfig
 from rlver_dist.models import resolve
@@ -71,7 +71,7 @@ def user_engines(config: RunConfig, layout: Layout, group: PlacementGroup | None
 
 def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | None, *, critic: bool) -> list[Any]:
     """Ranks of the policy learner, or of the critic, whose bundles come after the policy's."""
-    actor: Any = ray.remote(CriticLearnerActor if critic else PolicyLearnerActor)
+    actor: Any = ray.remote(concurrency_groups={PROGRESS_THREAD: 1})(CriticLearnerActor if critic else PolicyLearnerActor)
     name, ranks = ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
     first = layout.policy.ranks + layout.users.ranks + (layout.learner_ranks if critic else 0)
     return [

@@ -29,13 +29,15 @@ from rlver_dist.learner import checkpoint, engine, weights
 from rlver_dist.learner.imitation import distilled, imitation_measure
 from rlver_dist.learner.lora import add_adapters
 from rlver_dist.learner.rank import LearnerRank
-from rlver_dist.learner.rows import collect_columns, require_columns, score_row
+from rlver_dist.learner.rows import collect_columns, num_tokens, require_columns, score_row
 from rlver_dist.learner.scoring import PolicyModel, load_model
 from rlver_dist.learner.tally import Tally
 from rlver_dist.models import resolve
 from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.training_config import LearnerConfig, WarmUpConfig
 
+RATE_TOKENS = 512
+"""Tokens of the row that `score_rate` times: 1.4 s on two slow cores."""
 Weights = dict[str, Tensor]
 """Whole tensors under their Hugging Face names."""
 
@@ -112,15 +114,16 @@ class PolicyLearner(LearnerRank):
         parts = split_updates([sample.group_id for sample in samples], self._algorithm.updates_per_iteration)
         updates = [self._share(samples, part) for part in parts]
         # The first step starts from the old weights, so its own forward pass gives its old log-probs.
-        old: list[list[Tensor | None]] = [
-            [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows] for step, rows in enumerate(updates)
-        ]
-        for part, rows, old_logprobs in zip(parts, updates, old, strict=True):
-            num_trained = sum(samples[index].num_trained for index in part)
-            for row, row_old in zip(rows, old_logprobs, strict=True):
-                self._accumulate(row, column(advantages, row), column(rollout, row), row_old, kl_coef, num_trained, tally)
-            tally.add("lr", self._engine.lr, 1)
-            tally.add("grad_norm", self._engine.step(), 1)
+        with self._counting(num_tokens([row for rows in [*updates, *updates[1:]] for row in rows])):
+            old: list[list[Tensor | None]] = [
+                [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows] for step, rows in enumerate(updates)
+            ]
+            for part, rows, old_logprobs in zip(parts, updates, old, strict=True):
+                num_trained = sum(samples[index].num_trained for index in part)
+                for row, row_old in zip(rows, old_logprobs, strict=True):
+                    self._accumulate(row, column(advantages, row), column(rollout, row), row_old, kl_coef, num_trained, tally)
+                tally.add("lr", self._engine.lr, 1)
+                tally.add("grad_norm", self._engine.step(), 1)
         engine.return_freed_memory()
         elapsed, own = time.perf_counter() - started, [row for rows in updates for row in rows if row.indices]
         return [
@@ -134,7 +137,9 @@ class PolicyLearner(LearnerRank):
     @torch.no_grad()
     def _logprobs(self, forward: Callable[..., Any], row: PackedRow, temperature: float | None = None) -> Tensor:
         """Log-probs `[S]` of the trained tokens, by default at the sampling temperature; `forward` is the engine's, or a model."""
-        return score_row(forward, row, self._temperature if temperature is None else temperature)[0]
+        logprobs = score_row(forward, row, self._temperature if temperature is None else temperature)[0]
+        self._done += len(row.token_ids)
+        return logprobs
 
     def _accumulate(
         self,
@@ -161,6 +166,7 @@ class PolicyLearner(LearnerRank):
             loss = loss + kl_coef * kl_loss
             tally.add("kl_ref", kl_loss.item() * num_trained, count)
         self._engine.backward(loss)
+        self._done += len(row.token_ids)
         for name, (total, elements) in sums.items():
             tally.add(name, total, elements)
         tally.add("loss", loss.item() * num_trained, count)
@@ -177,9 +183,10 @@ class PolicyLearner(LearnerRank):
         if self._reference is None:
             raise ValueError("kl_tokens: no reference model is loaded where algorithm.kl_coef is 0")
         rows, estimates = self._share(samples, range(len(samples))), []
-        for row in rows:
-            logprobs, ref_logprobs = self._logprobs(self._engine.forward, row), self._logprobs(self._reference, row)
-            estimates.append(kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value))
+        with self._counting(2 * num_tokens(rows)):
+            for row in rows:
+                logprobs, ref_logprobs = self._logprobs(self._engine.forward, row), self._logprobs(self._reference, row)
+                estimates.append(kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value))
         return collect_columns(samples, rows, estimates, self._device)
 
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
@@ -190,9 +197,11 @@ class PolicyLearner(LearnerRank):
         """
         base = self._base()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for row in self._share(samples, range(len(samples))):
-            sums[0] -= self._logprobs(base, row, temperature=1.0).double().sum()
-            sums[1] += len(row.targets)
+        rows = self._share(samples, range(len(samples)))
+        with self._counting(num_tokens(rows)):
+            for row in rows:
+                sums[0] -= self._logprobs(base, row, temperature=1.0).double().sum()
+                sums[1] += len(row.targets)
         torch.distributed.all_reduce(sums)
         return sums[0].item(), int(sums[1])
 
@@ -218,11 +227,12 @@ class PolicyLearner(LearnerRank):
         count, num_batches = len(dialogues), min(math.ceil(len(samples) / config.batch_size), len(dialogues))
         self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0), config.epochs * num_batches)
         teacher, shuffler, steps = self._base(), random.Random(seed), []
-        for _ in range(config.epochs):
-            shuffler.shuffle(dialogues)
-            for number in range(num_batches):
-                chosen = dialogues[number * count // num_batches : (number + 1) * count // num_batches]
-                steps.append(self._imitate_step(teacher, samples, [index for members in chosen for index in members]))
+        with self._counting(config.epochs * len(samples)):
+            for _ in range(config.epochs):
+                shuffler.shuffle(dialogues)
+                for number in range(num_batches):
+                    chosen = dialogues[number * count // num_batches : (number + 1) * count // num_batches]
+                    steps.append(self._imitate_step(teacher, samples, [index for members in chosen for index in members]))
         del teacher
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
@@ -239,6 +249,7 @@ class PolicyLearner(LearnerRank):
             reply = distilled(row, samples)
             costs = score_row(self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples, reply))
             self._engine.backward(costs.sum() / num_trained)
+            self._done += len(row.indices)
             for name, chosen in (("format_nll", costs[~reply]), ("reply_kl", costs[reply])):
                 tally.add(name, chosen.sum().item(), len(chosen))
         self._engine.step()
@@ -261,6 +272,20 @@ class PolicyLearner(LearnerRank):
         positions = torch.arange(len(token_ids), device=self._device)
         logprobs, _ = self._engine.forward(tokens, positions, [Span(length=len(token_ids))], positions[:-1], positions[1:], 1.0)
         return logprobs.tolist()
+
+    @torch.no_grad()
+    def score_rate(self) -> float:
+        """Tokens a second of a forward pass over one row, half of whose tokens are scored, over all ranks; collective."""
+        tokens = torch.ones(RATE_TOKENS, dtype=torch.int64, device=self._device)
+        positions = torch.arange(RATE_TOKENS, device=self._device)
+        scored = positions[RATE_TOKENS // 2 :]
+        seconds = 0.0
+        for _ in range(2):  # The first pass allocates what the second finds.
+            started = time.perf_counter()
+            logprobs, _ = self._engine.forward(tokens, positions, [Span(length=RATE_TOKENS)], scored - 1, scored, 1.0)
+            logprobs.tolist()
+            seconds = time.perf_counter() - started
+        return self._world_size * RATE_TOKENS / seconds
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every tensor of `iter_full_tensors`, in its order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -38,6 +40,7 @@ class LearnerRank:
             num_threads: compute threads on the host; 0 leaves torch's choice.
         """
         self._rank, self._world_size = rank, world_size
+        self._done = self._todo = 0
         self._device = start_rank(
             rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
         )
@@ -49,6 +52,19 @@ class LearnerRank:
             share=options.share_prefixes,
             device=self._device,
         )
+
+    def progress(self) -> tuple[int, int]:
+        """What the call at hand has done and all that it has to do on this rank; 0 and 0 outside of one. May be asked from any thread."""
+        return self._done, self._todo
+
+    @contextmanager
+    def _counting(self, todo: int) -> Iterator[None]:
+        """A call with `todo` to do; `_done` counts inside the block."""
+        self._done, self._todo = 0, todo
+        try:
+            yield
+        finally:
+            self._done = self._todo = 0
 
     def save(self, directory: str) -> None:
         """Write the state that `load` needs to go on: what learns, optimizer, schedule and step counter."""

@@ -50,6 +50,11 @@ def share_rows(
     return [pack(samples, [units[index] for index in chosen]).to(device) for chosen in plan[rank]]
 
 
+def num_tokens(rows: Sequence[PackedRow]) -> int:
+    """Tokens of all of `rows`."""
+    return sum(len(row.token_ids) for row in rows)
+
+
 def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, measure: Measure = LogprobAndEntropy.apply) -> Any:
     """What `PolicyModel.forward` gives for the row's trained tokens, by default log-probs `[S]` and entropies `[S]` in nats.
 

@@ -18,7 +18,7 @@ from rlver_dist.errors import DataError
 from rlver_dist.ledger.records import DialogueRecord, Phase, appraisal_hashes, from_row, to_row
 
 SCHEMA_VERSION = 3
-PhaseName = Literal["train", "before", "after", "control"]
+PhaseName = Literal["train", "before", "after", "control", "warm_up"]
 VERSION_KEY = b"rlver_dist.ledger_schema"
 
 

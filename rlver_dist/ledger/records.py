@@ -16,12 +16,13 @@ from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Turn
 
 
 class Phase(str, Enum):
-    """What the dialogues were held for: training, or the evaluation before or after it, or before the format warm-up."""
+    """What the dialogues were held for: training, the evaluation before or after it or before the format warm-up, or that warm-up."""
 
     train = "train"
     before = "before"
     after = "after"
     control = "control"
+    warm_up = "warm_up"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

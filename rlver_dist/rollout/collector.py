@@ -62,8 +62,9 @@ class Generation:
 
 GenerateFn = Callable[[GenerateRequest], Awaitable[Generation]]
 RespondFn = Callable[[UserRequest], Awaitable[UserResponse]]
-ProgressFn = Callable[[int, int, int], None]
-"""Called after every reply and every dialogue with (finished dialogues, all dialogues, replies so far)."""
+ProgressFn = Callable[[int, Turn | None], None]
+"""Called with the number of turns that are settled now, and the turn where that is a reply; a dialogue that ends settles the turns that it
+will not have, so that all of them sum to dialogues times `max_turns`."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -119,20 +120,12 @@ async def collect(
         BudgetError: no user can answer any more; every dialogue in flight is cancelled.
     """
     slots = asyncio.Semaphore(limits.max_concurrent)
-    done, replies = 0, 0
-
-    def report(finished: int, more_replies: int) -> None:
-        nonlocal done, replies
-        done += finished
-        replies += more_replies
-        if on_progress is not None:
-            on_progress(done, len(tasks), replies)
+    report: ProgressFn = on_progress or (lambda settled, turn: None)
 
     async def hold(task: DialogueTask) -> Dialogue:
         async with slots:
-            conversation = _Conversation(task, generate, respond, renderer, limits, lambda: report(0, 1))
-            dialogue = await conversation.run()
-        report(1, 0)
+            dialogue = await _Conversation(task, generate, respond, renderer, limits, lambda turn: report(1, turn)).run()
+        report(limits.max_turns - len(dialogue.turns), None)
         return dialogue
 
     try:
@@ -156,7 +149,7 @@ class _Conversation:
         respond: RespondFn,
         renderer: Renderer,
         limits: CollectLimits,
-        on_reply: Callable[[], None],
+        on_reply: Callable[[Turn], None],
     ) -> None:
         self._task = task
         self._generate = generate
@@ -217,7 +210,7 @@ class _Conversation:
             emotion_after=dialogue.final_emotion, appraisal=None, user_message=None, policy_version=generation.policy_version,
         )  # fmt: skip
         dialogue.turns.append(turn)
-        self._on_reply()
+        self._on_reply(turn)
         return turn
 
     async def _appraise(self, turn: Turn) -> EndReason | None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +20,7 @@ from rich.text import Text
 
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.tracking.curve import draw_curve
+from rlver_dist.tracking.progress import Stage, duration, reported
 
 SIDE_BY_SIDE_COLUMNS = 100
 """Narrowest terminal that shows two dialogues beside each other."""
@@ -49,14 +49,8 @@ RESULT_FILES = (
 )
 
 
-class Advance(Protocol):
-    """Moves a phase's bar on by `amount` and shows `fields` beside it."""
-
-    def __call__(self, amount: int = 1, **fields: object) -> None: ...
-
-
 class Console:
-    """Everything that a run prints; to be used from one thread."""
+    """Everything that a run prints; its methods are called from one thread."""
 
     def __init__(self, num_iterations: int, *, file: TextIO | None = None) -> None:
         """
@@ -78,37 +72,34 @@ class Console:
         self._print(text)
 
     @contextmanager
-    def phase(self, name: str, total: int | None, *, keep: bool = False) -> Iterator[Advance]:
-        """Show a long phase while the block runs.
+    def phase(self, name: str, total: float | None, unit: str = "") -> Iterator[Stage]:
+        """Show a long stage while the block runs: on a terminal as a bar, elsewhere as a line at its start, end and every 30 s.
 
         Args:
             name: what is being done.
-            total: steps until the end; None where nobody knows.
-            keep: on a terminal, leave a line with the seconds that it took (elsewhere there always is one).
+            total: steps until the end; None where nobody knows yet.
+            unit: what a step is, in the plural.
 
         Yields:
-            A function that reports progress; see `Advance`.
+            The stage, to be called with each step.
         """
-        started = time.monotonic()
-        if not self._animated:
-            self._print(f"{name} ..." if total is None else f"{name}: {total} ...")
-        done = 0
-        with self._bar(name, total) as show:
-
-            def advance(amount: int = 1, **fields: object) -> None:
-                nonlocal done
-                done += amount
-                show(done, "  ".join(f"{key} {value}" for key, value in fields.items()))
-
+        if self._animated:
+            stage, shown = self._bar(name, total, unit)
+        else:
+            stage = Stage(name, total, unit)
+            shown = reported(stage, self._print)
+            self._print(f"{name} ..." if total is None else f"{name}: {total:.0f}{f' {unit}' if unit else ''} ...")
+        with shown:
             try:
-                yield advance
+                yield stage
             except BaseException as error:
                 verb = "failed" if isinstance(error, Exception) else "stopped"
-                self._print(f"{name}: {verb} after {_seconds(time.monotonic() - started)}")
+                self._print(f"{name}: {verb} after {duration(stage.elapsed_s)}")
                 raise
-        if keep or not self._animated:
-            count = f"{done} of {total}, " if total is not None and done != total else ""
-            self._print(f"{name}: {count}done in {_seconds(time.monotonic() - started)}")
+        if not self._animated:
+            missing = stage.total is not None and stage.done < stage.total
+            count = f"{stage.done:.0f} of {stage.total:.0f}, " if missing else ""
+            self._print(f"{name}: {count}done in {duration(stage.elapsed_s)}")
 
     def iteration(self, summary: Mapping[str, float]) -> None:
         """Print the line of one iteration from its reduced metrics; keys that are absent are left out.
@@ -123,7 +114,9 @@ class Console:
         parts += [f"{name} {summary[key]:{form}}" for name, key, form in ITERATION_FIELDS if key in summary]
         if "time/iteration_s" in summary:
             phases = ", ".join(f"{name} {summary[key]:.0f}" for name, key in ITERATION_PHASES if key in summary)
-            parts.append(_seconds(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
+            parts.append(duration(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
+        if summary.get("time/left_s"):
+            parts.append(f"about {duration(summary['time/left_s'])} left")
         self._print("  ".join(parts))
 
     def finish(
@@ -151,29 +144,36 @@ class Console:
             self._print("\nHeld-out users, before -> after training")
             self._print("\n".join(lines))
         folder = Path(output_dir)
-        wall = f" after {_seconds(summary['wall_s'])}" if "wall_s" in summary else ""
+        wall = f" after {duration(summary['wall_s'])}" if "wall_s" in summary else ""
         self._print(f"\nResults{wall} in {folder.resolve()}")
         for name, what in RESULT_FILES:
             if (folder / name).exists():
                 self._print(f"  {name:<14} {what}")
 
-    @contextmanager
-    def _bar(self, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-        """A bar where the output is animated; yields a function of (steps done, text beside the bar)."""
-        if not self._animated:
-            yield lambda done, beside: None
-            return
+    def _bar(self, name: str, total: float | None, unit: str) -> tuple[Stage, AbstractContextManager[None]]:
+        """A stage whose steps move a bar, and the block in which the bar is there."""
         outermost = self._progress is None
         # Phases may nest, and a terminal has one live area: they share the outermost phase's.
         progress = self._progress or self._start_progress()
         task = progress.add_task(self._clean(name), total=total, beside="")
-        try:
-            yield lambda done, beside: progress.update(task, completed=done, beside=self._clean(beside))
-        finally:
+
+        def move(stage: Stage) -> None:
+            progress.update(task, completed=stage.done, total=stage.total, beside=self._clean(stage.beside))
+
+        def remove() -> None:
             progress.remove_task(task)
             if outermost:
                 progress.stop()
                 self._progress = None
+
+        @contextmanager
+        def shown() -> Iterator[None]:
+            try:
+                yield
+            finally:
+                remove()
+
+        return Stage(name, total, unit, move), shown()
 
     def _start_progress(self) -> Progress:
         bar = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -204,12 +204,6 @@ class Console:
         """Printable text in the file's encoding: control characters become spaces, foreign characters question marks."""
         printable = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
         return printable.encode(self._encoding, "replace").decode(self._encoding)
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
 def _dialogue_lines(dialogue: Dialogue) -> list[str]:

@@ -18,6 +18,7 @@ def progress(iteration: int, warmed_up: bool = False) -> Progress:
         totals={"dialogues_total": 8.0},
         curve=[30.0, 31.5],
         before={"emotion": [1.0]},
+        held=["control"],
         warmed_up=warmed_up,
         control={"emotion": [0.5]},
         kl_coef=0.1,

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
-from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role
+from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role, Turn
 from rlver_dist.errors import BudgetError
 from rlver_dist.experience.samples import to_samples
 from rlver_dist.models import SMOLLM2, resolve
@@ -205,7 +205,7 @@ def test_dialogues_run_freely_up_to_the_limit_and_come_back_sorted(renderer: Ren
     running, most = 0, 0
     over = asyncio.Event()
     reply = replying(renderer)
-    progress: list[tuple[int, int, int]] = []
+    settled, replies = 0, 0
 
     async def generate(request: GenerateRequest) -> Generation:
         nonlocal running, most
@@ -217,9 +217,11 @@ def test_dialogues_run_freely_up_to_the_limit_and_come_back_sorted(renderer: Ren
         running -= 1
         return await reply(request)
 
-    def on_progress(done: int, total: int, replies: int) -> None:
-        progress.append((done, total, replies))
-        if done == 1:
+    def on_progress(more: int, turn: Turn | None) -> None:
+        nonlocal settled, replies
+        settled += more
+        replies += turn is not None
+        if turn is None:  # the first dialogue has ended
             over.set()
 
     tasks = [task(f"d{index}", seed=index) for index in (3, 1, 2, 0)]
@@ -229,7 +231,21 @@ def test_dialogues_run_freely_up_to_the_limit_and_come_back_sorted(renderer: Ren
     assert [dialogue.id for dialogue in dialogues] == ["d0", "d1", "d2", "d3"]
     assert all(dialogue.end_reason is EndReason.MAX_TURNS for dialogue in dialogues)
     assert most == 2
-    assert progress[-1] == (4, 4, 12)
+    assert (settled, replies) == (4 * LIMITS.max_turns, sum(len(dialogue.turns) for dialogue in dialogues)) == (12, 12)
+
+
+def test_a_dialogue_that_ends_early_settles_the_turns_that_it_will_not_have(renderer: Renderer) -> None:
+    async def leave(request: UserRequest) -> UserResponse:
+        answer = await respond(request)
+        return answer if request.turn_index < 0 else replace(answer, message=None, end_reason=EndReason.GOODBYE)
+
+    heard: list[tuple[int, bool]] = []
+    call = collect(
+        [task("a")], generate=replying(renderer), respond=leave, renderer=renderer, limits=LIMITS,
+        on_progress=lambda more, turn: heard.append((more, turn is not None)),
+    )  # fmt: skip
+    asyncio.run(call)
+    assert heard == [(1, True), (LIMITS.max_turns - 1, False)]
 
 
 def test_cancellation_propagates(renderer: Renderer) -> None:

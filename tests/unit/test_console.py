@@ -6,12 +6,17 @@ import os
 import pty
 import re
 import threading
+import time
+from functools import partial
 
 import pytest
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.tracking import console as console_module
+from rlver_dist.tracking import progress
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.curve import draw_curve
+from rlver_dist.tracking.progress import Stage, duration, reported
 
 
 def make_dialogue(reply: str, thinking: str = "") -> Dialogue:
@@ -92,6 +97,39 @@ def test_plain_phase_tells_what_is_missing():
     assert "rollout: 2 of 3, done in" in raw.getvalue().decode()
 
 
+def test_a_long_plain_stage_tells_done_of_all_rate_and_time_left(monkeypatch):
+    # Otherwise it does so every 30 s, also while the block keeps its own thread busy.
+    monkeypatch.setattr(console_module, "reported", partial(reported, every_s=0.05))
+    console, raw = plain()
+    with console.phase("controls", None, "tokens") as stage:
+        time.sleep(0.2)
+        stage.reach(1500, 6000)
+        time.sleep(0.3)
+    lines = raw.getvalue().decode().splitlines()
+    assert lines[0] == "controls ..." and re.fullmatch(r"controls: 1500 of 6000, done in 0\.\d s", lines[-1])
+    assert re.fullmatch(r"controls: 0\.\d s so far", lines[1])
+    assert re.fullmatch(r"controls: 1500 of 6000 tokens, \d+ a second, about \d\.\d s left", lines[-2])
+
+
+def test_rates_and_times_by_hand(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stage = Stage("evaluation before", 320, "turns")
+    now = 160.0
+    assert stage.line() == "evaluation before: 0 of 320 turns, 60 s so far" and stage.left_s is None
+    stage(80)
+    # 80 in 60 s, so 240 in 180.
+    assert stage.left_s == pytest.approx(180)
+    assert stage.line() == "evaluation before: 80 of 320 turns, 1.33 a second, about 180 s left"
+    stage(240)
+    assert stage.left_s == 0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (45, "45 s"), (599, "599 s"), (600, "10 min"), (7199, "2 h 0 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
 @pytest.mark.parametrize(("error", "verb"), [(ValueError, "failed"), (KeyboardInterrupt, "stopped")])
 def test_phase_names_itself_where_it_breaks(error, verb):
     console, raw = plain()
@@ -104,16 +142,16 @@ def test_terminal_bars_move_nest_and_vanish():
     def use(console: Console) -> None:
         with console.phase("rollout", 8) as advance:
             advance(3, turns=17)
-            with console.phase("scoring", 2, keep=True) as inner:
-                inner()
-            console.note("still here")
+            with console.phase("scoring", None, "tokens") as inner:
+                inner.reach(5, 7)
+                console.note("still here")
         console.note("after")
 
     written = on_terminal(use)
     assert "3/8" in written
     assert "turns 17" in written
-    assert re.search(r"scoring: 1 of 2, done in \d\.\d s", written)
-    assert "rollout: " not in written
+    assert "5/7" in written  # how much there is was not known at the start
+    assert "rollout: " not in written and "scoring: " not in written
     assert written.rstrip().endswith("after")
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") > 0  # the cursor comes back
 

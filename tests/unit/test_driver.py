@@ -17,6 +17,7 @@ from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.driver import Driver
 from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.forecast import Forecast
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.models import resolve
 from rlver_dist.parts import Parts
@@ -46,8 +47,8 @@ class CountingPolicy:
 
     kl = 0.5
 
-    def __init__(self, journal: list) -> None:
-        self.journal = journal
+    def __init__(self, journal: list, began: set[str]) -> None:
+        self.journal, self.began = journal, began
         self.advantages: list[list[torch.Tensor]] = []
         self.kl_coefs: list[float] = []
 
@@ -64,8 +65,15 @@ class CountingPolicy:
 
     async def imitate(self, samples, config, seed):
         self.journal.append(f"imitate {len(samples)}")
+        self.began.add("imitate")
         names = [f"warm_up/{loss}_{end}" for loss in ("format_nll", "reply_kl") for end in ("first", "last")]
         return [Metric(name, 2.0, Reduction.last) for name in names]
+
+    async def score_rate(self):
+        return 1000.0
+
+    async def progress(self):
+        return 1, 2
 
     async def base_nll(self, samples):
         return 2.0 * sum(sum(sample.loss_mask) for sample in samples), sum(sum(sample.loss_mask) for sample in samples)
@@ -111,6 +119,8 @@ class Harness:
     ) -> None:
         """`fail`: ids that match fail from their start; `budget`: appraisals of training dialogues until there is no more."""
         self.journal: list = []
+        self.began: set[str] = set()
+        """Kinds of dialogues that replies were asked for in, and `imitate`."""
         self.asked: list[str] = []
         self.evaluated_after: dict[str, str] = {}
         """What was the newest in the journal when a first evaluation dialogue began, by what the evaluation is for."""
@@ -129,7 +139,7 @@ class Harness:
             save_every=1,
         )
         self.config = replace(config, **changes)
-        self.policy = CountingPolicy(self.journal)
+        self.policy = CountingPolicy(self.journal, self.began)
         self.critic = CountingCritic(self.journal) if self.config.has_critic else None
         users = EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=ByLength())
 
@@ -157,6 +167,7 @@ class Harness:
             plain_renderer=plain_renderer or renderer,
             trackers=[JsonlTracker(folder / "metrics.jsonl", first_iteration=1)],
             console=Console(2, file=(folder / "console.txt").open("w")),
+            forecast=Forecast(self.config),
             ranks={"policy_learner": "3"},
         )
         self.driver = Driver(self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation"))
@@ -170,6 +181,7 @@ class Harness:
         if self._fail and re.match(self._fail, request.dialogue_id):
             raise ConnectionError("engine gone")
         phase = request.dialogue_id.partition("-")[0]
+        self.began.add(phase if "-t" not in request.dialogue_id else "thoughts")
         if phase in ("control", "before", "after"):
             self.evaluated_after.setdefault(phase, f"{len(self.journal)}: {self.journal[-1]}")
         ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
@@ -239,7 +251,7 @@ def test_a_run_ends_where_every_dialogue_fails_and_keeps_what_it_learned(tmp_pat
     harness = Harness(tmp_path, renderer, fail="train-000001", save_every=0, num_iterations=3)
     with pytest.raises(BoundaryError, match=r"^iteration 2: rollout: all 4 dialogues failed, 4 of them with: .*engine gone"):
         asyncio.run(harness.driver.run())
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0", "step_1"]
 
 
 def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer):
@@ -362,8 +374,9 @@ def test_the_first_evaluation_begins_after_the_warm_up_also_where_it_was_cut_off
         asyncio.run(harness.driver.run())
     again = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
     asyncio.run(again.go_on(latest(tmp_path)))
-    assert again.journal == ["load step_0", "sync 0", "update", "sync 1", "export policy"]
-    assert again.evaluated_after == {"before": "2: sync 0", "after": "4: sync 1"}
+    # A learner that starts from the warmed-up policy's folder has nothing to load.
+    assert again.journal == ["sync 0", "update", "sync 1", "export policy"]
+    assert again.evaluated_after == {"before": "1: sync 0", "after": "3: sync 1"}
     assert again.driver.progress.control and again.driver.progress.before
 
 
@@ -426,7 +439,7 @@ def test_a_second_interrupt_leaves_the_update_alone_and_saves_nothing(tmp_path, 
             await running
 
     asyncio.run(interrupted())
-    assert CheckpointStore(tmp_path, 2).latest() is None
+    assert latest(tmp_path).name == "step_0"
 
 
 def test_a_fixed_kl_weight_follows_the_configuration_at_a_resume(tmp_path, renderer):
@@ -520,7 +533,7 @@ def test_nothing_is_saved_after_a_failure_in_the_midst_of_an_update_or_a_save(tm
     with pytest.raises(RuntimeError, match=f"{what} failed"):
         asyncio.run(harness.driver.run())
     assert len(tried) == (2 if what == "update" else 1)
-    assert CheckpointStore(tmp_path, 2).latest() is None
+    assert latest(tmp_path).name == "step_0"
 
 
 def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_is_left(tmp_path, renderer):
@@ -537,3 +550,48 @@ def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_
     third = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
     asyncio.run(third.go_on(tmp_path / "checkpoints" / "step_2"))
     assert {path.name for path in folder.glob("after*")} == {"after_000002.parquet", "after_000003.parquet"}
+
+
+@pytest.mark.parametrize("stage", ["control", "controls", "replies", "imitation", "before"])
+def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(tmp_path, thinking, renderer, stage):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = Harness(tmp_path / "whole", thinking, plain_renderer=renderer, **WARMED_UP)
+    asyncio.run(whole.driver.run())
+    first = Harness(tmp_path / "cut", thinking, plain_renderer=renderer, **WARMED_UP)
+    cut_off(first, stage)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(first.driver.run())
+    second = Harness(tmp_path / "cut", thinking, plain_renderer=renderer, **WARMED_UP)
+    newest = CheckpointStore(tmp_path / "cut", 2).latest()
+    assert (newest is None) == (stage == "control")
+    asyncio.run(second.driver.run() if newest is None else second.go_on(newest))
+    # Each stage that had ended is missing from the second start, and no other.
+    done = {"control": "", "controls": "control", "replies": "control", "imitation": "control warm_up", "before": "control warm_up imitate"}
+    asked = {"control", "warm_up", "before", "imitate"} - set(done[stage].split())
+    assert second.began & {"control", "warm_up", "before", "imitate"} == asked
+    for name in ("control", "warm_up", "before"):
+        ledgers = [read_records(folder / "dialogues" / f"{name}_000000.parquet") for folder in (tmp_path / "whole", tmp_path / "cut")]
+        assert ledgers[0] == ledgers[1]
+    assert replace(second.driver.progress, wall_s=0) == replace(whole.driver.progress, wall_s=0)
+
+
+def cut_off(harness: Harness, stage: str) -> None:
+    """Have the run cancelled in the midst of a stage before training."""
+
+    async def cancelled(*arguments, **named):
+        raise asyncio.CancelledError
+
+    if stage == "controls":
+        harness.policy.base_nll = cancelled
+    elif stage == "imitation":
+        harness.policy.imitate = cancelled
+    else:
+        generate = harness.driver._parts.generate
+
+        async def generate_until(request):
+            if request.dialogue_id.startswith({"replies": "warm_up"}.get(stage, stage)):
+                raise asyncio.CancelledError
+            return await generate(request)
+
+        harness.driver._parts.generate = generate_until

@@ -59,7 +59,7 @@ def test_memory_of_all_engines_and_learners_is_added_up(folders, changes, engine
 
 
 def test_models_of_unknown_size_count_as_their_caches(folders):
-    config = RunConfig(cluster=CPU, simulator=USERS)
+    config = RunConfig(model=ModelConfig(dtype=Precision.bfloat16), cluster=CPU, simulator=USERS)
     check_memory(config, "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B-Instruct", have=8 * GIB)
     check_memory(config, "Qwen/Qwen2.5-7B-Instruct", None, have=2 * GIB)
     with pytest.raises(ResourceError, match=r"^model.path=.*use a smaller model or cluster.kv_cache_gib$"):

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from rlver_dist.choices import Device, SimulatorBackend
 from rlver_dist.models import resolve
+from rlver_dist.precision import resolve_precision
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings
 from rlver_dist.simulator.chat import ChatAnswer, ChatBackend, ChatRequest
@@ -59,10 +60,11 @@ async def open_backend(config: SimulatorConfig, *, seed: int, concurrency: int) 
 def _engine_settings(engine: UserEngineConfig, *, seed: int, concurrency: int) -> EngineSettings:
     import torch
 
+    device = Device.gpu if torch.cuda.is_available() else Device.cpu
     return EngineSettings(
         model_path=resolve(engine.model, "simulator.engine.model"),
-        dtype=engine.dtype,
-        device=Device.gpu if torch.cuda.is_available() else Device.cpu,
+        dtype=resolve_precision(engine.dtype, on_cpu=device is Device.cpu),
+        device=device,
         seed=seed,
         max_context_tokens=engine.max_context_tokens,
         weight_transfer=None,
