@@ -1,8 +1,40 @@
-"""How much work a call is, for tests that compare two amounts of it."""
+"""Time in tests: how much work a call is, and how long one may wait before it counts as hanging on a machine of this speed."""
 
+import functools
+import hashlib
 import time
 
 TIMES = 16
+REFERENCE_S = 0.12
+"""Seconds of `_fixed_work` on the cores that the limits in the tests were chosen on (AMX, 2.7 GHz)."""
+
+
+def hang_limit(seconds):
+    """`seconds`, which are many times what the work takes on the reference's cores, for this machine: never less, more where it is slower.
+
+    A limit tells a hang from work, so it scales with the machine's speed, measured once a session.
+    """
+    return seconds * max(1.0, slowness())
+
+
+@functools.cache
+def slowness():
+    """Time of a fixed amount of work here over that on the reference's cores, doubled, since models lose more than Python does."""
+    return 2 * min(_seconds(_fixed_work) for _ in range(3)) / REFERENCE_S
+
+
+def _fixed_work():
+    total = 0
+    for number in range(600_000):
+        total += number % 7
+    hashlib.sha256(b"x" * 20_000_000).digest()
+    return total
+
+
+def _seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def grows_in_proportion(work, size):

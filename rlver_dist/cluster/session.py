@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -45,23 +46,19 @@ class Session:
 
 
 def open_session(cluster: ClusterConfig) -> Session:
-    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, behind a token and with its dashboard on loopback."""
-    token = ""
+    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, behind a token and with its dashboard on loopback.
+
+    Raises:
+        ResourceError: Ray does not start, or the cluster cannot be joined.
+    """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        context = ray.init(address=address, log_to_driver=False)
-    else:
-        token = _choose_token()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        context = ray.init(
-            address="local",  # never join a cluster that somebody else's run happens to have left its address of
-            include_dashboard=cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            configure_logging=False,
-        )
+    token = "" if address else _choose_token()
+    try:
+        context = ray.init(address=address, log_to_driver=False) if address else _start_ray(cluster)
+    except Exception as error:
+        # Whatever Ray raises here, it is a plain exception with a text of its own for each of its processes.
+        ray.shutdown()
+        raise ResourceError(_not_started(address, error)) from error
     have = ray.cluster_resources()
     return Session(
         num_gpus=int(have.get("GPU", 0)),
@@ -70,6 +67,27 @@ def open_session(cluster: ClusterConfig) -> Session:
         dashboard=context.dashboard_url or "",
         token=token,
     )
+
+
+def _start_ray(cluster: ClusterConfig) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    return ray.init(
+        address="local",  # never join a cluster that somebody else's run happens to have left its address of
+        include_dashboard=cluster.dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        configure_logging=False,
+    )
+
+
+def _not_started(address: str | None, error: Exception) -> str:
+    said = textwrap.shorten(str(error).strip() or type(error).__name__, MAX_CAUSE)
+    if address:
+        return f"cluster.address={address}: no Ray cluster can be joined there ({said}); start it, or unset cluster.address and RAY_ADDRESS"
+    busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    return f"Ray did not start ({busy}): {said}; end what else runs on this machine and start again (Ray's logs: {LOGS})"
 
 
 def _choose_token() -> str:

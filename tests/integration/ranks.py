@@ -7,6 +7,7 @@ import time
 import torch
 
 from rlver_dist.choices import Precision
+from tests.timing import hang_limit
 
 SETTINGS = {
     f"stage{stage}{'_recompute' if recompute else ''}{'_offload' if offload else ''}": dict(
@@ -46,13 +47,14 @@ def run_ranks(target, world_size, folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.spawn(target, (port, str(folder)), nprocs=world_size, join=False)
-    deadline = time.monotonic() + TIMEOUT_S
+    limit = hang_limit(TIMEOUT_S)
+    deadline = time.monotonic() + limit
     try:
         # Returns after each rank that ends, and raises what a rank raised.
         while not context.join(max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 stuck = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
-                raise TimeoutError(f"{target.__module__}.{target.__name__}: ranks {stuck} of {world_size} still run after {TIMEOUT_S} s")
+                raise TimeoutError(f"{target.__module__}.{target.__name__}: ranks {stuck} of {world_size} still run after {limit:.0f} s")
     finally:
         for process in context.processes:
             process.kill()

@@ -17,6 +17,7 @@ from rlver_dist.rollout.collector import GenerateRequest
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.rollout.renderer import Renderer
+from tests.timing import hang_limit
 
 Weights = dict[str, torch.Tensor]
 
@@ -205,6 +206,6 @@ def test_an_engine_whose_process_died_says_that_it_is_gone(served: Served) -> No
             process.kill()
         for call in (waiting, served.engine.generate(served.request())):
             with pytest.raises(GoneError, match=r"^vLLM engine: its process died$"):
-                await asyncio.wait_for(call, timeout=60)
+                await asyncio.wait_for(call, timeout=hang_limit(60))
 
     served.run(die())

@@ -28,6 +28,7 @@ from rlver_dist.simulator.llm import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator_config import HttpChatConfig, LlmUserConfig
+from tests.timing import hang_limit
 
 NAME = "smollm2"
 KEY = "loopback-key-5150"
@@ -68,7 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
 def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
     """Return once the server answers; fails with the end of its log."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + hang_limit(240)
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=2):
@@ -81,7 +82,7 @@ def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
 def ask(server: str, scenario, monkeypatch: pytest.MonkeyPatch, key: str = KEY, **options):
     """Run `scenario(backend)`; returns its result and the backend's metrics."""
     monkeypatch.setenv("USERS_KEY", key)
-    defaults = dict(endpoints=server, model=NAME, api_key_env="USERS_KEY", timeout_s=120.0, max_retries=1)
+    defaults = dict(endpoints=server, model=NAME, api_key_env="USERS_KEY", timeout_s=hang_limit(120.0), max_retries=1)
 
     async def run():
         backend = HttpChat(config=HttpChatConfig(**(defaults | options)))

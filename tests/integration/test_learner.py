@@ -23,6 +23,7 @@ from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.models import TINY, resolve
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, ModelConfig, WarmUpConfig
+from tests.timing import hang_limit
 
 CONFIG = RunConfig(
     model=ModelConfig(dtype=Precision.float32),
@@ -563,7 +564,7 @@ def test_set_up_compiles_the_op_that_a_learner_loads(tmp_path):
     command = ["-m", "rlver_dist.learner.engine", "--build-ops"]
     assert f".venv/bin/python {' '.join(command)}" in (Path(__file__).parents[2] / "launch" / "setup.sh").read_text()
     elsewhere = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=TIMEOUT_S, env=elsewhere)
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=hang_limit(TIMEOUT_S), env=elsewhere)
     assert list(tmp_path.glob("**/deepspeed_shm_comm.so"))
 
 

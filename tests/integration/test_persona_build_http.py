@@ -17,6 +17,7 @@ from rlver_dist.data.persona import Temperament
 from rlver_dist.data.personas import load_split
 from rlver_dist.data.situations import load_situations
 from rlver_dist.errors import EXIT_INTERRUPTED, EXIT_REFUSED
+from tests.timing import hang_limit
 
 KEY = "a-key-that-must-not-be-printed"
 SHEETS = [persona.profile for persona in load_split("bank", "train")]
@@ -93,7 +94,7 @@ def start(folder, endpoint, *more):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=hang_limit(120))
     assert KEY not in out + err and "Traceback" not in err, err
     return process.returncode, out, err
 
@@ -105,7 +106,7 @@ def test_an_interrupted_command_goes_on(tmp_path, endpoint, stop):
     inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = start(tmp_path, endpoint)
     signal.signal(signal.SIGINT, inherited)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + hang_limit(90)
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 6):
         assert time.monotonic() < deadline and first.poll() is None, finish(first)
         time.sleep(0.05)

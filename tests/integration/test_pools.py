@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator_config import SimulatorConfig
 from tests.integration import faulty_server
+from tests.timing import hang_limit
 
 # Ray's workers cannot import these files, so what is in them has to travel with its code.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -46,7 +48,7 @@ def kill(actor) -> None:
     ray.kill(actor)
     with pytest.raises(RayActorError):
         while True:
-            ray.get(actor.__ray_ready__.remote(), timeout=30)
+            ray.get(actor.__ray_ready__.remote(), timeout=hang_limit(30))
 
 
 def started(count: int, simulator: SimulatorConfig, engines=()) -> list:
@@ -181,6 +183,14 @@ def test_a_used_up_budget_passes_through_service_and_pool():
         asyncio.run(RewardPool([replica], "train").respond(request("I see.")))
 
 
+async def until_given_up(engine) -> list[str]:
+    """What the engine's calls were given up for, once there is any."""
+    deadline = time.monotonic() + hang_limit(10)
+    while not (dropped := await engine.given_up.remote()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    return dropped
+
+
 def test_a_caller_that_gives_up_takes_its_call_along():
     async def scenario():
         (engine,) = stand_ins(1)
@@ -188,11 +198,7 @@ def test_a_caller_that_gives_up_takes_its_call_along():
         await pool.ask(chat())
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.ask(replace(chat(), key="slow")), timeout=0.5)
-        for _ in range(50):
-            if await engine.given_up.remote():
-                break
-            await asyncio.sleep(0.1)
-        assert await engine.given_up.remote() == ["slow"]
+        assert await until_given_up(engine) == ["slow"]
         assert (await pool.ask(chat())).model == "0"
 
     asyncio.run(scenario())
@@ -330,13 +336,10 @@ def test_a_late_reply_is_called_off_on_its_engine():
     async def scenario():
         (engine,) = named(1)
         pool = EnginePool([engine])
+        await pool.generate(ask("first", 0))  # from here on the engine is there to hear of it, however long that took
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.generate(ask("slow", 0)), timeout=1)
-        for _ in range(50):
-            if await engine.given_up.remote():
-                break
-            await asyncio.sleep(0.1)
-        assert await engine.given_up.remote() == ["slow"]
+        assert await until_given_up(engine) == ["slow"]
         assert await pool.generate(ask("next", 0)) == 0
 
     asyncio.run(scenario())

@@ -13,10 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
 import pytest
 
 from rlver_dist.dialogue import Role
@@ -24,70 +21,11 @@ from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.tracking.jsonl import read_metrics
 from tests.integration.faulty_server import FaultyServer
+from tests.integration.launched import TIMEOUT_S, Finished, Launch, launching
+from tests.timing import hang_limit
 
 ACTORS = ("rollout_engine_0", "reward_service_0", "policy_learner_0", "critic_learner_0")
-TIMEOUT_S = 420
-
-
-@dataclass
-class Finished:
-    """A run that has ended, and what an outside observer saw of it meanwhile."""
-
-    folder: Path
-    code: int
-    output: str
-    actors: set[str] = field(default_factory=set)
-    metrics: str = ""
-    left_over: list[str] = field(default_factory=list)
-
-
-class Launch:
-    """One `python -m rlver_dist.launch`, watched while it runs."""
-
-    def __init__(self, folder: Path, *overrides: str, recipe: str = "grpo_no_think", on: str = "tiny") -> None:
-        self.folder = folder
-        arguments = [f"+exp={recipe}", f"+on={on}", "tracking.wandb=offline", f"output_dir={folder}", *overrides]
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "rlver_dist.launch", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            # Ray leaves the token of other tests' clusters in this process's environment.
-            env={**{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}, "PYTHONUNBUFFERED": "1"},
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self._children: dict[int, psutil.Process] = {}
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    def wait_for(self, pattern: str) -> re.Match:
-        """The first match of `pattern` in the output."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            self._remember_children()
-            if found := re.search(pattern, "".join(self.lines)):
-                return found
-            assert self.process.poll() is None, "".join(self.lines)
-            time.sleep(0.2)
-        raise AssertionError(f"no {pattern!r} in:\n{''.join(self.lines)}")
-
-    def _remember_children(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._children |= {child.pid: child for child in psutil.Process(self.process.pid).children(recursive=True)}
-
-    def finish(self) -> Finished:
-        """Wait for the end; processes that outlive it by ten seconds are `left_over`."""
-        code = self.process.wait(timeout=TIMEOUT_S)
-        self._reader.join(timeout=10)
-        _, alive = psutil.wait_procs(list(self._children.values()), timeout=10)
-        left_over = [f"{child.pid} {child.name()}" for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-        return Finished(self.folder, code, "".join(self.lines), left_over=left_over)
+FIRST = ("evaluation.num_personas=3", "num_iterations=4", "save_every=3")
 
 
 def get(url: str, token: str = "") -> str:
@@ -111,16 +49,27 @@ class Dashboard:
         return "\n".join(get(f"http://{target}/metrics") for group in found for target in group["targets"])
 
 
+@pytest.fixture
+def launch():
+    """Starts runs, which end with the test."""
+    with launching() as start:
+        yield start
+
+
 @pytest.fixture(scope="module")
-def first(tmp_path_factory) -> Finished:
-    folder = tmp_path_factory.mktemp("run") / "first"
-    launch = Launch(folder, "evaluation.num_personas=3", "num_iterations=4", "save_every=3", recipe="ppo_no_think")
+def first(tmp_path_factory):
+    with launching() as start:
+        yield watched(start(tmp_path_factory.mktemp("run") / "first", *FIRST, recipe="ppo_no_think"))
+
+
+def watched(launch: Launch) -> Finished:
+    """The run's end, and what its dashboard showed meanwhile."""
     dashboard = Dashboard(launch)
     launch.wait_for(r"iteration 1/4")
     with pytest.raises(urllib.error.HTTPError, match="401"):
         get(f"{dashboard.address}/api/v0/actors")
     listed = dashboard.actors()
-    seen, deadline = "", time.monotonic() + 60
+    seen, deadline = "", time.monotonic() + hang_limit(60)
     while "ray_rlver_reward_mean" not in seen and launch.process.poll() is None and time.monotonic() < deadline:
         seen = dashboard.metrics()
         time.sleep(0.5)
@@ -215,15 +164,15 @@ def test_the_policy_folder_loads_in_plain_vllm(first):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=hang_limit(240),
         check=False,
     )
     assert "sampled 4" in done.stdout, done.stderr[-2000:]
 
 
-def test_resume_goes_on_and_keeps_the_results_before(first):
+def test_resume_goes_on_and_keeps_the_results_before(first, launch):
     before = json.loads((first.folder / "summary.json").read_text())["before"]
-    again = Launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3", recipe="ppo_no_think").finish()
+    again = launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3", recipe="ppo_no_think").finish()
     assert again.code == 0, again.output
     assert "resumed from" in again.output and "after 4 iterations" in again.output
     assert "iteration 5/5" in again.output and "iteration 4/5" not in again.output
@@ -232,19 +181,19 @@ def test_resume_goes_on_and_keeps_the_results_before(first):
     assert [line["iteration"] for line in read_metrics(first.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_resume_with_other_ranks_is_refused_in_one_line(first):
+def test_resume_with_other_ranks_is_refused_in_one_line(first, launch):
     kept = sorted(path.name for path in first.folder.iterdir())
-    ended = Launch(first.folder, "cluster.learner_ranks=4", "num_iterations=9", recipe="ppo_no_think").finish()
+    ended = launch(first.folder, "cluster.learner_ranks=4", "num_iterations=9", recipe="ppo_no_think").finish()
     assert ended.code == 2, ended.output
     assert "was written with policy_learner ranks=1 and this run has 2; use cluster.learner_ranks=2" in ended.output
     assert "Traceback" not in ended.output and sorted(path.name for path in first.folder.iterdir()) == kept
 
 
-def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(tmp_path):
-    launch = Launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=0")
-    launch.wait_for(r"iteration 2/500")
-    os.killpg(launch.process.pid, signal.SIGINT)
-    ended = launch.finish()
+def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(tmp_path, launch):
+    running = launch(tmp_path / "long", "evaluation.num_personas=0", "num_iterations=500", "save_every=0")
+    running.wait_for(r"iteration 2/500")
+    os.killpg(running.process.pid, signal.SIGINT)
+    ended = running.finish()
     assert ended.code == 130, ended.output
     assert f"output_dir={tmp_path / 'long'}" in ended.output and "Traceback" not in ended.output
     assert ended.left_over == []
@@ -252,7 +201,8 @@ def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(
     assert json.loads(checkpoint.read_text())["iteration"] == len(read_metrics(tmp_path / "long" / "metrics.jsonl"))
 
 
-def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
+@pytest.mark.slow
+def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path, launch):
     small = ["rollout.dialogues_per_iteration=4", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
     warm_up = [
         "warm_up.dialogues=8",
@@ -262,7 +212,7 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
         "critic.num_layers=2",
         "algorithm.kl_coef=0.01",
     ]
-    ended = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
+    ended = launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
     assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "think" / "summary.json").read_text())
     # The model as it came replies without thinking, so every reply of its control is well-formed.
@@ -275,7 +225,7 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
     for dialogue in read_dialogues(tmp_path / "think" / "dialogues" / "train_000001.parquet"):
         heard = [message.text for message in dialogue.messages() if message.role is Role.ASSISTANT]
         assert heard == [turn.reply for turn in dialogue.turns][: len(heard)]
-    again = Launch(tmp_path / "think", *small, *warm_up, "num_iterations=2", recipe="ppo_think", on="cpu").finish()
+    again = launch(tmp_path / "think", *small, *warm_up, "num_iterations=2", recipe="ppo_think", on="cpu").finish()
     assert again.code == 0 and "warm-up" not in again.output.partition("Held-out users")[0], again.output
     first, second = read_metrics(tmp_path / "think" / "metrics.jsonl")
     for line in (first, second):
@@ -284,13 +234,14 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path):
         assert abs(line["learner/kl_ref"]) < 0.2
 
 
-def test_a_small_chat_model_speaks_for_the_users(tmp_path):
+@pytest.mark.slow
+def test_a_small_chat_model_speaks_for_the_users(tmp_path, launch):
     small = ["rollout.dialogues_per_iteration=8", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
-    launch = Launch(tmp_path / "llm", "simulator=vllm", *small, "num_iterations=2", on="cpu")
-    dashboard = Dashboard(launch)
-    launch.wait_for(r"iteration 1: rollout")
+    running = launch(tmp_path / "llm", "simulator=vllm", *small, "num_iterations=2", on="cpu")
+    dashboard = Dashboard(running)
+    running.wait_for(r"iteration 1: rollout")
     listed = dashboard.actors()
-    ended = launch.finish()
+    ended = running.finish()
     assert ended.code == 0, ended.output
     assert "user_engine_0" in {actor["name"] for actor in listed if actor["state"] == "ALIVE"}
     assert ended.left_over == []
@@ -312,12 +263,12 @@ def test_a_small_chat_model_speaks_for_the_users(tmp_path):
                 assert turn.emotion_after == emotion
 
 
-def test_a_used_up_budget_ends_the_run_with_a_checkpoint_and_one_line(tmp_path):
+def test_a_used_up_budget_ends_the_run_with_a_checkpoint_and_one_line(tmp_path, launch):
     with serving() as url:
         users = ["simulator=openai", f"simulator.openai.endpoints={url}", "simulator.openai.model=m", "simulator.openai.api_key_env=''"]
         budget = ["simulator.openai.max_tokens_total=160000", "simulator.replicas=2"]
         rest = ["evaluation.num_personas=0", "num_iterations=500", "save_every=0"]
-        ended = Launch(tmp_path / "poor", *users, *budget, *rest).finish()
+        ended = launch(tmp_path / "poor", *users, *budget, *rest).finish()
     assert ended.code == 2, ended.output
     assert "Traceback" not in ended.output and ended.left_over == []
     (line,) = (line for line in ended.output.splitlines() if line.startswith("error:"))
@@ -352,8 +303,8 @@ def serving():
         thread.join(timeout=10)
 
 
-def test_adapters_train_and_travel_merged(tmp_path):
-    ended = Launch(tmp_path / "lora", "model.lora.rank=4", "evaluation.num_personas=0", "learner.lr=0.01").finish()
+def test_adapters_train_and_travel_merged(tmp_path, launch):
+    ended = launch(tmp_path / "lora", "model.lora.rank=4", "evaluation.num_personas=0", "learner.lr=0.01").finish()
     assert ended.code == 0, ended.output
     for line in read_metrics(tmp_path / "lora" / "metrics.jsonl"):
         assert line["sync/probe_max_abs"] <= 1e-4 and line["learner/grad_norm"] > 0
@@ -363,7 +314,7 @@ def test_adapters_train_and_travel_merged(tmp_path):
 def test_too_few_gpus_stop_before_anything_is_built(tmp_path):
     arguments = ["+exp=grpo_no_think", f"output_dir={tmp_path / 'none'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "rlver_dist.launch", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [sys.executable, "-m", "rlver_dist.launch", *arguments], capture_output=True, text=True, timeout=hang_limit(TIMEOUT_S), check=False
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: this run needs at least 1 GPU and Ray sees none")

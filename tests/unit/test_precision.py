@@ -13,6 +13,7 @@ from rlver_dist.errors import ConfigError
 from rlver_dist.precision import OVERRIDE, cpu_has_bfloat16, with_precision
 from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
 from rlver_dist.training_config import LearnerConfig, ModelConfig
+from tests.timing import hang_limit
 
 CPU = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)
 AVX2 = "flags\t\t: fpu sse2 fma avx2 f16c\n"
@@ -104,6 +105,6 @@ def test_without_zero_auto_is_refused_since_it_may_be_bfloat16():
 @pytest.mark.parametrize(("has", "dtype"), [("0", "float32"), ("1", "bfloat16")])
 def test_check_says_the_format_that_the_run_would_take(has, dtype):
     command = [sys.executable, "-m", "rlver_dist.launch", "+exp=ppo_think", "+on=cpu", "check=true"]
-    done = subprocess.run(command, env={**os.environ, OVERRIDE: has}, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env={**os.environ, OVERRIDE: has}, capture_output=True, text=True, timeout=hang_limit(120), check=True)
     assert f"model.dtype={dtype}, chosen since this CPU has" in done.stdout
     assert f"smollm2-135m-instruct ({dtype})" in done.stdout
