@@ -21,8 +21,10 @@ setup(
     package_data={
         "rlver_dist.conf": ["*.yaml", "*/*.yaml"],
         "rlver_dist.data": ["seeds/*.yaml", "bank/*.jsonl", "*.yaml"],
-        "rlver_dist.data.build": ["*.yaml"],
-        "rlver_dist.simulator": ["*.yaml", "*.safetensors", "*.npz", "*.json"],
+        "rlver_dist.persona_synthesis": ["*.yaml"],
+        "rlver_dist.simulator": ["*.yaml"],
+        "rlver_dist.simulator.llm": ["*.yaml"],
+        "rlver_dist.simulator.rules": ["*.yaml", "*.safetensors"],
     },
     install_requires=[
         *STACK,

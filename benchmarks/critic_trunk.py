@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from rlver_dist.algorithms.losses import value_loss
+from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.experience.samples import TurnSample, to_samples
 from rlver_dist.learner.rows import share_rows
 from rlver_dist.learner.value_model import ValueHead, frozen_features, load_trunk
 from rlver_dist.ledger.parquet import read_records
-from rlver_dist.models import SMOLLM2, resolve
 
 VALUE_CLIP, GRAD_CLIP, WARMUP_STEPS, ROW_TOKENS, SEED = 0.5, 1.0, 2, 2048, 1
 EARLY = slice(1, 5)

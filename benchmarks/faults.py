@@ -18,18 +18,18 @@ from itertools import cycle, islice
 
 from transformers import AutoTokenizer
 
-from rlver_dist.choices import Preset
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.chat_client.http import HttpChat
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import HttpChatConfig, LlmUserConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Dialogue, EndReason
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
-from rlver_dist.simulator.http_chat import HttpChat
-from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.service import RewardService
-from rlver_dist.simulator_config import HttpChatConfig, LlmUserConfig
 from tests.integration.faulty_server import FaultyServer, Hit
 
 MAX_TURNS = 4

@@ -25,26 +25,30 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from rlver_dist.choices import Device
-from rlver_dist.config import ClusterConfig, RolloutConfig, RunConfig, SimulatorConfig
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import Device
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.precision import with_precision
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.evaluation.held_out import evaluation_tasks, visible_samples
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.policy import PolicyLearner
-from rlver_dist.models import resolve
-from rlver_dist.precision import with_precision
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, collect
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 from rlver_dist.rollout.renderer import Renderer, system_prompt
-from rlver_dist.simulator.appraisal import EmbeddedAppraiser
-from rlver_dist.simulator.embedded import EmbeddedSimulator
 from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.simulator.service import RewardService
 from rlver_dist.tracking.dialogue_metrics import distinct_n
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.training_config import ModelConfig, WarmUpConfig
-from rlver_dist.warm_up import warm_up_samples
+from rlver_dist.trainer.warm_up import warm_up_samples
 
 TRAINED_TURNS = 3
 """Turns of a training dialogue in `+on=cpu`."""

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlver_dist.chat_client.budget import Prices
 from rlver_dist.errors import EXIT_REFUSED, DataError, UserError
-from rlver_dist.simulator.budget import Prices
 from rlver_dist.tracking.jsonl import read_metrics
 
 KINDS = ("prompt", "cached", "completion")

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.dialogue import Message
-from rlver_dist.models import SMOLLM2, resolve
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

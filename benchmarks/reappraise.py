@@ -13,14 +13,14 @@ import asyncio
 import statistics
 from pathlib import Path
 
-from rlver_dist.choices import Preset
-from rlver_dist.config import SimulatorConfig
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.evaluation.held_out import reappraise
 from rlver_dist.ledger.parquet import read_dialogues
-from rlver_dist.simulator.appraisal import EmbeddedAppraiser
-from rlver_dist.simulator.judges import RuleJudge
+from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
 
 
 def main() -> None:

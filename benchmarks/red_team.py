@@ -27,20 +27,20 @@ from typing import Any
 import yaml
 
 from benchmarks.prompt_structure import keeps_structure, load_templates, num_tokens, skeleton
-from rlver_dist.choices import LlmCalls, Preset
+from rlver_dist.bundled_models import SMOLLM2
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
+from rlver_dist.config.enums import LlmCalls, Preset
+from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal, Message, Role
-from rlver_dist.models import SMOLLM2
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.emotion import move
-from rlver_dist.simulator.fence import fence
-from rlver_dist.simulator.llm import LlmSimulator
-from rlver_dist.simulator.llm_schema import CHANGE_LIMIT, SchemaError, appraisal_schema, parse_answer
+from rlver_dist.simulator.llm.fence import fence
+from rlver_dist.simulator.llm.prompts import UserPrompts
+from rlver_dist.simulator.llm.schema import CHANGE_LIMIT, SchemaError, appraisal_schema, parse_answer
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
-from rlver_dist.simulator.prompts import UserPrompts
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import LlmUserConfig
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 RULES = PRESETS[Preset.rlver_vanilla]

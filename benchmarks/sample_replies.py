@@ -18,8 +18,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlver_dist.models import SMOLLM2, resolve
-from rlver_dist.training_config import ModelConfig
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.config.model import ModelConfig
 
 TEMPERATURES = (0.6, 0.8, 1.0, 1.4, 1.8)
 

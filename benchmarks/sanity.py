@@ -20,8 +20,9 @@ import yaml
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Message, Role
-from rlver_dist.simulator.appraisal import AppraisalContext, Appraiser, EmbeddedAppraiser
-from rlver_dist.simulator.lexical import LexicalAppraiser
+from rlver_dist.simulator.appraiser import AppraisalContext, Appraiser
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 
 SANITY_FILE = Path(__file__).parent.parent / "tests" / "data" / "sanity_replies.yaml"
 GOOD, MEDIOCRE, BAD, HACKING = 3, 2, 1, 0

@@ -16,11 +16,11 @@ import time
 
 import torch
 
+from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.experience.packing import PackedRow
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.rows import score_row, share_rows
 from rlver_dist.learner.scoring import PolicyModel, load_model
-from rlver_dist.models import SMOLLM2, resolve
 
 TURNS = (3, 8)
 OPENING_TOKENS, THINKING_TOKENS, REPLY_TOKENS, USER_TOKENS = 120, 40, 40, 40

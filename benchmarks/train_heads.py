@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.sample_replies import seed_situations
-from rlver_dist.simulator import heads, penalties
-from rlver_dist.simulator.embedding import SentenceEncoder
+from rlver_dist.simulator.rules import heads, penalties
+from rlver_dist.simulator.rules.embedding import SentenceEncoder
+from rlver_dist.simulator.rules.strategies import load_prototypes
 from rlver_dist.simulator.sentences import sentences
-from rlver_dist.simulator.strategies import Strategy, load_prototypes
+from rlver_dist.simulator.strategy import Strategy
 
 HERE = Path(__file__).parent
 NONE = len(Strategy)
@@ -241,7 +242,7 @@ def main() -> None:
     """Command line: train both heads and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "rlver_dist" / "simulator" / heads.HEADS_FILE)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "rlver_dist" / "simulator" / "rules" / heads.HEADS_FILE)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

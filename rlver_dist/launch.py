@@ -19,15 +19,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlver_dist.check import describe
-from rlver_dist.choices import SimulatorBackend
-from rlver_dist.config import RunConfig
+from rlver_dist.config.enums import SimulatorBackend
+from rlver_dist.config.precision import with_precision
+from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import leak_notice, load_split
 from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
 from rlver_dist.files import write_whole
-from rlver_dist.precision import with_precision
-from rlver_dist.refusals import check_parts
+from rlver_dist.preflight.dry_run import describe
+from rlver_dist.preflight.requirements import check_parts
 from rlver_dist.simulator.suitability import check_languages, check_personas, check_second_judge
 
 PACKAGE = Path(__file__).resolve().parent
@@ -114,7 +114,7 @@ def run(config: RunConfig) -> int:
 
 def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> int:
     check_parts(config)
-    from rlver_dist.run import run_on_cluster
+    from rlver_dist.trainer.run import run_on_cluster
 
     output = Path(config.output_dir)
     return run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml"))

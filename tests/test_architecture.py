@@ -7,17 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors files concurrency choices guards_config training_config simulator_config config precision dialogue data algorithms experience "
-    "simulator ledger tracking models rollout data.build learner evaluation report checkpoints cluster refusals check forecast parts "
-    "warm_up training_step stages driver run launch"
+    "errors files concurrency latency config dialogue data bundled_models algorithms experience chat_client simulator ledger tracking "
+    "rollout persona_synthesis learner evaluation cluster preflight trainer launch"
 ).split()
-# `data.build` is a tool on top of simulator and rollout; it lies in data/ for the name of its command.
+ROOT = {"__init__", "launch", "dialogue", "errors", "files", "concurrency", "latency", "bundled_models"}
+"""What may lie loose in the package: commands, and what everything shares."""
 OWNERS = {
     "ray": ["cluster/"],
     "vllm": ["rollout/engine.py", "rollout/chat_engine.py", "rollout/weight_transfer.py"],
     "deepspeed": ["learner/engine.py"],
     "peft": ["learner/lora.py"],
-    "httpx": ["simulator/http_chat.py"],
+    "httpx": ["chat_client/http.py"],
     "wandb": ["tracking/wandb.py"],
     "hydra": ["launch.py"],
 }
@@ -37,7 +37,7 @@ def _rank(module: str) -> int:
 
 def _part(module: str) -> str:
     """The entry of `ORDER` that a dotted module name below rlver_dist belongs to."""
-    return "data.build" if f"{module}.".startswith("data.build.") else module.split(".")[0]
+    return module.split(".")[0]
 
 
 def _imports(path: Path) -> list[str]:
@@ -79,6 +79,15 @@ def test_files_and_functions_stay_small(path):
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
 
 
+def test_the_root_holds_commands_and_what_everything_shares():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "simulator" / "llm").glob("*.py")), ids=_name)
+def test_users_by_a_chat_model_need_nothing_of_the_embedded_appraisers(path):
+    assert not any(module.startswith("rlver_dist.simulator.rules") for module in _imports(path))
+
+
 def test_init_files_are_empty():
     assert [_name(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
 
@@ -89,8 +98,8 @@ def test_algorithms_know_no_configuration():
 
 
 def test_every_option_is_documented_where_it_is_defined():
-    names = ("config.py", "training_config.py", "simulator_config.py", "guards_config.py")
-    trees = [ast.parse((PACKAGE / name).read_text(encoding="utf-8")) for name in names]
+    modules = [path for path in sorted((PACKAGE / "config").glob("*.py")) if path.stem != "enums"]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules]
     for group in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         assert ast.get_docstring(group), group.name
         for field, after in zip(group.body, group.body[1:], strict=False):

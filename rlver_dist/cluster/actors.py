@@ -17,20 +17,20 @@ import ray
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from rlver_dist.choices import SimulatorBackend
+from rlver_dist.chat_client.protocol import ChatBackend
 from rlver_dist.cluster.pools import ChatPool
-from rlver_dist.config import RunConfig
+from rlver_dist.config.enums import SimulatorBackend
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.experience.samples import ImitationSample, TurnSample
-from rlver_dist.simulator.chat import ChatBackend
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.simulator.service import RewardService
-from rlver_dist.simulator_config import SimulatorConfig
 from rlver_dist.tracking.metrics import Metric
-from rlver_dist.training_config import WarmUpConfig
 
 if TYPE_CHECKING:
-    from rlver_dist.simulator.embedded import EmbeddedSimulator
-    from rlver_dist.simulator.llm import LlmSimulator
+    from rlver_dist.simulator.llm.user import LlmSimulator
+    from rlver_dist.simulator.rules.user import EmbeddedSimulator
 
 PROGRESS_THREAD = "progress"
 """Name of the thread of a learner's actor that answers `progress` while another one computes."""
@@ -39,16 +39,16 @@ MAX_CONCURRENCY = 4096
 
 
 def _embedded_users(configs: Mapping[str, SimulatorConfig]) -> dict[str, EmbeddedSimulator]:
-    from rlver_dist.simulator.appraisal import EmbeddedAppraiser
-    from rlver_dist.simulator.embedded import EmbeddedSimulator
     from rlver_dist.simulator.presets import resolve_rules
+    from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+    from rlver_dist.simulator.rules.user import EmbeddedSimulator
 
     appraiser = EmbeddedAppraiser()
     return {name: EmbeddedSimulator(rules=resolve_rules(config), appraiser=appraiser) for name, config in configs.items()}
 
 
 def _llm_users(backend: ChatBackend, judges: Sequence[ChatBackend], configs: Mapping[str, SimulatorConfig]) -> dict[str, LlmSimulator]:
-    from rlver_dist.simulator.judges import llm_users
+    from rlver_dist.simulator.llm.judges import llm_users
     from rlver_dist.simulator.presets import resolve_rules
 
     return {
@@ -108,7 +108,7 @@ class RewardServiceActor:
 
     def _http_chat(self, model: str) -> ChatBackend:
         """`model` at the endpoints, with this replica's part of the limits that hold for all models together."""
-        from rlver_dist.simulator.http_chat import HttpChat, share
+        from rlver_dist.chat_client.http import HttpChat, share
 
         simulator = self._simulator
         models = len(simulator.further_judges) + (simulator.backend is SimulatorBackend.openai)

@@ -11,14 +11,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from transformers import AutoTokenizer
 
+from rlver_dist.bundled_models import resolve
 from rlver_dist.cluster.layout import Layout
 from rlver_dist.cluster.learners import CriticGroup, PolicyGroup
 from rlver_dist.cluster.place import learner_ranks, policy_engines, reward_services, user_engines
 from rlver_dist.cluster.pools import EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import reserve
 from rlver_dist.cluster.weight_sync import WeightSync
-from rlver_dist.config import RunConfig
-from rlver_dist.models import resolve
+from rlver_dist.config.run import RunConfig
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.metrics import Metric, Reduction

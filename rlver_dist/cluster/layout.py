@@ -1,6 +1,7 @@
 """Which device holds what: pure arithmetic, no Ray.
 
-A layout is derived from the configuration and the number of GPUs and cores; `session.py` asks Ray for them, `check.py` prints it.
+A layout is derived from the configuration and the number of GPUs and cores. `session.py` asks Ray for them, `preflight/dry_run.py`
+prints it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlver_dist.choices import Device
-from rlver_dist.config import RunConfig
+from rlver_dist.config.checks import require
+from rlver_dist.config.enums import Device
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.errors import DataError, ResourceError
-from rlver_dist.simulator_config import SimulatorConfig
-from rlver_dist.training_config import require
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

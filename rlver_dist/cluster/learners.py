@@ -12,9 +12,9 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from rlver_dist.cluster.actors import PROGRESS_THREAD
+from rlver_dist.config.learner import WarmUpConfig
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.tracking.metrics import Metric
-from rlver_dist.training_config import WarmUpConfig
 
 
 class LearnerGroup:

@@ -8,11 +8,11 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlver_dist.choices import Device
+from rlver_dist.bundled_models import resolve
 from rlver_dist.cluster.actors import MAX_CONCURRENCY, PROGRESS_THREAD, CriticLearnerActor, PolicyLearnerActor, RewardServiceActor
 from rlver_dist.cluster.layout import EngineGroup, Layout
-from rlver_dist.config import RunConfig
-from rlver_dist.models import resolve
+from rlver_dist.config.enums import Device
+from rlver_dist.config.run import RunConfig
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 

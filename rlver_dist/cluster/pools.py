@@ -12,11 +12,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
+from rlver_dist.chat_client.metrics import ChatWindow
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.cluster.routing import HomeRouter, Router
 from rlver_dist.errors import BoundaryError, GoneError, RlverError
 from rlver_dist.rollout.collector import GenerateRequest, Generation
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
-from rlver_dist.simulator.chat_metrics import ChatWindow
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
 UNAVAILABLE_WAIT_S = 1.0

@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlver_dist.cluster.layout import Layout
-from rlver_dist.config import ClusterConfig
+from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rlver_dist.choices import Precision
 from rlver_dist.cluster.learners import PolicyGroup
 from rlver_dist.cluster.pools import EnginePool
+from rlver_dist.config.enums import Precision
 from rlver_dist.errors import ResourceError
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction

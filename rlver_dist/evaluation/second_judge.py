@@ -6,17 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from rlver_dist.choices import SecondJudge, SimulatorBackend
-from rlver_dist.config import RunConfig
+from rlver_dist.chat_client.http import HttpChat
+from rlver_dist.chat_client.protocol import ChatBackend
+from rlver_dist.config.enums import SecondJudge, SimulatorBackend
+from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.simulator.appraisal import EmbeddedAppraiser
-from rlver_dist.simulator.chat import ChatBackend
-from rlver_dist.simulator.http_chat import HttpChat
-from rlver_dist.simulator.judges import RuleJudge
-from rlver_dist.simulator.lexical import LexicalAppraiser
-from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.llm.judges import RuleJudge
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.simulator.protocol import Judge, UserRequest
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 
 
 @asynccontextmanager

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rlver_dist.algorithms.advantages import gae, grpo, whiten
-from rlver_dist.choices import RewardPlacement
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import RewardPlacement
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.experience.samples import TurnSample, to_samples
-from rlver_dist.training_config import AlgorithmConfig
 
 
 def samples_of(dialogues: Sequence[Dialogue]) -> list[TurnSample]:

@@ -26,8 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from rlver_dist.config.guards import GuardConfig, GuardsConfig
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.guards_config import GuardConfig, GuardsConfig
 
 GRAM = 4
 """Words of a gram."""

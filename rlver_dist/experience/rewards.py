@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlver_dist.choices import EndReward
+from rlver_dist.config.algorithm import EndRewardConfig
+from rlver_dist.config.enums import EndReward
 from rlver_dist.dialogue import Dialogue, EndReason
-from rlver_dist.training_config import EndRewardConfig
 
 MAX_EMOTION = 100.0
 """Top of the emotion scale, points."""

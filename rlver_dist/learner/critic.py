@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rlver_dist.algorithms import losses
-from rlver_dist.choices import CriticTrunk, Precision
-from rlver_dist.config import RunConfig
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.enums import CriticTrunk, Precision
+from rlver_dist.config.run import RunConfig
 from rlver_dist.experience.balance import split_updates
 from rlver_dist.experience.packing import Columns, PackedRow, column
 from rlver_dist.experience.samples import TurnSample
@@ -25,7 +26,6 @@ from rlver_dist.learner.rank import LearnerRank
 from rlver_dist.learner.rows import collect_columns, require_columns
 from rlver_dist.learner.tally import Tally
 from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_trunk
-from rlver_dist.models import resolve
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlver_dist.choices import Precision
+from rlver_dist.config.enums import Precision
+from rlver_dist.config.learner import LearnerConfig
 from rlver_dist.errors import RlverError
-from rlver_dist.training_config import LearnerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlver_dist.training_config import LoraConfig
+from rlver_dist.config.model import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

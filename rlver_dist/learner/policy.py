@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from rlver_dist.algorithms import kl, losses
-from rlver_dist.choices import KLPlacement
-from rlver_dist.config import RunConfig
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.enums import KLPlacement
+from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.experience.balance import split_updates
 from rlver_dist.experience.packing import Columns, PackedRow, Span, column
 from rlver_dist.experience.samples import ImitationSample, TurnSample
@@ -32,9 +34,7 @@ from rlver_dist.learner.rank import LearnerRank
 from rlver_dist.learner.rows import collect_columns, num_tokens, require_columns, score_row
 from rlver_dist.learner.scoring import PolicyModel, load_model
 from rlver_dist.learner.tally import Tally
-from rlver_dist.models import resolve
 from rlver_dist.tracking.metrics import Metric, Reduction
-from rlver_dist.training_config import LearnerConfig, WarmUpConfig
 
 RATE_TOKENS = 512
 """Tokens of the row that `score_rate` times: 1.4 s on two slow cores."""

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
+from rlver_dist.config.learner import LearnerConfig
 from rlver_dist.learner.engine import TrainingEngine, start_rank
 from rlver_dist.learner.rows import share_rows
-from rlver_dist.training_config import LearnerConfig
 
 
 class LearnerRank:

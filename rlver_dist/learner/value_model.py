@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from rlver_dist.config.learner import check_num_layers
 from rlver_dist.experience.packing import PackedRow, Span
 from rlver_dist.learner.scoring import hidden_states, load_model
-from rlver_dist.training_config import check_num_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

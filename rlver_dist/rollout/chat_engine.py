@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError, ConfigError, boundary
 from rlver_dist.rollout.engine import EngineSettings, engine_arguments, final_output, set_environment
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 
 if TYPE_CHECKING:
     from vllm import RequestOutput

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlver_dist.choices import Device, Precision
+from rlver_dist.config.enums import Device, Precision
 from rlver_dist.errors import BoundaryError, GoneError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 

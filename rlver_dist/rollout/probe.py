@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlver_dist.choices import Precision
+from rlver_dist.config.enums import Precision
 from rlver_dist.errors import WeightSyncError
 
 MAX_ABS_FLOAT32 = 1e-4

@@ -15,9 +15,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from rlver_dist.config.model import ModelConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.rollout.think_format import CLOSE_TAG, OPEN_TAG, ParsedReply, split_thinking
-from rlver_dist.training_config import ModelConfig
 
 SENTINELS = {name: f"sentinel{name}text" for name in ("system", "opening", "reply", "answer")}
 

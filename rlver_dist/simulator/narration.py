@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.simulator.strategies import Strategy
+from rlver_dist.simulator.strategy import Strategy
 
 _DOES: dict[Strategy, str] = {
     Strategy.REFLECT_FEELING: "name what I may be feeling",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlver_dist.choices import Preset
-from rlver_dist.config import SimulatorConfig
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.simulator.emotion import EmotionRules
 
 

@@ -1,6 +1,6 @@
 """What a listener has of a text that nobody vouches for: the characters that show, without what was not said aloud.
 
-Every user hears a reply through `hear`, whether a prompt is made of it (`fence.py`) or rules look at its words (`appraisal.py`,
+Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules look at its words (`rules/appraisal.py`,
 `lexical.py`), so that none of them can be shown other words than the rest.
 """
 

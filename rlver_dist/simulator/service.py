@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
-import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlver_dist.errors import RlverError
+from rlver_dist.latency import latency_metrics
 from rlver_dist.simulator.protocol import AsyncUserSimulator, UserRequest, UserResponse, UserSimulator
-
-QUANTILES = (0.50, 0.95, 0.99)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,20 +168,3 @@ def _deliver(future: asyncio.Future[UserResponse], outcome: UserResponse | Excep
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
-
-
-def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, float]:
-    """Mean, quantiles and maximum of `latencies_s` in seconds, as `<prefix>_mean_s`, `<prefix>_p50_s`, ...; nothing for no latency."""
-    if not latencies_s:
-        return {}
-    ordered = sorted(latencies_s)
-    return {
-        f"{prefix}_mean_s": sum(ordered) / len(ordered),
-        **{f"{prefix}_p{quantile * 100:.0f}_s": nearest_rank(ordered, quantile) for quantile in QUANTILES},
-        f"{prefix}_max_s": ordered[-1],
-    }
-
-
-def nearest_rank(ordered: Sequence[float], quantile: float) -> float:
-    """The `quantile` (0 to 1) of an ascending, non-empty list by the nearest-rank rule: always one of its values."""
-    return ordered[max(math.ceil(quantile * len(ordered)), 1) - 1]

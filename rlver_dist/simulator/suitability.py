@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlver_dist.choices import SecondJudge
+from rlver_dist.config.enums import SecondJudge
 from rlver_dist.data.persona import Persona
 from rlver_dist.errors import DataError
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn, held
-from rlver_dist.simulator.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
+from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SUCCESS_EMOTION = 100.0

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rlver_dist.choices import WandbMode
-from rlver_dist.config import TrackingConfig
+from rlver_dist.config.enums import WandbMode
+from rlver_dist.config.tracking import TrackingConfig
 from rlver_dist.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from rlver_dist.choices import Precision
+from rlver_dist.config.enums import Precision
 from tests.timing import hang_limit
 
 SETTINGS = {

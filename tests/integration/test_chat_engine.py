@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from rlver_dist.choices import Device, LlmCalls, Precision, Preset
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
+from rlver_dist.config.enums import Device, LlmCalls, Precision, Preset
+from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
-from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import LlmUserConfig
 
 SCHEMA = {
     "type": "object",

@@ -14,13 +14,16 @@ from ranks import BFLOAT16, SETTINGS, SHARDED, place, run_jobs, run_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlver_dist.choices import CriticTrunk, Precision
-from rlver_dist.config import RolloutConfig, RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import CriticTrunk, Precision
+from rlver_dist.config.learner import CriticConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError, RlverError
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.value_model import ValueHead, load_trunk
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.training_config import AlgorithmConfig, CriticConfig, ModelConfig
 
 CRITIC = dict(lr=0.003, warmup_steps=3, weight_decay=0.1, micro_batch_tokens=4096, zero_stage=1)
 CONFIG = RunConfig(

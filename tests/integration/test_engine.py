@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlver_dist.choices import Device, Precision
+from rlver_dist.bundled_models import TINY, resolve
+from rlver_dist.config.enums import Device, Precision
 from rlver_dist.errors import GoneError, WeightSyncError
-from rlver_dist.models import TINY, resolve
 from rlver_dist.rollout.collector import GenerateRequest
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 from rlver_dist.rollout.probe import compare_logprobs

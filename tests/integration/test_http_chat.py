@@ -12,16 +12,16 @@ from email.utils import format_datetime
 import pytest
 
 from benchmarks.faults import Outcome, failure_kind, hold_dialogues, table
-from rlver_dist.choices import Preset, ResponseFormat
+from rlver_dist.chat_client.http import HttpChat
+from rlver_dist.chat_client.protocol import ChatRequest
+from rlver_dist.config.algorithm import EndRewardConfig
+from rlver_dist.config.enums import Preset, ResponseFormat
+from rlver_dist.config.simulator import HttpChatConfig
 from rlver_dist.dialogue import Dialogue, EndReason, Message, Role
 from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.experience.rewards import dialogue_reward
-from rlver_dist.simulator.chat import ChatRequest
 from rlver_dist.simulator.emotion import move
-from rlver_dist.simulator.http_chat import HttpChat
 from rlver_dist.simulator.presets import PRESETS
-from rlver_dist.simulator_config import HttpChatConfig
-from rlver_dist.training_config import EndRewardConfig
 from tests.integration.faulty_server import MODEL, Canned, FaultyServer, Kind
 
 SCHEMA = {

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from rlver_dist.choices import Preset
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.chat_client.http import HttpChat
+from rlver_dist.chat_client.protocol import ChatRequest
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import HttpChatConfig, LlmUserConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError
-from rlver_dist.models import SMOLLM2, resolve
-from rlver_dist.simulator.chat import ChatRequest
-from rlver_dist.simulator.http_chat import HttpChat
-from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import HttpChatConfig, LlmUserConfig
 from tests.timing import hang_limit
 
 NAME = "smollm2"

@@ -3,19 +3,20 @@
 import asyncio
 from dataclasses import replace
 
-from rlver_dist.choices import Preset, SecondJudge, SimulatorBackend
-from rlver_dist.config import EvaluationConfig, RunConfig
+from rlver_dist.chat_client.http import HttpChat
+from rlver_dist.config.enums import Preset, SecondJudge, SimulatorBackend
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import HttpChatConfig, LlmUserConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Role, Turn
 from rlver_dist.errors import BoundaryError
 from rlver_dist.evaluation.held_out import second_emotions
 from rlver_dist.evaluation.second_judge import second_judge
 from rlver_dist.simulator.emotion import move
-from rlver_dist.simulator.http_chat import HttpChat
-from rlver_dist.simulator.judges import llm_users
+from rlver_dist.simulator.llm.judges import llm_users
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import HttpChatConfig, LlmUserConfig, SimulatorConfig
 from tests.integration.faulty_server import FaultyServer
 
 RULES = PRESETS[Preset.sage]

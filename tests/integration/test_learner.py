@@ -17,12 +17,15 @@ from ranks import BFLOAT16, SETTINGS, SHARDED, TIMEOUT_S, place, run_jobs, run_r
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from rlver_dist.choices import Precision
-from rlver_dist.config import RolloutConfig, RunConfig
+from rlver_dist.bundled_models import TINY, resolve
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import Precision
+from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.experience.samples import ImitationSample, TurnSample
-from rlver_dist.models import TINY, resolve
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, ModelConfig, WarmUpConfig
 from tests.timing import hang_limit
 
 CONFIG = RunConfig(

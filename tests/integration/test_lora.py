@@ -14,13 +14,16 @@ from ranks import place, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rlver_dist.choices import Precision
-from rlver_dist.config import RolloutConfig, RunConfig
+from rlver_dist.bundled_models import TINY, resolve
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import Precision
+from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
+from rlver_dist.config.model import LoraConfig, ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.learner import lora
-from rlver_dist.models import TINY, resolve
-from rlver_dist.training_config import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig, WarmUpConfig
 
 ADAPTERS = LoraConfig(rank=4, alpha=16.0)
 UPDATES = 2

@@ -88,7 +88,7 @@ def endpoint():
 def start(folder, endpoint, *more):
     prices = ["simulator.openai.price_per_million_prompt=2", "simulator.openai.price_per_million_completion=8"]
     model = ["simulator=openai", f"simulator.openai.endpoints={endpoint.url}", "simulator.openai.model=any", *prices]
-    command = [sys.executable, "-m", "rlver_dist.data.build", "--out", str(folder), *SIZES, *model, *more]
+    command = [sys.executable, "-m", "rlver_dist.persona_synthesis", "--out", str(folder), *SIZES, *model, *more]
     environment = {**os.environ, "OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

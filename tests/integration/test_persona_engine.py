@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from rlver_dist.data.build.__main__ import build, parse_arguments, simulator_config
-from rlver_dist.data.build.backend import open_backend
-from rlver_dist.data.build.schema import Reason
-from rlver_dist.data.build.writer import MAX_TOKENS, Step
+from rlver_dist.bundled_models import SMOLLM2
+from rlver_dist.chat_client.budget import Prices
 from rlver_dist.data.personas import load_split
 from rlver_dist.data.situations import SPLITS
-from rlver_dist.models import SMOLLM2
-from rlver_dist.simulator.budget import Prices
-from rlver_dist.simulator.embedding import SentenceEncoder
+from rlver_dist.persona_synthesis.__main__ import build, parse_arguments, simulator_config
+from rlver_dist.persona_synthesis.backend import open_backend
+from rlver_dist.persona_synthesis.schema import Reason
+from rlver_dist.persona_synthesis.writer import MAX_TOKENS, Step
+from rlver_dist.simulator.rules.embedding import SentenceEncoder
 from rlver_dist.simulator.suitability import check_personas
 
 OVERRIDES = ["simulator=vllm", f"simulator.engine.model={SMOLLM2}", "simulator.engine.max_context_tokens=6144"]

@@ -13,20 +13,20 @@ import ray
 from ray.exceptions import RayActorError
 from transformers import AutoTokenizer
 
-from rlver_dist.choices import SimulatorBackend
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.cluster.actors import RewardServiceActor
 from rlver_dist.cluster.pools import ChatPool, EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import causes, close_session, open_session
-from rlver_dist.config import ClusterConfig
+from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import SimulatorBackend
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
 from rlver_dist.errors import BoundaryError, BudgetError, GoneError, WeightSyncError
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.chat import ChatAnswer, ChatRequest
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import SimulatorConfig
 from tests.integration import faulty_server
 from tests.timing import hang_limit
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from benchmarks.sanity import make_context, make_persona, seed_situations
 from rlver_dist.data.persona import HiddenIntent, Temperament
-from rlver_dist.simulator import appraisal, penalties, strategies
-from rlver_dist.simulator.appraisal import EmbeddedAppraiser, change_from
-from rlver_dist.simulator.lexical import LexicalAppraiser
+from rlver_dist.simulator.rules import appraisal, penalties, strategies
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser, change_from
+from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 from tests.timing import grows_in_proportion
 
 PERSONA = make_persona(seed_situations()["key-to-the-third-floor"], "practical_advice", "avoidant")

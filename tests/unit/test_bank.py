@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from rlver_dist.data import builder
+from rlver_dist.data import bank_builder as builder
 from rlver_dist.data.people import People, with_article
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.data.personas import load_split
@@ -29,7 +29,7 @@ def test_builder_makes_the_shipped_bytes(tmp_path):
     builder.write(tmp_path)
     for split in ("train", "evaluation"):
         shipped = (files("rlver_dist.data") / "bank" / f"{split}.jsonl").read_bytes()
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == shipped, f"{split}: run python -m rlver_dist.data.builder"
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == shipped, f"{split}: run python -m rlver_dist.data.bank_builder"
 
 
 def test_sizes_and_balance(bank):

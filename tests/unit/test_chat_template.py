@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
+from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.chat_engine import ChatTemplate
 
 

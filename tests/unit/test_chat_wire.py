@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.choices import ResponseFormat
+from rlver_dist.chat_client.budget import Usage
+from rlver_dist.chat_client.protocol import ChatRequest
+from rlver_dist.chat_client.wire import Dialect, Failure, Fault, Reply, one_line, read_error, read_success, request_body
+from rlver_dist.config.enums import ResponseFormat
 from rlver_dist.dialogue import Message, Role
-from rlver_dist.simulator.budget import Usage
-from rlver_dist.simulator.chat import ChatRequest
-from rlver_dist.simulator.chat_wire import Dialect, Failure, Fault, Reply, one_line, read_error, read_success, request_body
 
 SCHEMA = {
     "type": "object", "properties": {"note": {"type": "string", "minLength": 1, "maxLength": 9}}, "required": ["note"],

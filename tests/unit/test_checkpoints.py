@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rlver_dist import checkpoints
-from rlver_dist.checkpoints import WARM_START, CheckpointStore, Progress, bring_warm_start, choose
 from rlver_dist.errors import DataError
 from rlver_dist.files import write_whole
+from rlver_dist.trainer import checkpoints
+from rlver_dist.trainer.checkpoints import WARM_START, CheckpointStore, Progress, bring_warm_start, choose
 
 
 def progress(iteration: int, warmed_up: bool = False) -> Progress:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
+from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role, Turn
 from rlver_dist.errors import BudgetError
 from rlver_dist.experience.samples import to_samples
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect, derive_seed
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.protocol import UserRequest, UserResponse

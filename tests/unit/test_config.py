@@ -11,12 +11,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from rlver_dist.check import describe
-from rlver_dist.choices import CriticTrunk, EndReward, Preset
-from rlver_dist.config import RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import CriticTrunk, EndReward, Preset
+from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
-from rlver_dist.training_config import AlgorithmConfig
+from rlver_dist.preflight.dry_run import describe
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
 PLACEMENTS = sorted(path.stem for path in (CONFIG_DIR / "on").glob("*.yaml"))

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlver_dist.choices import EndReward, RewardPlacement
+from rlver_dist.config.algorithm import AlgorithmConfig, EndRewardConfig
+from rlver_dist.config.enums import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
-from rlver_dist.training_config import AlgorithmConfig, EndRewardConfig
 
 
 def make_dialogue(

@@ -10,26 +10,31 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rlver_dist.checkpoints import CheckpointStore
-from rlver_dist.choices import AlgorithmName, KLPlacement, Precision
-from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig, SimulatorConfig
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import AlgorithmName, KLPlacement, Precision
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.learner import CriticConfig, LearnerConfig, WarmUpConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.driver import Driver
 from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
-from rlver_dist.forecast import Forecast
 from rlver_dist.ledger.parquet import read_records
-from rlver_dist.models import resolve
-from rlver_dist.parts import Parts
 from rlver_dist.rollout.collector import Generation
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.embedded import EmbeddedSimulator
-from rlver_dist.simulator.judges import RuleJudge
+from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
+from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction
-from rlver_dist.training_config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, WarmUpConfig
+from rlver_dist.trainer.checkpoints import CheckpointStore
+from rlver_dist.trainer.components import Parts
+from rlver_dist.trainer.driver import Driver
+from rlver_dist.trainer.forecast import Forecast
 
 WORDS = ("So the letter came on Friday.", "And your brother said nothing?", "I see.", "That was four years of work.")
 

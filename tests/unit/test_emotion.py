@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.choices import Preset
-from rlver_dist.config import SimulatorConfig
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.dialogue import EndReason
 from rlver_dist.simulator.emotion import EmotionRules, EmotionState, clip_change, end_reason, move, state_of
 from rlver_dist.simulator.presets import PRESETS, resolve_rules

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlver_dist.chat_client.budget import Budget, Prices, Usage, tokens_of
+from rlver_dist.chat_client.endpoints import Endpoint, Pacer, backoff_s, choose, key_from_environment, parse_address, parse_retry_after
+from rlver_dist.chat_client.http import share
+from rlver_dist.config.simulator import HttpChatConfig
 from rlver_dist.errors import BudgetError, ConfigError
-from rlver_dist.simulator.budget import Budget, Prices, Usage, tokens_of
-from rlver_dist.simulator.endpoints import Endpoint, Pacer, backoff_s, choose, key_from_environment, parse_address, parse_retry_after
-from rlver_dist.simulator.http_chat import share
-from rlver_dist.simulator_config import HttpChatConfig
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
+from rlver_dist.simulator.llm.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
 from tests.timing import grows_in_proportion
 
 ANYTHING = (

@@ -2,11 +2,13 @@
 
 import pytest
 
-from rlver_dist import forecast as forecast_module
-from rlver_dist.config import EvaluationConfig, RolloutConfig, RunConfig
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Turn
-from rlver_dist.forecast import TRAINED, Forecast
-from rlver_dist.training_config import WarmUpConfig
+from rlver_dist.trainer import forecast as forecast_module
+from rlver_dist.trainer.forecast import TRAINED, Forecast
 
 
 class Clock:

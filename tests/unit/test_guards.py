@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from rlver_dist.config import RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.guards import GuardConfig, GuardsConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.guards import grams, guard_rewards, measure, non_words, penalty, redundancy, words
-from rlver_dist.guards_config import GuardConfig, GuardsConfig
 from rlver_dist.tracking.guard_metrics import guard_metrics
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.training_config import AlgorithmConfig
-from rlver_dist.training_step import train_on
+from rlver_dist.trainer.training_step import train_on
 
 GUARDS = ("repetition", "loops", "redundancy", "non_words", "length")
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from rlver_dist.choices import Preset
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.config.enums import Preset
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
 from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut, compare, second_emotions, summarize, visible_samples
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.simulator.judges import RuleJudge
+from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import PRESETS
 
 REPLIES = ("That hurts.", "What now?")

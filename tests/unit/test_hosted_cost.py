@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosted_cost import measure, report
+from rlver_dist.chat_client.budget import Prices
 from rlver_dist.errors import DataError
-from rlver_dist.simulator.budget import Prices
 
 
 def write(folder: Path, *tokens: tuple[float, float, float]) -> Path:

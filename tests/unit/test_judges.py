@@ -8,21 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.choices import LlmCalls, Preset, SecondJudge, SimulatorBackend
-from rlver_dist.config import EvaluationConfig, RunConfig
+from rlver_dist.chat_client.protocol import ChatAnswer
+from rlver_dist.config.enums import LlmCalls, Preset, SecondJudge, SimulatorBackend
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import HttpChatConfig, LlmUserConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Role, Turn
 from rlver_dist.errors import BoundaryError, BudgetError, ConfigError, DataError
 from rlver_dist.evaluation.second_judge import judge_names, second_judge
 from rlver_dist.ledger.parquet import read_dialogues, write_dialogues
-from rlver_dist.simulator.chat import ChatAnswer
-from rlver_dist.simulator.judges import JudgePanel, RuleJudge, combine, llm_users
-from rlver_dist.simulator.lexical import LexicalAppraiser
-from rlver_dist.simulator.llm import LlmSimulator
+from rlver_dist.simulator.llm.judges import JudgePanel, RuleJudge, combine, llm_users
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
+from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 from rlver_dist.simulator.suitability import check_second_judge
-from rlver_dist.simulator_config import HttpChatConfig, LlmUserConfig, SimulatorConfig
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
 from rlver_dist.tracking.metrics import reduce_metrics
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from rlver_dist.choices import AlgorithmName, Device, SimulatorBackend
 from rlver_dist.cluster.layout import resolve_layout
-from rlver_dist.config import ClusterConfig, RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import AlgorithmName, Device, SimulatorBackend
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.errors import ConfigError, DataError, ResourceError
-from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
-from rlver_dist.training_config import AlgorithmConfig
 
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 

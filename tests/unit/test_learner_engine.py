@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlver_dist.choices import Precision
+from rlver_dist.config.enums import Precision
+from rlver_dist.config.learner import LearnerConfig
 from rlver_dist.learner.engine import _lr_factor, deepspeed_config
-from rlver_dist.training_config import LearnerConfig
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from rlver_dist.choices import LlmCalls, Preset
+from rlver_dist.chat_client.protocol import ChatAnswer
+from rlver_dist.config.enums import LlmCalls, Preset
+from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
 from rlver_dist.errors import BoundaryError
-from rlver_dist.simulator.chat import ChatAnswer
-from rlver_dist.simulator.llm import LlmSimulator
-from rlver_dist.simulator.llm_schema import SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema
+from rlver_dist.simulator.llm.schema import SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema
+from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
-from rlver_dist.simulator_config import LlmUserConfig
 
 PERSONA = load_split("bank", "train")[0]
 NOTES = {"content": "c", "fit": "f", "activity": "a", "feeling": "l"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_dist.choices import Preset
+from rlver_dist.config.enums import Preset
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.messages import MessageContext, material, next_message

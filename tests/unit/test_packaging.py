@@ -47,7 +47,9 @@ def test_every_pair_composes_from_a_wheel_in_an_empty_directory(installed, tmp_p
 
 
 def test_the_wheel_holds_the_users_material(installed):
-    material = "simulator/messages_en.yaml simulator/heads.safetensors data/people.yaml data/bank/train.jsonl data/build/seeds.yaml"
+    material = (
+        "simulator/messages_en.yaml simulator/rules/heads.safetensors data/people.yaml data/bank/train.jsonl persona_synthesis/seeds.yaml"
+    )
     for name in material.split():
         assert (installed / "rlver_dist" / name).stat().st_size > 0
     assert len(list((installed / "rlver_dist" / "data" / "seeds").glob("*.yaml"))) == 16

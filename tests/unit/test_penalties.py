@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.penalties import WEIGHTS, measure
+from rlver_dist.simulator.rules.penalties import WEIGHTS, measure
 from tests.timing import grows_in_proportion
 
 HONEST = (

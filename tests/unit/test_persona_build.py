@@ -11,20 +11,20 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from rlver_dist.data.build import seeds
-from rlver_dist.data.build.__main__ import build, parse_arguments, simulator_config
-from rlver_dist.data.build.journal import Journal
-from rlver_dist.data.build.prompts import person_messages, scene_messages
-from rlver_dist.data.build.schema import Reason, RejectedError, parse_person, parse_scene, scene_schema
-from rlver_dist.data.build.similarity import MOST_SIMILAR, Index, chinese_vector, english_vector
-from rlver_dist.data.builder import CELLS
+from rlver_dist.chat_client.budget import Prices
+from rlver_dist.chat_client.protocol import ChatAnswer
+from rlver_dist.data.bank_builder import CELLS
 from rlver_dist.data.persona import Temperament
 from rlver_dist.data.personas import load_split
 from rlver_dist.data.situations import load_situations
 from rlver_dist.errors import BoundaryError, BudgetError, ConfigError, DataError
-from rlver_dist.simulator.budget import Prices
-from rlver_dist.simulator.chat import ChatAnswer
-from rlver_dist.simulator.embedding import SentenceEncoder
+from rlver_dist.persona_synthesis import seeds
+from rlver_dist.persona_synthesis.__main__ import build, parse_arguments, simulator_config
+from rlver_dist.persona_synthesis.journal import Journal
+from rlver_dist.persona_synthesis.prompts import person_messages, scene_messages
+from rlver_dist.persona_synthesis.schema import Reason, RejectedError, parse_person, parse_scene, scene_schema
+from rlver_dist.persona_synthesis.similarity import MOST_SIMILAR, Index, chinese_vector, english_vector
+from rlver_dist.simulator.rules.embedding import SentenceEncoder
 from rlver_dist.simulator.suitability import check_personas
 
 PRICES = Prices(prompt=2.0, cached=1.0, completion=10.0)

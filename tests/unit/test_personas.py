@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlver_dist import launch
-from rlver_dist.config import DataConfig, EvaluationConfig, RunConfig
+from rlver_dist.config.data import DataConfig
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.data.personas import dump_personas, leak_notice, load_personas, load_split
 from rlver_dist.data.rlver import split_marker

@@ -2,13 +2,14 @@
 
 import os
 
-from rlver_dist.choices import Device, Precision, SimulatorBackend
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.place import MAX_CONCURRENCY, _engine_options, _learner_options, _service_options
 from rlver_dist.cluster.session import bundles
-from rlver_dist.config import ClusterConfig, RunConfig
+from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import Device, Precision, SimulatorBackend
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.rollout.engine import EngineSettings, set_environment
-from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
 
 
 def layout(users: UserEngineConfig, **cluster) -> Layout:

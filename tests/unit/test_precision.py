@@ -6,13 +6,15 @@ import sys
 
 import pytest
 
-from rlver_dist import precision
-from rlver_dist.choices import Device, Precision, SimulatorBackend
-from rlver_dist.config import ClusterConfig, RunConfig
+from rlver_dist.config import precision
+from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import Device, Precision, SimulatorBackend
+from rlver_dist.config.learner import LearnerConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.precision import OVERRIDE, cpu_has_bfloat16, with_precision
+from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.precision import OVERRIDE, cpu_has_bfloat16, with_precision
-from rlver_dist.simulator_config import SimulatorConfig, UserEngineConfig
-from rlver_dist.training_config import LearnerConfig, ModelConfig
 from tests.timing import hang_limit
 
 CPU = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)

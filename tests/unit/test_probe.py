@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlver_dist.choices import Precision
+from rlver_dist.config.enums import Precision
 from rlver_dist.errors import WeightSyncError
 from rlver_dist.rollout.probe import compare_logprobs
 

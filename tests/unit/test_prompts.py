@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from rlver_dist.choices import Preset
+from rlver_dist.config.enums import Preset
 from rlver_dist.data.persona import HiddenIntent, Temperament
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.errors import DataError
 from rlver_dist.simulator.emotion import EmotionState
+from rlver_dist.simulator.llm.prompts import UserPrompts, fill, material, prompt_version
 from rlver_dist.simulator.presets import PRESETS
-from rlver_dist.simulator.prompts import UserPrompts, fill, material, prompt_version
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator.suitability import LLM_LANGUAGES
 

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.prompt_structure import keeps_structure, load_templates, skeleton
 from benchmarks.red_team import DATA, HARMLESS, RULES, keeps_lines, load_attacks, make_request, paste_raw, prompts_with, run, table
+from rlver_dist.bundled_models import SMOLLM2, bundled_folder
 from rlver_dist.data.personas import load_split
-from rlver_dist.models import SMOLLM2, bundled_folder
-from rlver_dist.simulator.prompts import UserPrompts
+from rlver_dist.simulator.llm.prompts import UserPrompts
 
 EVERY = 11
 needs_tokenizer = pytest.mark.skipif(not bundled_folder(SMOLLM2).is_dir(), reason="SmolLM2 is not prepared")

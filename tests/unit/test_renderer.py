@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.config.model import ModelConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.rollout.think_format import CLOSE_TAG, OPEN_TAG, split_thinking
-from rlver_dist.training_config import ModelConfig
 
 SYSTEM = "You are a close friend."
 TALK = ["I failed my exam, again.", "That hurts. What happened?", "I froze\n\nand left; it's 3 a.m. now."]

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from benchmarks.sanity import SANITY_FILE, GradedReply, grade_contexts, ordered_pairs, report
-from rlver_dist.simulator.appraisal import EmbeddedAppraiser
-from rlver_dist.simulator.lexical import LexicalAppraiser
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 
 
 def reply(grade, change, family="x"):

@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from rlver_dist.choices import Preset
+from rlver_dist.config.enums import Preset
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import BudgetError, DataError, RlverError
-from rlver_dist.simulator.appraisal import AppraisalContext, EmbeddedAppraiser
-from rlver_dist.simulator.embedded import EmbeddedSimulator
+from rlver_dist.latency import nearest_rank
+from rlver_dist.simulator.appraiser import AppraisalContext
 from rlver_dist.simulator.presets import PRESETS, resolve_rules
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.simulator.service import RewardService, nearest_rank
+from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
+from rlver_dist.simulator.rules.user import EmbeddedSimulator
+from rlver_dist.simulator.service import RewardService
 from rlver_dist.simulator.suitability import check_personas
-from rlver_dist.simulator_config import SimulatorConfig
 from tests.unit.test_messages import FACTS, OPENING, persona
 
 

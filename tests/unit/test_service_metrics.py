@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlver_dist.simulator.chat import ChatAnswer
-from rlver_dist.simulator.chat_metrics import ChatWindow
+from rlver_dist.chat_client.metrics import ChatWindow
+from rlver_dist.chat_client.protocol import ChatAnswer
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.tracking.service_metrics import service_metrics
 

@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from rlver_dist.cluster.session import open_session
-from rlver_dist.config import ClusterConfig
+from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.errors import ResourceError
 
 TIMED_OUT = "The current node timed out during startup. This\n  could happen because some of the raylet failed to startup " + "or so " * 200

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlver_dist.choices import AlgorithmName, KLPlacement, RewardPlacement
-from rlver_dist.config import RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import AlgorithmName, KLPlacement, RewardPlacement
+from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.training_config import AlgorithmConfig
-from rlver_dist.training_step import Learned, train_on
+from rlver_dist.trainer.training_step import Learned, train_on
 
 
 def dialogue(name: str, *emotions: float) -> Dialogue:

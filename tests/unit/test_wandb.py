@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlver_dist.choices import WandbMode
-from rlver_dist.config import TrackingConfig
+from rlver_dist.config.enums import WandbMode
+from rlver_dist.config.tracking import TrackingConfig
 from rlver_dist.errors import UserError
 from rlver_dist.tracking.wandb import has_login, resolve_mode, start_wandb
 

@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlver_dist.config import RolloutConfig, RunConfig
+from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
-from rlver_dist.models import SMOLLM2, resolve
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.training_config import ModelConfig, WarmUpConfig
-from rlver_dist.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, warm_up_samples
+from rlver_dist.trainer.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, warm_up_samples
 
 CONFIG = RunConfig(
     model=ModelConfig(path=SMOLLM2),

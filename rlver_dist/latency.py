@@ -1,0 +1,25 @@
+"""Latencies as metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+QUANTILES = (0.50, 0.95, 0.99)
+
+
+def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, float]:
+    """Mean, quantiles and maximum of `latencies_s` in seconds, as `<prefix>_mean_s`, `<prefix>_p50_s`, ...; nothing for no latency."""
+    if not latencies_s:
+        return {}
+    ordered = sorted(latencies_s)
+    return {
+        f"{prefix}_mean_s": sum(ordered) / len(ordered),
+        **{f"{prefix}_p{quantile * 100:.0f}_s": nearest_rank(ordered, quantile) for quantile in QUANTILES},
+        f"{prefix}_max_s": ordered[-1],
+    }
+
+
+def nearest_rank(ordered: Sequence[float], quantile: float) -> float:
+    """The `quantile` (0 to 1) of an ascending, non-empty list by the nearest-rank rule: always one of its values."""
+    return ordered[max(math.ceil(quantile * len(ordered)), 1) - 1]

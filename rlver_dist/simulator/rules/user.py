@@ -1,0 +1,67 @@
+"""The `embedded` backend: simulated users without a language model.
+
+A reply is appraised by rules (see `appraisal.py`), emotion moves by `simulator/emotion.py`, and the answer comes from
+`simulator/messages.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlver_dist.dialogue import EndReason, Role
+from rlver_dist.simulator.appraiser import AppraisalContext, Appraiser
+from rlver_dist.simulator.emotion import clip_change, end_reason, move
+from rlver_dist.simulator.messages import MessageContext, next_message
+from rlver_dist.simulator.presets import DifficultyRules
+from rlver_dist.simulator.protocol import UserRequest, UserResponse
+from rlver_dist.simulator.suitability import check_personas
+
+
+class EmbeddedSimulator:
+    """A `UserSimulator`: holds the rules and the appraiser, and no dialogue."""
+
+    def __init__(self, *, rules: DifficultyRules, appraiser: Appraiser) -> None:
+        self.rules = rules
+        self._appraiser = appraiser
+
+    def respond(self, request: UserRequest) -> UserResponse:
+        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or end.
+
+        Raises:
+            DataError: at the opening, if the persona is not one that this backend can speak for.
+            ValueError: the last message is not the policy's.
+        """
+        if request.turn_index < 0:
+            check_personas([request.persona])
+            return UserResponse(appraisal=None, emotion=self.rules.emotion.start, message=request.persona.opening, end_reason=None)
+        if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
+            raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
+        emotion_rules = self.rules.emotion
+        context = AppraisalContext(
+            persona=request.persona,
+            messages=request.messages,
+            emotion=request.emotion,
+            acceptance=self.rules.acceptance,
+            max_change=emotion_rules.max_change,
+            truncated=request.truncated,
+        )
+        appraisal = self._appraiser.appraise(context)
+        appraisal = replace(appraisal, change=clip_change(appraisal.change, emotion_rules.max_change))
+        emotion = move(request.emotion, appraisal.change, emotion_rules)
+        ending = end_reason(emotion, rules=emotion_rules, num_replies=request.turn_index + 1, max_turns=request.max_turns)
+        if ending is not None:
+            return UserResponse(appraisal=appraisal, emotion=emotion, message=None, end_reason=ending)
+        message = next_message(
+            MessageContext(
+                persona=request.persona,
+                messages=request.messages,
+                emotion=emotion,
+                change=appraisal.change,
+                truncated=request.truncated,
+                rules=self.rules,
+                seed=request.seed,
+            )
+        )
+        return UserResponse(
+            appraisal=appraisal, emotion=emotion, message=message, end_reason=EndReason.GOODBYE if message is None else None
+        )

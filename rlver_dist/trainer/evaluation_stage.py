@@ -1,0 +1,67 @@
+"""The evaluation stage: dialogues with held-out users, before and after training, and the controls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlver_dist.config.run import RunConfig
+from rlver_dist.data.persona import Persona
+from rlver_dist.dialogue import held
+from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, second_emotions, summarize, visible_samples
+from rlver_dist.evaluation.second_judge import judge_names
+from rlver_dist.experience.rewards import MAX_EMOTION
+from rlver_dist.ledger.parquet import dialogues_path, read_dialogues, write_dialogues
+from rlver_dist.ledger.records import Phase
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.trainer.components import KeepFn, Parts, evaluation_limits, followed, hold
+
+
+async def evaluate(
+    phase: Phase,
+    *,
+    config: RunConfig,
+    parts: Parts,
+    personas: Sequence[Persona],
+    iteration: int,
+    renderer: Renderer,
+    kept: bool = False,
+    keep: KeepFn | None = None,
+) -> HeldOut:
+    """Hold one dialogue with each of `personas` under SAGE's rules and fixed seeds, write it to the ledger, and measure the controls.
+
+    Replies are scored by what the user hears; a broken think format costs nothing here and is reported apart.
+
+    Args:
+        phase: which evaluation.
+        config: of the run.
+        parts: of the run.
+        personas: whom to talk with.
+        iteration: finished iterations.
+        renderer: decides whether the policy thinks.
+        kept: the ledger has the dialogues already, of a start that was interrupted.
+        keep: called as soon as it has them.
+    """
+    started = time.monotonic()
+    path = dialogues_path(Path(config.output_dir), phase=phase, iteration=iteration)
+    if kept:
+        dialogues = read_dialogues(path)
+    else:
+        tasks = evaluation_tasks(personas, phase=phase.value, seed=config.seed)
+        limits = evaluation_limits(config, renderer.think)
+        dialogues = await hold(parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, limits, renderer)
+        scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held(dialogues)}
+        write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
+        if keep is not None:
+            await keep(phase)
+    samples = visible_samples(dialogues, parts.plain_renderer)
+    nll, tokens = await followed(parts, f"controls {phase.value}", parts.policy.base_nll(samples)) if samples else (math.nan, 1)
+    judge = parts.second_judge
+    second = await second_emotions(dialogues, personas, judge, parts.evaluation_rules) if judge else []
+    results = summarize(dialogues, second_emotion=second, perplexity=math.exp(nll / max(tokens, 1)), judges=judge_names(config))
+    results.second_judge_counts = judge.metrics() if judge else {}
+    if not kept:
+        parts.forecast.evaluation_s = time.monotonic() - started
+    return results
