@@ -5,7 +5,7 @@
 In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds eight turns with
 users of the evaluation split before and after. Columns: share of well-formed replies of the first three turns and of the later ones, of
 truncated ones, tokens up to the reply and of the reply, distinct-2 and the base model's perplexity of what was heard, and the mean change
-of emotion a reply. The first two rows are the model as it came, without and with the instruction to think.
+of emotion a reply. The first two rows are the base model, without and with the instruction to think.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.simulator.service import RewardService
 from rlver_dist.tracking.dialogue_metrics import distinct_n
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.trainer.warm_up import warm_up_samples
+from rlver_dist.trainer.warm_up import warm_up_replies, warm_up_samples
 
 TRAINED_TURNS = 3
 """Turns of a training dialogue in `+on=cpu`."""
@@ -84,7 +84,7 @@ class Measurement:
     async def hold(
         self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
     ) -> list[Dialogue]:
-        """`warm_up.HoldFn`."""
+        """`warm_up.RolloutFn`."""
         started = time.monotonic()
         dialogues = await collect(tasks, generate=self.engine.generate, respond=users, renderer=renderer, limits=limits)
         cut = statistics.fmean(turn.truncated for dialogue in dialogues for turn in dialogue.turns)
@@ -93,10 +93,10 @@ class Measurement:
 
     async def samples(self) -> list[ImitationSample]:
         """The warm-up's samples, of the model as it is served now."""
-        personas = load_split("bank", "train")
-        return await warm_up_samples(
-            config=self.config, tokenizer=self.tokenizer, personas=personas, users=self.users, limits=self.limits, hold=self.hold
+        common = dict(
+            config=self.config, tokenizer=self.tokenizer, personas=load_split("bank", "train"), limits=self.limits, collect=self.hold
         )
+        return await warm_up_samples(await warm_up_replies(users=self.users, **common), **common)
 
     async def serve(self, learner: PolicyLearner) -> None:
         """Let the engine take the learner's weights."""

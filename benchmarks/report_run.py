@@ -66,7 +66,7 @@ def figures(summary: dict[str, Any]) -> list[str]:
     for name, of in (("", summary), (", warm-up alone", warm_up)):
         for key in ("distinct2", "thinking_distinct2", "perplexity", "well_formed"):
             before, after = (of.get(key, {}).get(when) for when in ("before", "after"))
-            # The model as it came replied without thoughts and their format.
+            # The base model replied without thoughts and their format.
             compares = of is summary or key in ("distinct2", "perplexity")
             if before is None or after is None or not compares or (key == "thinking_distinct2" and not before and not after):
                 continue

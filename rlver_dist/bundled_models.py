@@ -51,9 +51,7 @@ def resolve(path: str, key: str = "model.path") -> str:
     if path in BUNDLED:
         folder = bundled_folder(path)
         if not (folder / "config.json").is_file():
-            raise DataError(
-                f"{key}={path}: not in {folder}; run launch/local.sh once, or python -m rlver_dist.bundled_models {path}"
-            )
+            raise DataError(f"{key}={path}: not in {folder}; run launch/local.sh once, or python -m rlver_dist.bundled_models {path}")
         return str(folder)
     if path.startswith((".", "/", "~")):
         local = Path(path).expanduser()

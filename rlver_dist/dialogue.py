@@ -148,6 +148,6 @@ class Dialogue:
         return heard
 
 
-def held(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
+def completed(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     """Those that infrastructure did not end, in their order."""
     return [dialogue for dialogue in dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]

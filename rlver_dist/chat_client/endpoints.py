@@ -143,7 +143,9 @@ def parse_address(address: str) -> Endpoint:
     return Endpoint(url=f"{address.rstrip('/')}/chat/completions", name=name)
 
 
-def choose(endpoints: Sequence[Endpoint], *, now: float, refused_by: Collection[Endpoint], failed_last: Endpoint | None) -> Endpoint | None:
+def select_endpoint(
+    endpoints: Sequence[Endpoint], *, now: float, refused_by: Collection[Endpoint], failed_last: Endpoint | None
+) -> Endpoint | None:
     """The endpoint for the next attempt; None where every one has refused this call.
 
     The first in order that is neither closed, resting, nor the one that has just failed; where all are, the one that opens first,

@@ -20,7 +20,15 @@ from typing import Any
 import httpx
 
 from rlver_dist.chat_client.budget import Budget, Usage, tokens_of
-from rlver_dist.chat_client.endpoints import Endpoint, Pacer, backoff_s, choose, key_from_environment, parse_address, parse_retry_after
+from rlver_dist.chat_client.endpoints import (
+    Endpoint,
+    Pacer,
+    backoff_s,
+    key_from_environment,
+    parse_address,
+    parse_retry_after,
+    select_endpoint,
+)
 from rlver_dist.chat_client.http_metrics import HttpWindow
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.chat_client.wire import Failure, Fault, Reply, read_error, read_success, request_body
@@ -136,7 +144,7 @@ class HttpChat:
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            endpoint = choose(self._endpoints, now=now, refused_by=refused_by, failed_last=failed_last)
+            endpoint = select_endpoint(self._endpoints, now=now, refused_by=refused_by, failed_last=failed_last)
             if endpoint is None:
                 return None
             wait_s = max(endpoint.closed_until - now, 0.0)

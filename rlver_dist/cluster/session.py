@@ -138,7 +138,7 @@ async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup
 
 
 @contextmanager
-def causes() -> Iterator[None]:
+def unwrap_ray_errors() -> Iterator[None]:
     """Let an error that an actor raised on purpose surface as itself, and any other failure of Ray as one line."""
     try:
         yield

@@ -20,7 +20,7 @@ SPARE_BYTES = 2**30
 GIB = 2**30
 
 
-def roomy_folder(need: int) -> Path:
+def find_weight_dir(need: int) -> Path:
     """Where a file of `need` bytes fits: shared memory, of which containers often get 64 MB alone, else the temporary folder.
 
     Raises:
@@ -63,7 +63,7 @@ class WeightSync:
         if self._backend == "nccl":
             await self._learner.connect_engines(self._engines.engines, self._workers_per_engine)
         else:
-            base = roomy_folder(await self._learner.weight_bytes())
+            base = find_weight_dir(await self._learner.weight_bytes())
             self._folder = Path(tempfile.mkdtemp(prefix="rlver_dist_", dir=base))
 
     def close(self) -> None:

@@ -71,13 +71,13 @@ class CriticConfig(LearnerConfig):
     """Passes over an iteration's samples (the original's: 1)."""
     value_clip: float = 0.5
     """Furthest that a value moves from its old one before the loss stops following it, in reward (train_rlver.sh: 0.5); 0 never."""
-    prefit_iterations: int = 0
+    pretrain_iterations: int = 0
     """First iterations that train the critic alone, before its advantages move the policy."""
 
     def __post_init__(self) -> None:
         check_learner(self, "critic.")
         at_least(0, "critic.", num_layers=self.num_layers, head_units=self.head_units, value_clip=self.value_clip)
-        at_least(0, "critic.", prefit_iterations=self.prefit_iterations)
+        at_least(0, "critic.", pretrain_iterations=self.pretrain_iterations)
         at_least(1, "critic.", epochs=self.epochs)
 
 

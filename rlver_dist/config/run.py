@@ -69,9 +69,9 @@ class RunConfig:
         replies, step = self.warm_up.dialogues * self.warm_up.max_turns, self.warm_up.batch_size
         require(not warms_up or step <= replies, "warm_up.batch_size", step, f"use at most {replies}, warm_up.dialogues x max_turns")
         require(not warms_up or thought < sampled, "warm_up.max_thought_tokens", thought, f"use less than {sampled}, the tokens of a turn")
-        prefit, last = self.critic.prefit_iterations, self.num_iterations
+        prefit, last = self.critic.pretrain_iterations, self.num_iterations
         moves = not self.has_critic or prefit < last
-        require(moves, "critic.prefit_iterations", prefit, f"use less than num_iterations={last}, or the policy never moves")
+        require(moves, "critic.pretrain_iterations", prefit, f"use less than num_iterations={last}, or the policy never moves")
         trained = {"learner": self.learner}
         if self.has_critic and self.critic.trunk is CriticTrunk.trained:  # the head on a frozen trunk is float32 whatever the model is
             trained["critic"] = self.critic
@@ -103,7 +103,7 @@ class RunConfig:
         return judged or self.simulator.backend is SimulatorBackend.openai or bool(self.simulator.further_judges)
 
     @property
-    def lasting_options(self) -> dict[str, str]:
+    def resume_fingerprint(self) -> dict[str, str]:
         """Options that a learner's saved state, and a comparison with the evaluation before training, hold for; by key. A run goes on only
         with equal ones."""
         keys = ["model.path", "model.dtype", "learner.zero_stage", "algorithm.name", "rollout.think", "model.lora.rank"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlver_dist.concurrency import all_or_none
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import Dialogue, Message, Role, held
+from rlver_dist.dialogue import Dialogue, Message, Role, completed
 from rlver_dist.errors import BoundaryError
 from rlver_dist.evaluation.statistics import paired_bootstrap
 from rlver_dist.experience.samples import TurnSample, to_samples
@@ -99,7 +99,7 @@ async def second_emotions(
         except BoundaryError:
             return None
 
-    return await all_or_none(one(dialogue) for dialogue in held(dialogues))
+    return await all_or_none(one(dialogue) for dialogue in completed(dialogues))
 
 
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
@@ -116,7 +116,7 @@ def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[T
     """
     if renderer.think:
         raise ValueError("replies are scored without thinking; pass a renderer with think=False")
-    return [sample for dialogue in held(dialogues) for sample in to_samples(_as_heard(dialogue, renderer))]
+    return [sample for dialogue in completed(dialogues) for sample in to_samples(_as_heard(dialogue, renderer))]
 
 
 def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
@@ -134,7 +134,7 @@ def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
 
 def summarize(dialogues: Sequence[Dialogue], *, second_emotion: list[float | None], perplexity: float, judges: Sequence[str]) -> HeldOut:
     """Results of one evaluation; failed dialogues are counted and left out. See `HeldOut` for the arguments."""
-    complete = held(dialogues)
+    complete = completed(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
         persona_ids=[dialogue.persona_id for dialogue in complete],

@@ -31,7 +31,7 @@ def split_updates(group_ids: Sequence[str], num_updates: int) -> list[list[int]]
 
 
 def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Spread units (samples, or several that share a trunk) over ranks by tokens, and each rank's over packed rows.
+    """Spread units (samples, or several that share a shared prefix) over ranks by tokens, and each rank's over packed rows.
 
     Every rank gets the same number of micro-batches, since a rank with fewer would leave the others waiting in a collective;
     short ranks get empty lists at the end. A micro-batch holds at most `max_tokens`, except that a longer unit stands alone.

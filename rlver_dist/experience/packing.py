@@ -41,16 +41,16 @@ class PackedRow:
         token_ids: `[T]` int64.
         position_ids: `[T]` int64, each token's place in its own sample.
         spans: who attends to whom; in order they cover the row.
-        targets: `[S]` int64, index into the row of each trained token, sample after sample.
-        before: `[S]` int64, index into the row of the token that predicts it.
+        target_index: `[S]` int64, index into the row of each trained token, sample after sample.
+        logit_index: `[S]` int64, index into the row of the token that predicts it.
     """
 
     indices: list[int]
     token_ids: Tensor
     position_ids: Tensor
     spans: list[Span]
-    targets: Tensor
-    before: Tensor
+    target_index: Tensor
+    logit_index: Tensor
 
     def to(self, device: torch.device | str) -> PackedRow:
         """A copy of this row on `device`."""
@@ -59,8 +59,8 @@ class PackedRow:
             token_ids=self.token_ids.to(device),
             position_ids=self.position_ids.to(device),
             spans=self.spans,
-            targets=self.targets.to(device),
-            before=self.before.to(device),
+            target_index=self.target_index.to(device),
+            logit_index=self.logit_index.to(device),
         )
 
 
@@ -71,8 +71,8 @@ class _Layout:
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    before: list[int] = field(default_factory=list)
+    target_index: list[int] = field(default_factory=list)
+    logit_index: list[int] = field(default_factory=list)
 
     def add_span(self, token_ids: list[int], context_start: int = 0, context_length: int = 0) -> None:
         """Append tokens whose positions go on from their context."""
@@ -87,19 +87,19 @@ class _Layout:
         start = len(self.token_ids)
         self.add_span(sample.token_ids)
         trained = [start + offset for offset, is_trained in enumerate(sample.loss_mask) if is_trained]
-        self.targets += trained
-        self.before += [target - 1 for target in trained]
+        self.target_index += trained
+        self.logit_index += [target - 1 for target in trained]
 
-    def add_branches(self, trunk: list[int], branches: Sequence[TurnSample]) -> None:
-        """Append a trunk and the trained tokens of the samples that branch off it."""
+    def add_branches(self, shared_prefix: list[int], branches: Sequence[TurnSample]) -> None:
+        """Append a shared prefix and the trained tokens of the samples that branch off it."""
         root = len(self.token_ids)
-        self.add_span(trunk)
+        self.add_span(shared_prefix)
         for sample in branches:
             start, depth = len(self.token_ids), context_length(sample)
             self.add_span(sample.token_ids[depth:], context_start=root, context_length=depth)
-            self.targets += range(start, len(self.token_ids))
-            # The trunk predicts a branch's first token, the branch all others.
-            self.before += [root + depth - 1, *range(start, len(self.token_ids) - 1)]
+            self.target_index += range(start, len(self.token_ids))
+            # The shared prefix predicts a branch's first token, the branch all others.
+            self.logit_index += [root + depth - 1, *range(start, len(self.token_ids) - 1)]
 
 
 def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
@@ -111,8 +111,8 @@ def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
     layout = _Layout()
     for unit in units:
         chosen = [samples[index] for index in unit.indices]
-        if unit.trunk:
-            layout.add_branches(unit.trunk, chosen)
+        if unit.shared_prefix:
+            layout.add_branches(unit.shared_prefix, chosen)
         else:
             for sample in chosen:
                 layout.add_whole(sample)
@@ -123,12 +123,12 @@ def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
         token_ids=torch.tensor(layout.token_ids, dtype=torch.int64),
         position_ids=torch.tensor(layout.position_ids, dtype=torch.int64),
         spans=layout.spans,
-        targets=torch.tensor(layout.targets, dtype=torch.int64),
-        before=torch.tensor(layout.before, dtype=torch.int64),
+        target_index=torch.tensor(layout.target_index, dtype=torch.int64),
+        logit_index=torch.tensor(layout.logit_index, dtype=torch.int64),
     )
 
 
 def column(values: Columns, row: PackedRow) -> Tensor:
-    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of `row.targets`."""
+    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of `row.target_index`."""
     chosen = [values[index] for index in row.indices]
     return torch.cat(chosen).to(row.token_ids.device, torch.float32) if chosen else torch.zeros(0, device=row.token_ids.device)

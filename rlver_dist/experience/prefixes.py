@@ -1,7 +1,7 @@
 """Which samples are laid out together, so that a history that several turns of a dialogue share is computed once.
 
 With thinking each turn is a sample of its own: the history as heard, then the turn's thoughts and reply. The histories grow along one
-line, so the longest holds all others at its front: it becomes the trunk, and each turn's sampled tokens branch off it where that
+line, so the longest holds all others at its front: it becomes the shared prefix, and each turn's sampled tokens branch off it where that
 turn's own history ends. What a token attends to, and so its log-prob and gradient, is the same as in a row of its own.
 """
 
@@ -20,12 +20,12 @@ class Unit:
 
     Attributes:
         indices: the samples, in the order of their tokens in the row.
-        trunk: token ids of the context that they branch off; empty for one sample that is laid out whole.
+        shared_prefix: token ids of the context that they branch off; empty for one sample that is laid out whole.
         num_tokens: tokens in the row.
     """
 
     indices: list[int]
-    trunk: list[int]
+    shared_prefix: list[int]
     num_tokens: int
 
 
@@ -35,7 +35,7 @@ def make_units(samples: Sequence[TurnSample], part: Sequence[int], *, share: boo
     Args:
         samples: all samples of the iteration.
         part: which of them; those of one dialogue stand next to each other.
-        share: whether samples may share a trunk; they do where that takes fewer tokens.
+        share: whether samples may share a shared prefix; they do where that takes fewer tokens.
         max_tokens: largest unit that is made of several samples; one sample may be longer.
     """
     if not share:
@@ -57,11 +57,11 @@ def _share(samples: Sequence[TurnSample], chosen: list[int], max_tokens: int) ->
     yield from (_alone(samples, index) for index in chosen if index not in contexts)
     while contexts:
         owner = max(contexts, key=lambda index: len(contexts[index]))
-        trunk, unit = contexts.pop(owner), _alone(samples, owner)
+        shared_prefix, unit = contexts.pop(owner), _alone(samples, owner)
         for index, context in list(contexts.items()):
             grown = unit.num_tokens + samples[index].num_trained
-            if grown <= max_tokens and trunk[: len(context)] == context:
-                unit = Unit(indices=[*unit.indices, index], trunk=trunk, num_tokens=grown)
+            if grown <= max_tokens and shared_prefix[: len(context)] == context:
+                unit = Unit(indices=[*unit.indices, index], shared_prefix=shared_prefix, num_tokens=grown)
                 del contexts[index]
         unit.indices.sort()
         yield unit
@@ -73,4 +73,4 @@ def _branches(sample: TurnSample) -> bool:
 
 
 def _alone(samples: Sequence[TurnSample], index: int) -> Unit:
-    return Unit(indices=[index], trunk=[], num_tokens=len(samples[index].token_ids))
+    return Unit(indices=[index], shared_prefix=[], num_tokens=len(samples[index].token_ids))

@@ -1,7 +1,7 @@
 """`CriticLearner`: one rank of the data-parallel training of PPO's value function.
 
-As the policy learner, a plain class that is wrapped as an actor in `cluster/`, one a process; every method is collective. A trunk
-that learns is trained with its head by one engine. A frozen trunk stays outside: a whole replica on each rank turns tokens into
+As the policy learner, a plain class that is wrapped as an actor in `cluster/`, one a process; every method is collective. A backbone
+that learns is trained with its head by one engine. A frozen backbone stays outside: a whole replica on each rank turns tokens into
 features, once an iteration, and the engine trains the head on them, in float32.
 """
 
@@ -25,7 +25,7 @@ from rlver_dist.learner import engine
 from rlver_dist.learner.rank import LearnerRank
 from rlver_dist.learner.rows import collect_columns, require_columns
 from rlver_dist.learner.tally import Tally
-from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_trunk
+from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_backbone
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 
@@ -48,26 +48,26 @@ class CriticLearner(LearnerRank):
     """Owns the critic's weights: values, updates, saves."""
 
     def __init__(self, *, config: RunConfig, **place: Any) -> None:
-        """Join the process group at `place` (see `LearnerRank`), load the trunk and build the engine."""
+        """Join the process group at `place` (see `LearnerRank`), load the backbone and build the engine."""
         super().__init__(config.critic, **place)
         self._config = config.critic
         self._num_updates = config.algorithm.updates_per_iteration
         self._frozen = config.critic.trunk is CriticTrunk.frozen
-        self._trunk, self._engine = self._build(config)
+        self._backbone, self._engine = self._build(config)
         self._latest: tuple[list[TurnSample], list[Batch]] = ([], [])
 
     def _build(self, config: RunConfig) -> tuple[torch.nn.Module, engine.TrainingEngine]:
-        """The trunk, and the engine around what learns."""
+        """The backbone, and the engine around what learns."""
         critic, dtype, path = config.critic, config.model.dtype, resolve(config.model.path)
         settings = engine.deepspeed_config(critic, Precision.float32 if self._frozen else dtype)
         if self._frozen:
-            trunk = load_trunk(path, getattr(torch, dtype.value), critic.num_layers).requires_grad_(False).eval().to(self._device)
+            backbone = load_backbone(path, getattr(torch, dtype.value), critic.num_layers).requires_grad_(False).eval().to(self._device)
         else:
             with engine.sharded_construction(settings):
-                trunk = load_trunk(path, getattr(torch, dtype.value), critic.num_layers)
-        head = ValueHead(trunk.config.hidden_size, critic.head_units, config.seed)
-        model = head if self._frozen else ValueModel(trunk, head, recompute=critic.gradient_checkpointing)
-        return trunk, engine.TrainingEngine(model, config=critic, settings=settings, world_size=self._world_size, tag="critic")
+                backbone = load_backbone(path, getattr(torch, dtype.value), critic.num_layers)
+        head = ValueHead(backbone.config.hidden_size, critic.head_units, config.seed)
+        model = head if self._frozen else ValueModel(backbone, head, recompute=critic.gradient_checkpointing)
+        return backbone, engine.TrainingEngine(model, config=critic, settings=settings, world_size=self._world_size, tag="critic")
 
     @torch.no_grad()
     def values(self, samples: list[TurnSample]) -> list[Tensor]:
@@ -128,7 +128,7 @@ class CriticLearner(LearnerRank):
         return Batch(num_trained=sum(samples[index].num_trained for index in part), rows=rows, inputs=[self._inputs(row) for row in rows])
 
     def _inputs(self, row: PackedRow) -> tuple[Any, ...]:
-        return (frozen_features(self._trunk, row),) if self._frozen else (row.token_ids, row.position_ids, row.spans, row.before)
+        return (frozen_features(self._backbone, row),) if self._frozen else (row.token_ids, row.position_ids, row.spans, row.logit_index)
 
 
 def _fit(values: Columns, returns: Columns) -> list[Metric]:

@@ -62,7 +62,7 @@ def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[Im
     """What a row costs: for each trained token a loss in nats, as `[S]` float32.
 
     Args:
-        teacher: the model as it came.
+        teacher: the base model.
         row: a row of the `sample`s of `samples`.
         samples: all samples that `row.indices` counts in.
         reply: `distilled` of the row.

@@ -64,7 +64,7 @@ def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, m
         temperature: divides the logits.
         measure: what is computed of each trained token's logits.
     """
-    return forward(row.token_ids, row.position_ids, row.spans, row.before, row.targets, temperature, measure)
+    return forward(row.token_ids, row.position_ids, row.spans, row.logit_index, row.target_index, temperature, measure)
 
 
 def collect_columns(

@@ -93,7 +93,7 @@ class PolicyModel(torch.nn.Module):
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         spans: list[Span],
-        before: torch.Tensor,
+        logit_index: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
         measure: Measure = LogprobAndEntropy.apply,
@@ -104,7 +104,7 @@ class PolicyModel(torch.nn.Module):
             token_ids: `[T]`.
             position_ids: `[T]`, each token's place in its own sample.
             spans: who attends to whom.
-            before: `[S]` indices into the row of the tokens that predict the scored ones.
+            logit_index: `[S]` indices into the row of the tokens that predict the scored ones.
             targets: `[S]` indices into the row of the tokens to score.
             temperature: divides the logits.
             measure: what is computed of each scored token's logits.
@@ -113,7 +113,7 @@ class PolicyModel(torch.nn.Module):
             What `measure` gives; by default log-probs `[S]` in nats and entropies `[S]` in nats of the distributions that the scored
             tokens were drawn from.
         """
-        hidden, targets = hidden_states(self.model.base_model, token_ids, position_ids, spans)[before], token_ids[targets]
+        hidden, targets = hidden_states(self.model.base_model, token_ids, position_ids, spans)[logit_index], token_ids[targets]
         if not (self.recompute and torch.is_grad_enabled()):
             return self._head(hidden, targets, temperature, measure)
         # One call whatever the number of tokens: under ZeRO-3 each call gathers the head, and every rank has to gather as often.
@@ -121,7 +121,7 @@ class PolicyModel(torch.nn.Module):
 
     def logits(self, row: PackedRow) -> torch.Tensor:
         """Logits `[S, V]` that predict the trained tokens of `row`; for a whole replica, outside of DeepSpeed."""
-        hidden = hidden_states(self.model.base_model, row.token_ids, row.position_ids, row.spans)[row.before]
+        hidden = hidden_states(self.model.base_model, row.token_ids, row.position_ids, row.spans)[row.logit_index]
         return self.model.get_output_embeddings()(hidden)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, measure: Measure) -> Any:

@@ -1,7 +1,7 @@
 """The critic's model: the layers of a language model under a value head.
 
 The value at a trained token is read where the policy's log-prob of it is: from the hidden state of the token before, which has seen
-the history and what was said of the turn so far, but not the token itself. A trunk that learns brings there what the value needs. In a
+the history and what was said of the turn so far, but not the token itself. A backbone that learns brings there what the value needs. In a
 frozen one that hidden state is about the next token, so the head gets the mean over all tokens so far instead, where what the user
 said weighs as much as the words of the reply.
 """
@@ -44,40 +44,40 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """Trunk and head in one, for a trunk that learns."""
+    """Backbone and head in one, for a backbone that learns."""
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead, *, recompute: bool) -> None:
-        """`recompute` trades the trunk's activations for time."""
+    def __init__(self, backbone: PreTrainedModel, head: ValueHead, *, recompute: bool) -> None:
+        """`recompute` trades the backbone's activations for time."""
         super().__init__()
         # ZeRO-3 lays all parameters into one buffer, so they are of one dtype.
-        self.trunk, self.head = trunk, head.to(trunk.dtype)
+        self.backbone, self.head = backbone, head.to(backbone.dtype)
         if recompute:
-            trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span], before: torch.Tensor) -> torch.Tensor:
-        """Values `[S]` at the row's tokens `before`; see `PolicyModel.forward` for the arguments."""
-        return self.head(hidden_states(self.trunk, token_ids, position_ids, spans)[before])
+    def forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span], logit_index: torch.Tensor) -> torch.Tensor:
+        """Values `[S]` at the row's tokens `logit_index`; see `PolicyModel.forward` for the arguments."""
+        return self.head(hidden_states(self.backbone, token_ids, position_ids, spans)[logit_index])
 
 
-def load_trunk(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedModel:
+def load_backbone(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedModel:
     """The first `num_layers` layers (0: all) of a language model and its last norm, without the vocabulary head.
 
     Raises:
         ConfigError: the model has fewer layers.
     """
-    trunk: Any = load_model(path, dtype).base_model
-    check_num_layers(num_layers, len(trunk.layers))
+    backbone: Any = load_model(path, dtype).base_model
+    check_num_layers(num_layers, len(backbone.layers))
     if num_layers:
-        trunk.layers = trunk.layers[:num_layers]
-        trunk.config.num_hidden_layers = num_layers
-    return trunk
+        backbone.layers = backbone.layers[:num_layers]
+        backbone.config.num_hidden_layers = num_layers
+    return backbone
 
 
 @torch.no_grad()
-def frozen_features(trunk: torch.nn.Module, row: PackedRow) -> torch.Tensor:
-    """What a frozen trunk says of the state before each trained token: `[S, H]` float32."""
-    hidden = hidden_states(trunk, row.token_ids, row.position_ids, row.spans)
-    return running_means(hidden, row.position_ids, row.spans)[row.before]
+def frozen_features(backbone: torch.nn.Module, row: PackedRow) -> torch.Tensor:
+    """What a frozen backbone says of the state before each trained token: `[S, H]` float32."""
+    hidden = hidden_states(backbone, row.token_ids, row.position_ids, row.spans)
+    return running_means(hidden, row.position_ids, row.spans)[row.logit_index]
 
 
 def running_means(hidden: torch.Tensor, position_ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:

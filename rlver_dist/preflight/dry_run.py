@@ -16,7 +16,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
     dialogues = rollout.dialogues_per_iteration
     turns = dialogues * rollout.max_turns
     evaluated, steps = min(config.evaluation.num_personas, len(evaluation)), algorithm.updates_per_iteration
-    policy_moves = config.num_iterations - (config.critic.prefit_iterations if config.has_critic else 0)
+    policy_moves = config.num_iterations - (config.critic.pretrain_iterations if config.has_critic else 0)
     thinking = ", thinking first" if rollout.think else ""
     lines = [
         f"model                 {model.path} ({model.dtype.value}), context {model.max_context_tokens} tokens",
@@ -53,7 +53,7 @@ def _speaker(config: RunConfig) -> str:
 def _critic(config: RunConfig) -> str:
     critic = config.critic
     layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
-    prefit = f", alone for the first {critic.prefit_iterations} iterations" if critic.prefit_iterations else ""
+    prefit = f", alone for the first {critic.pretrain_iterations} iterations" if critic.pretrain_iterations else ""
     steps = critic.epochs * config.algorithm.updates_per_iteration
     rows = f"rows of up to {critic.micro_batch_tokens} tokens, ZeRO {critic.zero_stage}"
     return f"critic                {layers}, trunk {critic.trunk.value}, {rows}, {steps} steps an iteration, lr {critic.lr:g}{prefit}"

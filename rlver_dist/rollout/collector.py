@@ -122,7 +122,7 @@ async def collect(
     slots = asyncio.Semaphore(limits.max_concurrent)
     report: ProgressFn = on_progress or (lambda settled, turn: None)
 
-    async def hold(task: DialogueTask) -> Dialogue:
+    async def run_one(task: DialogueTask) -> Dialogue:
         async with slots:
             dialogue = await _Conversation(task, generate, respond, renderer, limits, lambda turn: report(1, turn)).run()
         report(limits.max_turns - len(dialogue.turns), None)
@@ -130,7 +130,7 @@ async def collect(
 
     try:
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(hold(task)) for task in tasks]
+            running = [group.create_task(run_one(task)) for task in tasks]
     except BaseExceptionGroup as failed:
         for error in failed.exceptions:
             if isinstance(error, BudgetError):

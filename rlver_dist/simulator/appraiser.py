@@ -9,7 +9,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.simulator.reading import hear
 
-LOOKED_AT = 8000
+MAX_READ_CHARS = 8000
 """Characters of a text that rules look at; what is behind them counts for nothing."""
 
 
@@ -36,11 +36,11 @@ class AppraisalContext:
     @property
     def written(self) -> str:
         """The policy's reply as it was written: what its form is measured on. Its words are read in `heard`."""
-        return self.messages[-1].text[:LOOKED_AT]
+        return self.messages[-1].text[:MAX_READ_CHARS]
 
     def heard(self) -> AppraisalContext:
         """The same with each message as a listener has it (`hear`)."""
-        texts = [hear(message.text[:LOOKED_AT], own=message.role is Role.USER).text for message in self.messages]
+        texts = [hear(message.text[:MAX_READ_CHARS], own=message.role is Role.USER).text for message in self.messages]
         return replace(self, messages=tuple(replace(message, text=text) for message, text in zip(self.messages, texts, strict=True)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from rlver_dist.dialogue import Dialogue, EndReason, Turn, held
+from rlver_dist.dialogue import Dialogue, EndReason, Turn, completed
 from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
 from rlver_dist.tracking.metrics import Metric, Reduction
 
@@ -29,7 +29,7 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
     """
     if strangers := sorted(rewards.keys() - {dialogue.id for dialogue in dialogues}):
         raise ValueError(f"rewards for dialogues that are not there: {', '.join(strangers[:3])}")
-    complete = held(dialogues)
+    complete = completed(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return [
         Metric("rollout/dialogues", len(dialogues), Reduction.sum),

@@ -37,12 +37,12 @@ class Progress:
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
         before: results of the evaluation before training; empty until it has run.
-        held: phases before training whose dialogues are complete in the ledger, by name.
+        finished_phases: phases before training whose dialogues are complete in the ledger, by name.
         warmed_up: the format warm-up has run.
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
-        shape: options that what is saved fits (`RunConfig.lasting_options`), and the ranks of each learner (`Layout.ranks`).
+        shape: options that what is saved fits (`RunConfig.resume_fingerprint`), and the ranks of each learner (`Layout.ranks`).
     """
 
     iteration: int
@@ -50,7 +50,7 @@ class Progress:
     totals: dict[str, float]
     curve: list[float]
     before: dict[str, Any]
-    held: list[str]
+    finished_phases: list[str]
     warmed_up: bool
     control: dict[str, Any]
     kl_coef: float
@@ -130,7 +130,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: Mapping[str, str]) -> Path | None:
+def select_checkpoint(store: CheckpointStore, resume: str, learners: Sequence[str], shape: Mapping[str, str]) -> Path | None:
     """The checkpoint to go on from under `resume` (see `RunConfig.resume`), None to start anew.
 
     Args:
@@ -143,7 +143,7 @@ def choose(store: CheckpointStore, resume: str, learners: Sequence[str], shape: 
         DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none; it lacks a learner or the
             policy that the warm-up made; or it fits other options.
     """
-    chosen = _choose(store, resume)
+    chosen = _newest_or_named(store, resume)
     if chosen is None:
         return None
     lacking = [name for name in learners if not (chosen / name).is_dir()]
@@ -171,7 +171,7 @@ def warm_start_of(checkpoint: Path) -> Path | None:
     return folder
 
 
-def bring_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
+def copy_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
     """`warm_start_of` the checkpoint, copied to `output_dir` where the checkpoint is of another run."""
     theirs, ours = warm_start_of(checkpoint), output_dir.resolve() / WARM_START
     if theirs is None or theirs == ours:
@@ -191,7 +191,7 @@ def _require_fit(checkpoint: Path, written: Mapping[str, str], shape: Mapping[st
             raise DataError(f"{key}={value}: {checkpoint} was written with {key}={written[key]}; use that, or another output_dir")
 
 
-def _choose(store: CheckpointStore, resume: str) -> Path | None:
+def _newest_or_named(store: CheckpointStore, resume: str) -> Path | None:
     newest = store.latest()
     if resume == "auto":
         return newest

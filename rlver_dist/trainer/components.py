@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlver_dist.config.learner import WarmUpConfig
 from rlver_dist.config.run import RunConfig
-from rlver_dist.dialogue import Dialogue, Turn, held
+from rlver_dist.dialogue import Dialogue, Turn, completed
 from rlver_dist.errors import BoundaryError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.ledger.records import Phase
@@ -158,7 +158,7 @@ async def followed(parts: Parts, name: str, work: Coroutine[Any, Any, Result], u
             following.cancel()
 
 
-async def hold(
+async def rollout(
     parts: Parts, name: str, tasks: Sequence[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
 ) -> list[Dialogue]:
     """Hold all dialogues of `tasks` under a progress bar called `name`; sorted by id.
@@ -174,7 +174,7 @@ async def hold(
                 parts.forecast.hear(turn)
 
         dialogues = await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)
-    if dialogues and not held(dialogues):
+    if dialogues and not completed(dialogues):
         [(reason, count)] = Counter(dialogue.error for dialogue in dialogues).most_common(1)
         raise BoundaryError(f"{name}: all {len(dialogues)} dialogues failed, {count} of them with: {reason}")
     return dialogues

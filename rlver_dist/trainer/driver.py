@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlver_dist.concurrency import all_or_none
 from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
@@ -25,10 +26,10 @@ from rlver_dist.rollout.collector import DialogueTask, derive_seed
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction, reduce_metrics
 from rlver_dist.trainer.checkpoints import CheckpointStore, Progress
-from rlver_dist.trainer.components import Parts, followed, hold, train_limits
+from rlver_dist.trainer.components import Parts, followed, rollout, train_limits
 from rlver_dist.trainer.evaluation_stage import evaluate
-from rlver_dist.trainer.training_step import Learned, train_on
-from rlver_dist.trainer.warm_up import warm_up
+from rlver_dist.trainer.training_step import StepResult, training_step
+from rlver_dist.trainer.warm_up import warm_up, warm_up_dialogues
 
 
 class Driver:
@@ -61,12 +62,12 @@ class Driver:
             totals={},
             curve=[],
             before={},
-            held=[],
+            finished_phases=[],
             warmed_up=False,
             control={},
             kl_coef=config.algorithm.kl_coef,
             wall_s=0.0,
-            shape=config.lasting_options | parts.ranks,
+            shape=config.resume_fingerprint | parts.ranks,
         )
 
     @property
@@ -83,7 +84,7 @@ class Driver:
         self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)
         if checkpoint.resolve().parent.parent != self._output.resolve():
-            self.progress.held = []  # the ledger of another run is not here
+            self.progress.finished_phases = []  # the ledger of another run is not here
         if self.progress.iteration > 0:
             for learner in self._learners():
                 await learner.load(checkpoint)
@@ -149,11 +150,12 @@ class Driver:
         """What comes before the first iteration, once a run: warm-up and evaluation. Each part is kept as soon as it is done."""
         progress = self.progress
         if self._warms_up:
-            if self._evaluation and not progress.control:
-                progress.control = asdict(await self._evaluate(Phase.control))
-                await self._whole(self.save())
-            kept = Phase.warm_up.value in progress.held
-            await warm_up(config=self._config, parts=self._parts, train=self._train, kept=kept, keep=self._keep)
+            config, parts, train = self._config, self._parts, self._train
+            kept = Phase.warm_up.value in progress.finished_phases
+            replies = warm_up_dialogues(config=config, parts=parts, train=train, kept=kept, keep=self._keep)
+            # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
+            _, dialogues = await all_or_none((self._control(), replies))
+            await warm_up(dialogues or [], config=config, parts=parts, train=train)
             progress.warmed_up, progress.before = True, {}
             await self._whole(self.save())
         if self._evaluation and not progress.before and progress.iteration > 0:
@@ -162,6 +164,12 @@ class Driver:
             progress.before = asdict(await self._evaluate(Phase.before))
             await self._whole(self.save())
         return HeldOut(**progress.before) if progress.before else None
+
+    async def _control(self) -> None:
+        """The evaluation of the base model, which replies without thinking."""
+        if self._evaluation and not self.progress.control:
+            self.progress.control = asdict(await self._evaluate(Phase.control))
+            await self._whole(self.save())
 
     async def _evaluate(self, phase: Phase) -> HeldOut:
         """One evaluation; the control replies without thinking, as the model came."""
@@ -173,17 +181,17 @@ class Driver:
             personas=self._evaluation,
             iteration=self.progress.iteration,
             renderer=parts.plain_renderer if phase is Phase.control else parts.renderer,
-            kept=first and phase.value in self.progress.held,
+            kept=first and phase.value in self.progress.finished_phases,
             keep=self._keep if first else None,
         )
 
     async def _keep(self, phase: Phase) -> None:
-        self.progress.held.append(phase.value)
+        self.progress.finished_phases.append(phase.value)
         await self._whole(self.save())
 
     async def _iterate(self, iteration: int) -> None:
         clock = _Clock()
-        dialogues = await hold(
+        dialogues = await rollout(
             self._parts,
             f"iteration {iteration + 1}: rollout",
             self._tasks(iteration),
@@ -212,13 +220,13 @@ class Driver:
     async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
         """Update, sync, write down, count; a failed sync is raised only then, since the learners hold what has been counted."""
         parts, critic = self._parts, self._config.critic
-        training = train_on(
+        training = training_step(
             dialogues,
             config=self._config,
             policy=parts.policy,
             critic=parts.critic,
             kl_coef=self.progress.kl_coef,
-            critic_only=parts.critic is not None and iteration < critic.prefit_iterations,
+            critic_only=parts.critic is not None and iteration < critic.pretrain_iterations,
         )
         learned = await followed(parts, f"iteration {iteration + 1}: update", training)
         if not learned.advantages:
@@ -260,7 +268,7 @@ class Driver:
             for member in range(self._config.algorithm.group_size)
         ]
 
-    def _write(self, number: int, dialogues: list[Dialogue], learned: Learned) -> None:
+    def _write(self, number: int, dialogues: list[Dialogue], learned: StepResult) -> None:
         path = dialogues_path(self._output, phase=Phase.train, iteration=number)
         write_dialogues(path, dialogues, iteration=number, phase=Phase.train, rewards=learned.rewards, advantages=learned.advantages)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import held
+from rlver_dist.dialogue import completed
 from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, second_emotions, summarize, visible_samples
 from rlver_dist.evaluation.second_judge import judge_names
 from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.rollout.renderer import Renderer
-from rlver_dist.trainer.components import KeepFn, Parts, evaluation_limits, followed, hold
+from rlver_dist.trainer.components import KeepFn, Parts, evaluation_limits, followed, rollout
 
 
 async def evaluate(
@@ -51,8 +51,8 @@ async def evaluate(
     else:
         tasks = evaluation_tasks(personas, phase=phase.value, seed=config.seed)
         limits = evaluation_limits(config, renderer.think)
-        dialogues = await hold(parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, limits, renderer)
-        scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in held(dialogues)}
+        dialogues = await rollout(parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, limits, renderer)
+        scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in completed(dialogues)}
         write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
         if keep is not None:
             await keep(phase)

@@ -43,7 +43,8 @@ class Forecast:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._sampling_since: float | None = None
+        self._sampling = 0
+        self._sampling_since = 0.0
         self._sampled_s = 0.0
         self._opening, self._growth, self._reply = _Mean(), _Mean(), _Mean()
         self.score_rate = 0.0
@@ -53,12 +54,16 @@ class Forecast:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Dialogues are held inside the block."""
-        self._sampling_since = time.monotonic()
+        """Dialogues are held inside the block; blocks may overlap, and seconds that several share count once."""
+        if self._sampling == 0:
+            self._sampling_since = time.monotonic()
+        self._sampling += 1
         try:
             yield
         finally:
-            self._sampled_s, self._sampling_since = self._sampling_s, None
+            if self._sampling == 1:
+                self._sampled_s = self._sampling_s
+            self._sampling -= 1
 
     def hear(self, turn: Turn) -> None:
         """Count one sampled reply."""
@@ -100,7 +105,7 @@ class Forecast:
     @property
     def _sampling_s(self) -> float:
         """Seconds in which dialogues were held so far."""
-        return self._sampled_s + (0.0 if self._sampling_since is None else time.monotonic() - self._sampling_since)
+        return self._sampled_s + (time.monotonic() - self._sampling_since if self._sampling else 0.0)
 
     @property
     def _token_rate(self) -> float:

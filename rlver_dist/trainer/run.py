@@ -19,7 +19,7 @@ from typing import Any
 from rlver_dist.cluster.build import Built, build
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
-from rlver_dist.cluster.session import causes, close_session, open_session
+from rlver_dist.cluster.session import close_session, open_session, unwrap_ray_errors
 from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue
@@ -34,7 +34,7 @@ from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
-from rlver_dist.trainer.checkpoints import CheckpointStore, bring_warm_start, choose
+from rlver_dist.trainer.checkpoints import CheckpointStore, copy_warm_start, select_checkpoint
 from rlver_dist.trainer.components import Parts
 from rlver_dist.trainer.driver import Driver
 from rlver_dist.trainer.forecast import Forecast
@@ -48,8 +48,8 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
     console = Console(config.num_iterations)
     learners = ("policy", "critic") if config.has_critic else ("policy",)
     store = CheckpointStore(Path(config.output_dir), config.keep_checkpoints)
-    start = choose(store, config.resume, learners, config.lasting_options)
-    there = store.latest()
+    start = select_checkpoint(store, config.resume, learners, config.resume_fingerprint)
+    start_checkpoint = store.latest()
     try:
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
         with console.phase("starting Ray", 1) as advance:
@@ -61,29 +61,31 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
         on_accepted()
         if session.dashboard:
             console.note(f"Ray dashboard: http://{session.dashboard}" + (f" (token {session.token})" if session.token else ""))
-        return asyncio.run(_until_interrupted(config, there, console, _run(config, layout, start, train, evaluation, console, started)))
+        return asyncio.run(
+            _until_interrupted(config, start_checkpoint, console, _run(config, layout, start, train, evaluation, console, started))
+        )
     finally:
         close_session()
 
 
-async def _until_interrupted(config: RunConfig, there: Path | None, console: Console, running: Coroutine[Any, Any, None]) -> int:
+async def _until_interrupted(config: RunConfig, start_checkpoint: Path | None, console: Console, running: Coroutine[Any, Any, None]) -> int:
     with _interruptible() as interrupted:
         try:
             await running
             return 0
         except BudgetError as error:
-            raise BudgetError(f"{error}; {_way_on(config, there)}") from error
+            raise BudgetError(f"{error}; {resume_hint(config, start_checkpoint)}") from error
         except asyncio.CancelledError:
             if not interrupted():
                 raise
-            console.note(f"interrupted; {_way_on(config, there)}")
+            console.note(f"interrupted; {resume_hint(config, start_checkpoint)}")
             return EXIT_INTERRUPTED
 
 
-def _way_on(config: RunConfig, there: Path | None) -> str:
-    """What a run that stopped early has saved, and the command that goes on from there; `there` is the newest checkpoint at its start."""
+def resume_hint(config: RunConfig, start_checkpoint: Path | None) -> str:
+    """What a run that stopped early has saved, and the command that goes on from there; `start_checkpoint` is the newest checkpoint at its start."""
     newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
-    if newest is None or newest == there:
+    if newest is None or newest == start_checkpoint:
         again = _command(config, but=("output_dir=",))
         return f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
     return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
@@ -101,8 +103,8 @@ async def _run(
     built: Built | None = None
     trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
     try:
-        with causes():
-            warm_start = None if start is None else bring_warm_start(start, Path(config.output_dir))
+        with unwrap_ray_errors():
+            warm_start = None if start is None else copy_warm_start(start, Path(config.output_dir))
             built = await build(config, layout, console, warm_start)
             async with second_judge(config) as judge:
                 driver = Driver(config, _parts(config, layout, built, judge, console, trackers), train, evaluation, started=started)

@@ -22,7 +22,7 @@ from rlver_dist.trainer.components import Critic, Policy
 
 
 @dataclass(kw_only=True, slots=True)
-class Learned:
+class StepResult:
     """What a training step did.
 
     Attributes:
@@ -38,9 +38,9 @@ class Learned:
     kl_coef: float
 
 
-async def train_on(
+async def training_step(
     dialogues: Sequence[Dialogue], *, config: RunConfig, policy: Policy, critic: Critic | None, kl_coef: float, critic_only: bool
-) -> Learned:
+) -> StepResult:
     """Update the learners on `dialogues`.
 
     Args:
@@ -63,7 +63,7 @@ async def train_on(
     ]
     samples = samples_of(selection.kept)
     if not samples:
-        return Learned(rewards=rewards, advantages={}, metrics=left_out, kl_coef=kl_coef)
+        return StepResult(rewards=rewards, advantages={}, metrics=left_out, kl_coef=kl_coef)
     started = time.monotonic()
     in_reward = kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
     values, kl_tokens = await all_or_none(
@@ -86,7 +86,7 @@ async def train_on(
     if kl_tokens is not None:
         metrics.append(_mean_kl(kl_tokens))
     metrics.append(Metric("learner/kl_coef", kl_coef, Reduction.last))
-    return Learned(
+    return StepResult(
         rewards=rewards,
         advantages=dialogue_advantages(samples, advantages),
         metrics=left_out + metrics,

@@ -3,7 +3,7 @@
 Everything is the model's own. It holds dialogues with training personas under the prompt without thinking. For each finished reply it
 is asked, in a chat of its own with three worked examples, what the user feels and needs; the examples give the thoughts their form.
 Thought and reply, after the prompt with thinking and the history as it was heard, become a sample; beside it stands the reply after the
-prompt without thinking, where the learner asks the model as it came how likely each next token is. Nothing is chosen by what it is worth
+prompt without thinking, where the learner asks the base model how likely each next token is. Nothing is chosen by what it is worth
 or how long it is: a reply that was cut at the token limit counts up to the cut and without an end.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -30,8 +30,7 @@ from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.trainer.checkpoints import WARM_START
-from rlver_dist.trainer.components import KeepFn, Parts, followed, train_limits
-from rlver_dist.trainer.components import hold as hold_dialogues
+from rlver_dist.trainer.components import KeepFn, Parts, followed, rollout, train_limits
 
 THOUGHT_SYSTEM_PROMPT = "You tell a person in one short sentence what they feel and need."
 THOUGHT_QUESTION = '"{message}" What do I feel and need?'
@@ -51,7 +50,7 @@ _TAGS = re.compile(r"<[^<>]*>|[<>]")
 _WHOLE_SENTENCES = re.compile(r".*[.!?][\"')\]]*(?=\s|$)")
 
 
-class HoldFn(Protocol):
+class RolloutFn(Protocol):
     """Holds dialogues, under a name that is shown meanwhile: `collector.collect` with the engines already bound."""
 
     async def __call__(
@@ -71,28 +70,42 @@ class ThoughtRenderer(Renderer):
             self._head += [*question, *self._generation, *self.encode_reply("", thought), *self._glue]
 
 
-async def warm_up_samples(
-    *,
-    config: RunConfig,
-    tokenizer: Any,
-    personas: Sequence[Persona],
-    users: RespondFn,
-    limits: CollectLimits,
-    hold: HoldFn,
-    known: list[Dialogue] | None = None,
-    keep: Callable[[list[Dialogue]], Awaitable[None]] | None = None,
-) -> list[ImitationSample]:
-    """Sample replies and thoughts and put them together; equal configurations and weights give equal samples.
+async def warm_up_replies(
+    *, config: RunConfig, tokenizer: Any, personas: Sequence[Persona], users: RespondFn, limits: CollectLimits, collect: RolloutFn
+) -> list[Dialogue]:
+    """The dialogues whose replies are learned from; equal configurations and weights give equal ones.
 
     Args:
         config: of the run.
         tokenizer: the policy's.
         personas: of training.
         users: the training users.
+        limits: of training's dialogues.
+        collect: see `RolloutFn`.
+    """
+    plain = Renderer(tokenizer, system_prompt(config.model, think=False))
+    reply_limits = replace(limits, max_turns=config.warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
+    return await collect("warm-up: replies", _reply_tasks(config, personas), users, reply_limits, plain)
+
+
+async def warm_up_samples(
+    dialogues: list[Dialogue],
+    *,
+    config: RunConfig,
+    tokenizer: Any,
+    personas: Sequence[Persona],
+    limits: CollectLimits,
+    collect: RolloutFn,
+) -> list[ImitationSample]:
+    """Sample a thought for each reply and put them together; equal configurations and weights give equal samples.
+
+    Args:
+        dialogues: of `warm_up_replies`.
+        config: of the run.
+        tokenizer: the policy's.
+        personas: of training.
         limits: of training's dialogues; thought and reply of a sample stay within `max_reply_tokens`.
-        hold: see `HoldFn`.
-        known: the dialogues of an earlier call with an equal configuration, instead of holding them again.
-        keep: takes the dialogues as soon as they are complete.
+        collect: see `RolloutFn`.
 
     Returns:
         One sample a reply, each dialogue a group of its own, with log-probs 0; in dialogue and turn order.
@@ -100,18 +113,13 @@ async def warm_up_samples(
     Raises:
         ConfigError: there are fewer samples than one batch takes.
     """
-    warm_up = config.warm_up
     plain = Renderer(tokenizer, system_prompt(config.model, think=False))
-    tasks = _reply_tasks(config, personas)
-    reply_limits = replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
-    dialogues = known or await hold("warm-up: replies", tasks, users, reply_limits, plain)
-    if keep is not None and not known:
-        await keep(dialogues)
-    answers = await hold("warm-up: thoughts", *_questions(dialogues, tasks), _thought_limits(config, limits), ThoughtRenderer(tokenizer))
+    asked = _questions(dialogues, _reply_tasks(config, personas))
+    answers = await collect("warm-up: thoughts", *asked, _thought_limits(config, limits), ThoughtRenderer(tokenizer))
     thoughts = {answer.id: clean_thought(turn.reply, cut=turn.truncated) for answer in answers for turn in answer.turns}
     thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)
     samples = [sample for dialogue in dialogues for sample in _samples(dialogue, thoughts, plain, thinking, limits)]
-    if len(samples) < warm_up.batch_size:
+    if len(samples) < config.warm_up.batch_size:
         raise _too_few(config, samples, [*dialogues, *answers])
     return samples
 
@@ -223,38 +231,48 @@ def _too_few(config: RunConfig, samples: list[ImitationSample], held: list[Dialo
     )
 
 
-async def warm_up(*, config: RunConfig, parts: Parts, train: Sequence[Persona], kept: bool, keep: KeepFn) -> None:
-    """Teach the policy the think format, export the result and bring the engines to it.
+async def warm_up_dialogues(*, config: RunConfig, parts: Parts, train: Sequence[Persona], kept: bool, keep: KeepFn) -> list[Dialogue]:
+    """`warm_up_replies` of a run, by way of the ledger.
 
     Args:
         config: of the run.
         parts: of the run.
-        train: whom the replies to learn from are told to.
+        train: whom the replies are told to.
         kept: the ledger has these dialogues already, of a start that was interrupted.
         keep: called as soon as it has them.
     """
     path = dialogues_path(Path(config.output_dir), phase=Phase.warm_up, iteration=0)
-    samples = await warm_up_samples(
+    if kept:
+        return read_dialogues(path)
+    dialogues = await warm_up_replies(
         config=config,
         tokenizer=parts.tokenizer,
         personas=train,
         users=parts.users,
         limits=train_limits(config),
-        hold=functools.partial(hold_dialogues, parts),
-        known=read_dialogues(path) if kept else None,
-        keep=functools.partial(_keep_replies, path, keep),
+        collect=functools.partial(rollout, parts),
+    )
+    write_dialogues(path, dialogues, iteration=0, phase=Phase.warm_up, rewards={})
+    await keep(Phase.warm_up)
+    return dialogues
+
+
+async def warm_up(dialogues: list[Dialogue], *, config: RunConfig, parts: Parts, train: Sequence[Persona]) -> None:
+    """Teach the policy the think format on `warm_up_dialogues`, export the result and bring the engines to it."""
+    samples = await warm_up_samples(
+        dialogues,
+        config=config,
+        tokenizer=parts.tokenizer,
+        personas=train,
+        limits=train_limits(config),
+        collect=functools.partial(rollout, parts),
     )
     imitating = parts.policy.imitate(samples, config.warm_up, config.seed)
     values = reduce_metrics(await followed(parts, "warm-up: imitation", imitating, "replies"))
     parts.console.note(
         f"warm-up: {len(samples)} replies, nats a token: format {values['warm_up/format_nll_first']:.2f} -> "
-        f"{values['warm_up/format_nll_last']:.2f}, replies from the model as it came {values['warm_up/reply_kl_first']:.2f} -> "
+        f"{values['warm_up/format_nll_last']:.2f}, replies from the base model {values['warm_up/reply_kl_first']:.2f} -> "
         f"{values['warm_up/reply_kl_last']:.2f}"
     )
     await parts.policy.export(Path(config.output_dir) / WARM_START)
     await parts.sync(0)
-
-
-async def _keep_replies(path: Path, keep: KeepFn, dialogues: list[Dialogue]) -> None:
-    write_dialogues(path, dialogues, iteration=0, phase=Phase.warm_up, rewards={})
-    await keep(Phase.warm_up)

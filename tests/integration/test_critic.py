@@ -22,7 +22,7 @@ from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError, RlverError
 from rlver_dist.experience.samples import TurnSample
-from rlver_dist.learner.value_model import ValueHead, load_trunk
+from rlver_dist.learner.value_model import ValueHead, load_backbone
 from rlver_dist.tracking.metrics import reduce_metrics
 
 CRITIC = dict(lr=0.003, warmup_steps=3, weight_decay=0.1, micro_batch_tokens=4096, zero_stage=1)
@@ -186,12 +186,12 @@ class PlainCritic(nn.Module):
 
     def __init__(self, folder, num_layers, head, *, pools=False):
         super().__init__()
-        self.trunk = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").model
-        self.trunk.layers = self.trunk.layers[:num_layers]
+        self.backbone = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").model
+        self.backbone.layers = self.backbone.layers[:num_layers]
         self.head, self.pools = head, pools
 
     def forward(self, sample):
-        hidden = self.trunk(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[0, :-1]
+        hidden = self.backbone(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[0, :-1]
         if self.pools:
             hidden = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt()
             hidden = torch.stack([hidden[: position + 1].mean(dim=0) for position in range(len(hidden))])
@@ -295,7 +295,7 @@ def test_two_ranks_equal_plain_pytorch(scenario, two, trained_reference):
         assert torch.equal(torch.cat(ours), torch.cat(theirs))
 
 
-def test_frozen_trunk_trains_the_head_alone(one, two, frozen_reference):
+def test_frozen_backbone_trains_the_head_alone(one, two, frozen_reference):
     for result in (one, *two):
         check_same_training(result["frozen"], frozen_reference)
 
@@ -372,4 +372,4 @@ def test_a_gradient_that_is_not_finite_is_an_error(one):
 
 def test_more_layers_than_the_model_has(folder):
     with pytest.raises(ConfigError, match=r"critic\.num_layers=3: the model has 2 layers"):
-        load_trunk(str(folder / "model"), torch.float32, 3)
+        load_backbone(str(folder / "model"), torch.float32, 3)

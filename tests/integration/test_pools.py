@@ -17,7 +17,7 @@ from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.cluster.actors import RewardServiceActor
 from rlver_dist.cluster.pools import ChatPool, EnginePool, RewardPool, gather_metrics
-from rlver_dist.cluster.session import causes, close_session, open_session
+from rlver_dist.cluster.session import close_session, open_session, unwrap_ray_errors
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import SimulatorBackend
 from rlver_dist.config.simulator import SimulatorConfig
@@ -354,8 +354,8 @@ class Broken:
 
 def test_an_actors_own_error_surfaces_as_itself_and_any_other_as_one_line():
     actor = ray.remote(Broken).options(num_cpus=0).remote()
-    with pytest.raises(WeightSyncError, match=r"^engine 1 does not hold the weights$"), causes():
+    with pytest.raises(WeightSyncError, match=r"^engine 1 does not hold the weights$"), unwrap_ray_errors():
         ray.get(actor.fail.remote(True))
-    with pytest.raises(BoundaryError, match="ValueError: a bad shape") as caught, causes():
+    with pytest.raises(BoundaryError, match="ValueError: a bad shape") as caught, unwrap_ray_errors():
         ray.get(actor.fail.remote(False))
     assert "\n" not in str(caught.value) and "logs" in str(caught.value)

@@ -215,7 +215,7 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path, launc
     ended = launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
     assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "think" / "summary.json").read_text())
-    # The model as it came replies without thinking, so every reply of its control is well-formed.
+    # The base model replies without thinking, so every reply of its control is well-formed.
     assert summary["warm_up"]["well_formed"]["before"] == 1
     assert summary["warm_up"]["after"] == summary["before"]
     held_out = json.loads((tmp_path / "think" / "held_out.json").read_text())

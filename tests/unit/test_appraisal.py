@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.sanity import make_context, make_persona, seed_situations
 from rlver_dist.data.persona import HiddenIntent, Temperament
+from rlver_dist.simulator.appraiser import MAX_READ_CHARS
 from rlver_dist.simulator.rules import appraisal, penalties, strategies
 from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser, change_from
 from rlver_dist.simulator.rules.lexical import LexicalAppraiser
@@ -213,8 +214,8 @@ def test_what_is_far_behind_counts_for_nothing(kind, unit):
     """So a megabyte costs what the part costs that is looked at."""
     endless = "I hear you. " + unit * (2**20 // len(unit))
     history = [PERSONA.opening, endless, PERSONA.facts[0]]
-    read = [PERSONA.opening, endless[: appraisal.LOOKED_AT], PERSONA.facts[0]]
-    for one, other in ((endless, endless[: appraisal.LOOKED_AT]), (ADVICE, ADVICE)):
+    read = [PERSONA.opening, endless[:MAX_READ_CHARS], PERSONA.facts[0]]
+    for one, other in ((endless, endless[:MAX_READ_CHARS]), (ADVICE, ADVICE)):
         assert appraiser(kind).appraise(make_context(PERSONA, history, one)) == appraiser(kind).appraise(make_context(PERSONA, read, other))
 
 

@@ -104,7 +104,7 @@ def test_logits_of_a_branch_equal_those_of_its_sample(family):
     row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
     model, alone = tiny(family, attention.ATTENTION_NAME), tiny(family, "eager")
     with torch.no_grad():
-        logits = model.lm_head(scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans))[row.before]
+        logits = model.lm_head(scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans))[row.logit_index]
         expected = [alone(torch.tensor([sample.token_ids])).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]] for sample in samples]
     assert (logits - torch.cat(expected)).norm() <= 1e-5 * torch.cat(expected).norm()
 

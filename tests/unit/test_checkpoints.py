@@ -8,7 +8,7 @@ import pytest
 from rlver_dist.errors import DataError
 from rlver_dist.files import write_whole
 from rlver_dist.trainer import checkpoints
-from rlver_dist.trainer.checkpoints import WARM_START, CheckpointStore, Progress, bring_warm_start, choose
+from rlver_dist.trainer.checkpoints import WARM_START, CheckpointStore, Progress, copy_warm_start, select_checkpoint
 
 
 def progress(iteration: int, warmed_up: bool = False) -> Progress:
@@ -18,7 +18,7 @@ def progress(iteration: int, warmed_up: bool = False) -> Progress:
         totals={"dialogues_total": 8.0},
         curve=[30.0, 31.5],
         before={"emotion": [1.0]},
-        held=["control"],
+        finished_phases=["control"],
         warmed_up=warmed_up,
         control={"emotion": [0.5]},
         kl_coef=0.1,
@@ -67,29 +67,29 @@ def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
 
 def test_choose(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    assert choose(store, "auto", (), {}) is None and choose(store, "never", ("policy",), {}) is None
+    assert select_checkpoint(store, "auto", (), {}) is None and select_checkpoint(store, "never", ("policy",), {}) is None
     first = write(store, 1)
-    assert choose(store, "auto", (), {}) == first
-    assert choose(store, str(first), (), {}) == first
+    assert select_checkpoint(store, "auto", (), {}) == first
+    assert select_checkpoint(store, str(first), (), {}) == first
     with pytest.raises(DataError, match="resume=auto"):
-        choose(store, "never", (), {})
+        select_checkpoint(store, "never", (), {})
     with pytest.raises(DataError, match=r"no manifest\.json there"):
-        choose(store, str(tmp_path), (), {})
+        select_checkpoint(store, str(tmp_path), (), {})
     (first / "policy").mkdir()
-    assert choose(store, "auto", ("policy",), {}) == first
+    assert select_checkpoint(store, "auto", ("policy",), {}) == first
     with pytest.raises(DataError, match="holds no critic; use the recipe"):
-        choose(store, "auto", ("policy", "critic"), {})
+        select_checkpoint(store, "auto", ("policy", "critic"), {})
 
 
 def test_another_runs_checkpoint_starts_a_folder_of_its_own(tmp_path):
     theirs = write(CheckpointStore(tmp_path / "theirs", keep=2), 3)
     ours = CheckpointStore(tmp_path / "ours", keep=2)
-    assert choose(ours, str(theirs), (), {}) == theirs
+    assert select_checkpoint(ours, str(theirs), (), {}) == theirs
     write(ours, 1)
     with pytest.raises(
         DataError, match=r"step_3: of another run, and .*ours/checkpoints/step_1 exists; use resume=auto .* another output_dir"
     ):
-        choose(ours, str(theirs), (), {})
+        select_checkpoint(ours, str(theirs), (), {})
 
 
 def warm_start(folder: Path, name: str) -> Path:
@@ -102,13 +102,13 @@ def warm_start(folder: Path, name: str) -> Path:
 
 def test_a_warmed_up_checkpoint_comes_with_the_policy_that_it_began_with(tmp_path):
     plain = write(CheckpointStore(tmp_path / "plain", keep=2), 1)
-    assert bring_warm_start(plain, tmp_path / "ours") is None and not (tmp_path / "ours").exists()
+    assert copy_warm_start(plain, tmp_path / "ours") is None and not (tmp_path / "ours").exists()
     theirs = write(CheckpointStore(tmp_path / "theirs", keep=2), 3, warmed_up=True)
     began = warm_start(tmp_path / "theirs", "theirs")
-    assert bring_warm_start(theirs, tmp_path / "theirs") == began
+    assert copy_warm_start(theirs, tmp_path / "theirs") == began
     # A start of ours that ended before its first checkpoint left a warm-up behind.
     ours = warm_start(tmp_path / "ours", "ours")
-    assert bring_warm_start(theirs, tmp_path / "ours") == ours
+    assert copy_warm_start(theirs, tmp_path / "ours") == ours
     assert (ours / "weights").read_text() == (began / "weights").read_text() == "theirs"
     assert [path.name for path in (tmp_path / "ours").iterdir()] == [WARM_START]
 
@@ -116,18 +116,18 @@ def test_a_warmed_up_checkpoint_comes_with_the_policy_that_it_began_with(tmp_pat
 def test_a_warmed_up_checkpoint_that_was_copied_alone_is_refused(tmp_path):
     alone = write(CheckpointStore(tmp_path, keep=2), 3, warmed_up=True)
     with pytest.raises(DataError, match=r"^resume=.*step_3: .*/warm_start, the policy .* is missing; copy it along .* another output_dir$"):
-        choose(CheckpointStore(tmp_path, keep=2), "auto", (), {})
+        select_checkpoint(CheckpointStore(tmp_path, keep=2), "auto", (), {})
     warm_start(tmp_path, "ours")
-    assert choose(CheckpointStore(tmp_path, keep=2), "auto", (), {}) == alone
+    assert select_checkpoint(CheckpointStore(tmp_path, keep=2), "auto", (), {}) == alone
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     first = write(store, 1)
     # Options that only one of the two has, such as a critic's, are for `learners` to judge.
-    assert choose(store, "auto", (), {"model.path": "tiny", "model.dtype": "float32"}) == first
+    assert select_checkpoint(store, "auto", (), {"model.path": "tiny", "model.dtype": "float32"}) == first
     with pytest.raises(DataError, match=r"^model\.path=big: .*step_1 was written with model\.path=tiny; use that, or another output_dir$"):
-        choose(store, "auto", (), {"model.path": "big"})
+        select_checkpoint(store, "auto", (), {"model.path": "big"})
 
 
 def test_a_broken_manifest_is_named(tmp_path):
@@ -203,7 +203,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, earl
         # From the moment that the manifest is there, nothing else counts.
         assert (newest / "weights").read_text() == (f"b{then}" if written else before)
         assert CheckpointStore.read(newest).iteration == (then if written else earlier[-1])
-        assert choose(CheckpointStore(tmp_path / "run", keep), str(newest), (), {}) == newest
+        assert select_checkpoint(CheckpointStore(tmp_path / "run", keep), str(newest), (), {}) == newest
         line(CheckpointStore(tmp_path / "run", keep), "c", then)
         assert sorted(path.name for path in root.iterdir()) == left
         assert (root / f"step_{then}" / "weights").read_text() == f"c{then}"

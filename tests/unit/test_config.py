@@ -91,9 +91,9 @@ def test_a_run_goes_on_only_with_what_its_state_and_its_first_evaluation_fit():
         "model.think_instruction": "model.think_instruction=Think.",
     }
     for key, override in changes.items():
-        other = composed(*([override] if override.startswith("+exp") else ["+exp=ppo_think", override])).lasting_options
-        assert ppo.lasting_options[key] != other[key]
-    assert "evaluation.max_turns" not in composed("+exp=ppo_think", "evaluation.num_personas=0").lasting_options
+        other = composed(*([override] if override.startswith("+exp") else ["+exp=ppo_think", override])).resume_fingerprint
+        assert ppo.resume_fingerprint[key] != other[key]
+    assert "evaluation.max_turns" not in composed("+exp=ppo_think", "evaluation.num_personas=0").resume_fingerprint
 
 
 def test_a_placement_scales_the_recipe_whatever_the_order():
@@ -173,7 +173,7 @@ def test_only_recipe_and_placement_change_places():
         ),
         ("+exp=ppo_think critic.zero_stage=0 critic.offload_optimizer=false", "critic.zero_stage=0"),
         ("critic.epochs=0", "critic.epochs=0"),
-        ("+exp=ppo_think critic.prefit_iterations=1000", "critic.prefit_iterations=1000"),
+        ("+exp=ppo_think critic.pretrain_iterations=1000", "critic.pretrain_iterations=1000"),
         ("+exp=ppo_think warm_up.dialogues=4", "warm_up.batch_size=16"),
         ("learner.zero_stage=7", "learner.zero_stage=7"),
         ("warm_up.lr=0", "warm_up.lr=0"),
@@ -232,7 +232,7 @@ def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize(("recipe", "steps"), [("ppo_think", "8 an iteration, 7760 in all"), ("grpo_think", "8 an iteration, 8000 in all")])
 def test_check_counts_no_steps_of_the_policy_while_the_critic_learns_alone(recipe, steps):
-    config = composed(f"+exp={recipe}", "critic.prefit_iterations=30")
+    config = composed(f"+exp={recipe}", "critic.pretrain_iterations=30")
     assert f"optimizer steps       {steps}" in describe(config, [], [])
 
 

@@ -269,7 +269,7 @@ def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer)
     second = Harness(tmp_path / "cut", renderer)
     checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
     assert checkpoint is not None
-    assert CheckpointStore.read(checkpoint).shape == {**first.config.lasting_options, "policy_learner": "3"}
+    assert CheckpointStore.read(checkpoint).shape == {**first.config.resume_fingerprint, "policy_learner": "3"}
 
     asyncio.run(second.go_on(checkpoint))
     assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export policy"]
@@ -311,7 +311,7 @@ def test_ppo_asks_the_critic_first_and_updates_both(tmp_path, renderer):
 
 
 def test_the_critic_can_learn_alone_first(tmp_path, renderer):
-    harness = Harness(tmp_path, renderer, algorithm=ppo(), critic=CriticConfig(zero_stage=0, prefit_iterations=1))
+    harness = Harness(tmp_path, renderer, algorithm=ppo(), critic=CriticConfig(zero_stage=0, pretrain_iterations=1))
     asyncio.run(harness.driver.run())
     assert harness.journal.count("critic") == 2 and harness.journal.count("update") == 1
 

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlver_dist.chat_client.budget import Budget, Prices, Usage, tokens_of
-from rlver_dist.chat_client.endpoints import Endpoint, Pacer, backoff_s, choose, key_from_environment, parse_address, parse_retry_after
+from rlver_dist.chat_client.endpoints import (
+    Endpoint,
+    Pacer,
+    backoff_s,
+    key_from_environment,
+    parse_address,
+    parse_retry_after,
+    select_endpoint,
+)
 from rlver_dist.chat_client.http import share
 from rlver_dist.config.simulator import HttpChatConfig
 from rlver_dist.errors import BudgetError, ConfigError
@@ -50,7 +58,7 @@ def endpoints(count: int = 3) -> list[Endpoint]:
 
 
 def pick(among: list[Endpoint], now: float = 100.0, refused_by=(), failed_last=None) -> Endpoint | None:
-    return choose(among, now=now, refused_by=refused_by, failed_last=failed_last)
+    return select_endpoint(among, now=now, refused_by=refused_by, failed_last=failed_last)
 
 
 def test_first_that_works_is_chosen() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.llm.fence import LOOKED_AT, STRUCTURAL, fence, json_line, tidy
+from rlver_dist.simulator.llm.fence import CHARS_PER_BYTE, STRUCTURAL, fence, json_line, tidy
 from tests.timing import grows_in_proportion
 
 ANYTHING = (
@@ -57,7 +57,7 @@ def test_the_limit_counts_bytes_in_whichever_form_a_tokenizer_reads(text, limit)
     fenced = fence(text, max_bytes=limit)
     assert largest(fenced.text) <= limit
     too_long = largest(words(text, max_bytes=10**6)) > limit
-    assert (fenced.cut > 0) == (too_long or len(text) > LOOKED_AT * limit)
+    assert (fenced.cut > 0) == (too_long or len(text) > CHARS_PER_BYTE * limit)
 
 
 @given(ANYTHING, st.integers(0, 50), st.integers(0, 50))

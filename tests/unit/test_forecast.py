@@ -67,6 +67,21 @@ def test_it_is_given_after_a_minute_of_sampling_and_not_before(clock):
         assert forecast.ready
 
 
+def test_dialogues_that_are_held_at_once_count_their_seconds_once(clock):
+    forecast = Forecast(config(think=False))
+    forecast.score_rate = 200.0
+    forecast.hear(reply(0, 100, 40))
+    with forecast.sampling():
+        clock.now += 20
+        with forecast.sampling():
+            clock.now += 20
+        clock.now += 19
+        assert not forecast.ready
+        clock.now += 1
+        assert forecast.ready
+    assert forecast._sampling_s == 60
+
+
 def test_without_a_measured_learner_there_is_none(clock):
     forecast = heard(False, clock)
     forecast.score_rate = 0.0

@@ -20,7 +20,7 @@ from rlver_dist.errors import ConfigError
 from rlver_dist.experience.guards import grams, guard_rewards, measure, non_words, penalty, redundancy, words
 from rlver_dist.tracking.guard_metrics import guard_metrics
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.trainer.training_step import train_on
+from rlver_dist.trainer.training_step import training_step
 
 GUARDS = ("repetition", "loops", "redundancy", "non_words", "length")
 
@@ -215,7 +215,7 @@ def test_training_pays_what_the_guards_leave():
     guards = GuardsConfig(loops=GuardConfig(start=0.0, full=11 / 13, penalty=0.2))
     learner = Learner()
     config = RunConfig(algorithm=AlgorithmConfig(guards=guards, normalize_by_std=False))
-    learned = asyncio.run(train_on(talks, config=config, policy=learner, critic=None, kl_coef=0.0, critic_only=False))
+    learned = asyncio.run(training_step(talks, config=config, policy=learner, critic=None, kl_coef=0.0, critic_only=False))
     assert learned.rewards == {"good": 0.5, "loop": pytest.approx(0.3)}
     assert learner.advantages == {"good": pytest.approx(0.1), "loop": pytest.approx(-0.1)}
     values = reduce_metrics(learned.metrics)

@@ -79,7 +79,7 @@ def test_update_invariants(group_ids: list[str], num_updates: int):
 
 
 def alone(*indices: int) -> list[Unit]:
-    return [Unit(indices=[index], trunk=[], num_tokens=1) for index in indices]
+    return [Unit(indices=[index], shared_prefix=[], num_tokens=1) for index in indices]
 
 
 def test_pack_by_hand():
@@ -89,8 +89,8 @@ def test_pack_by_hand():
     assert row.token_ids.tolist() == [20, 21, 10, 11, 12]
     assert row.position_ids.tolist() == [0, 1, 0, 1, 2]
     assert row.spans == [Span(length=2), Span(length=3)]
-    assert row.targets.tolist() == [1, 3, 4]
-    assert row.before.tolist() == [0, 2, 3]
+    assert row.target_index.tolist() == [1, 3, 4]
+    assert row.logit_index.tolist() == [0, 2, 3]
     assert column([torch.tensor([1.5, 2.5]), torch.tensor([]), torch.tensor([-2.0])], row).tolist() == [-2.0, 1.5, 2.5]
     assert column([sample.trained_logprobs() for sample in samples], row).tolist() == [-21 / 8, -11 / 8, -12 / 8]
 
@@ -98,14 +98,14 @@ def test_pack_by_hand():
 def test_no_unit_gives_a_row_that_trains_nothing():
     row = pack([make_sample([1, 2], [False, True])], [])
     assert (row.indices, row.spans, row.token_ids.shape) == ([], [Span(length=2)], (2,))
-    assert len(row.targets) == len(row.before) == len(column([torch.ones(1)], row)) == 0
+    assert len(row.target_index) == len(row.logit_index) == len(column([torch.ones(1)], row)) == 0
 
 
 def test_all_rows_have_the_same_types():
     sample = make_sample([1, 2], [False, True])
     for indices in ([], [0], [0, 0]):
         row = pack([sample], alone(*indices)).to("cpu")
-        assert {tensor.dtype for tensor in (row.token_ids, row.position_ids, row.targets, row.before)} == {torch.int64}
+        assert {tensor.dtype for tensor in (row.token_ids, row.position_ids, row.target_index, row.logit_index)} == {torch.int64}
         assert column([torch.ones(1)], row).dtype == torch.float32
         assert len(row.token_ids) == len(row.position_ids) == sum(span.length for span in row.spans)
 
@@ -131,8 +131,8 @@ def test_planned_and_packed_rows_split_back_into_the_samples(drawn: list[list[tu
             assert [part.tolist() for part in row.token_ids.split(lengths)] == [samples[index].token_ids for index in row.indices]
             assert row.position_ids.tolist() == [position for length in lengths for position in range(length)]
             mask = torch.zeros(len(row.token_ids), dtype=torch.bool)
-            mask[row.targets] = True
+            mask[row.target_index] = True
             assert [part.tolist() for part in mask.split(lengths)] == [samples[index].loss_mask for index in row.indices]
-            assert torch.equal(row.before, row.targets - 1)
+            assert torch.equal(row.logit_index, row.target_index - 1)
             assert column(values, row).tolist() == [value for index in row.indices for value in values[index].tolist()]
     assert sorted(seen) == list(range(len(samples)))

@@ -74,7 +74,7 @@ def test_policy_and_users_take_the_same_rule(monkeypatch, has, cluster, asked, g
     config, _ = with_precision(RunConfig(model=ModelConfig(dtype=asked), simulator=users, cluster=cluster))
     assert (config.model.dtype, config.simulator.engine.dtype) == (given, given)
     # What is saved, and what a resume compares, is the format itself.
-    assert config.lasting_options["model.dtype"] == given.value
+    assert config.resume_fingerprint["model.dtype"] == given.value
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Samples that share a trunk: which ones, and that every token still sees its own sample's prefix and nothing else."""
+"""Samples that share a shared prefix: which ones, and that every token still sees its own sample's prefix and nothing else."""
 
 import pytest
 from hypothesis import given
@@ -45,8 +45,10 @@ THINK = [
 
 
 def test_turns_of_a_think_dialogue_branch_off_the_longest_history():
-    assert units_of(THINK) == [Unit(indices=[0, 1, 2], trunk=[1, 2, 3, 4, 5, 6], num_tokens=6 + 3 + 2 + 4)]
-    assert units_of(THINK, share=False) == [Unit(indices=[index], trunk=[], num_tokens=length) for index, length in enumerate((5, 6, 10))]
+    assert units_of(THINK) == [Unit(indices=[0, 1, 2], shared_prefix=[1, 2, 3, 4, 5, 6], num_tokens=6 + 3 + 2 + 4)]
+    assert units_of(THINK, share=False) == [
+        Unit(indices=[index], shared_prefix=[], num_tokens=length) for index, length in enumerate((5, 6, 10))
+    ]
 
 
 def test_a_shared_row_by_hand():
@@ -54,8 +56,8 @@ def test_a_shared_row_by_hand():
     assert row.token_ids.tolist() == [1, 2, 3, 4, 50, 51, 3, 60, 5]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 4, 5]
     assert [(span.length, span.context_start, span.context_length) for span in row.spans] == [(4, 0, 0), (3, 0, 2), (2, 0, 4)]
-    assert row.targets.tolist() == [4, 5, 6, 7, 8]
-    assert row.before.tolist() == [1, 4, 5, 3, 7]
+    assert row.target_index.tolist() == [4, 5, 6, 7, 8]
+    assert row.logit_index.tolist() == [1, 4, 5, 3, 7]
     assert visible(row)[6] == [0, 1, 4, 5, 6]
 
 
@@ -64,10 +66,15 @@ def test_who_does_not_fit_stands_alone():
     later_context = make_sample([1, 2], [52], after=1)
     elsewhere = make_sample([1, 2], [53], dialogue="e")
     samples = [*THINK, edited, later_context, elsewhere]
-    assert [(unit.indices, unit.trunk) for unit in units_of(samples)] == [([4], []), ([0, 1, 2], [1, 2, 3, 4, 5, 6]), ([3], []), ([5], [])]
+    assert [(unit.indices, unit.shared_prefix) for unit in units_of(samples)] == [
+        ([4], []),
+        ([0, 1, 2], [1, 2, 3, 4, 5, 6]),
+        ([3], []),
+        ([5], []),
+    ]
 
 
-def test_two_lines_of_history_are_two_trunks():
+def test_two_lines_of_history_are_two_prefixes():
     other = [make_sample([1, 9, 3], [61]), make_sample([1, 9, 3, 9], [62])]
     assert [unit.indices for unit in units_of([*THINK, *other])] == [[0, 1, 2], [3, 4]]
 
@@ -109,11 +116,11 @@ def test_every_token_sees_exactly_its_own_samples_prefix(dialogues, share: bool,
     expected = [
         (samples[index].token_ids, place) for index in row.indices for place, trained in enumerate(samples[index].loss_mask) if trained
     ]
-    for target, before, (token_ids, place) in zip(row.targets.tolist(), row.before.tolist(), expected, strict=True):
+    for target, logit_index, (token_ids, place) in zip(row.target_index.tolist(), row.logit_index.tolist(), expected, strict=True):
         # The predicting token has seen the whole sample up to itself, each token at its own place, and nothing besides.
         assert tokens[target] == token_ids[place]
-        assert [tokens[index] for index in seen[before]] == token_ids[:place]
-        assert [positions[index] for index in seen[before]] == list(range(place))
+        assert [tokens[index] for index in seen[logit_index]] == token_ids[:place]
+        assert [positions[index] for index in seen[logit_index]] == list(range(place))
     for index, sights in enumerate(seen):
         # So has every token in between, whose hidden state the predicting tokens read.
         assert sights[-1] == index and positions[index] == len(sights) - 1

@@ -10,7 +10,7 @@ from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import AlgorithmName, KLPlacement, RewardPlacement
 from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.trainer.training_step import Learned, train_on
+from rlver_dist.trainer.training_step import StepResult, training_step
 
 
 def dialogue(name: str, *emotions: float) -> Dialogue:
@@ -92,10 +92,12 @@ class Paired:
 TALKS = [dialogue("a", 40.0, 50.0), dialogue("b", 34.0, 30.0)]
 
 
-def train(policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options) -> Learned:
+def train(policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options) -> StepResult:
     algorithm = AlgorithmConfig(**options)
     config = RunConfig(algorithm=algorithm)
-    return asyncio.run(train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=algorithm.kl_coef, critic_only=critic_only))
+    return asyncio.run(
+        training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=algorithm.kl_coef, critic_only=critic_only)
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paire
     begun = asyncio.Event(), asyncio.Event()
     policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
     config = RunConfig(algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward))
-    step = train_on(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
+    step = training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
     try:
         await asyncio.wait_for(step, 5)
     except ConnectionError as error:

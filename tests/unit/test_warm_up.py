@@ -20,7 +20,7 @@ from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.trainer.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, warm_up_samples
+from rlver_dist.trainer.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, warm_up_replies, warm_up_samples
 
 CONFIG = RunConfig(
     model=ModelConfig(path=SMOLLM2),
@@ -77,8 +77,11 @@ def make(model: Callable[[GenerateRequest], Awaitable[Generation]], tokenizer: A
         assert name.startswith("warm-up")
         return await collect(tasks, generate=model, respond=users, renderer=renderer, limits=limits)
 
-    samples = warm_up_samples(config=config, tokenizer=tokenizer, personas=PERSONAS, users=respond, limits=limits, hold=hold)
-    return asyncio.run(samples)
+    async def both() -> list[ImitationSample]:
+        common = dict(config=config, tokenizer=tokenizer, personas=PERSONAS, limits=limits, collect=hold)
+        return await warm_up_samples(await warm_up_replies(users=respond, **common), **common)
+
+    return asyncio.run(both())
 
 
 def target(sample: TurnSample, tokenizer: Any) -> str:

@@ -32,13 +32,13 @@ def rooms(tmp_path, monkeypatch):
 )
 def test_weights_lie_in_shared_memory_where_they_leave_some_to_others(rooms, shared, temporary, chosen):
     rooms.update(zip(rooms, (shared, temporary), strict=True))
-    assert weight_sync.roomy_folder(3 * GIB).name == chosen
+    assert weight_sync.find_weight_dir(3 * GIB).name == chosen
 
 
 def test_weights_without_room_are_refused_with_what_is_free(rooms):
     rooms.update(zip(rooms, (3 * GIB, 2 * GIB), strict=True))
     with pytest.raises(ResourceError) as caught:
-        weight_sync.roomy_folder(15 * GIB)
+        weight_sync.find_weight_dir(15 * GIB)
     said = str(caught.value)
     assert "a file of 15.0 GiB" in said and "3.0 GiB free in" in said and "2.0 GiB free in" in said and "TMPDIR" in said
     assert "\n" not in said

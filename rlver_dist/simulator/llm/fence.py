@@ -27,7 +27,7 @@ _TIDY_MAP = {code: plain for code, plain in _FENCE_MAP.items() if chr(code) not 
 _MARKUP = frozenset(SIGNS) - frozenset('":/')
 STRUCTURAL = frozenset(SIGNS)
 """Characters that no fenced text holds."""
-LOOKED_AT = 8
+CHARS_PER_BYTE = 8
 """Characters that are looked at, as a multiple of the bytes that stay: room for what is taken out."""
 
 
@@ -58,11 +58,11 @@ def fence(text: str, *, max_bytes: int, looked_at: int | None = None, own: bool 
         text: any string, lone surrogates included.
         max_bytes: UTF-8 bytes that stay, in NFC and in NFKC. A token of a byte-level vocabulary is one byte or more, so this bounds
             the tokens too, whichever of these the tokenizer turns its text into.
-        looked_at: characters that are looked at; what is behind them is cut. None: `LOOKED_AT` times `max_bytes`.
+        looked_at: characters that are looked at; what is behind them is cut. None: `CHARS_PER_BYTE` times `max_bytes`.
         own: the user's own words, in which nothing counts as thinking.
     """
     # A reply may be as long as it likes, and time is not.
-    look = LOOKED_AT * max_bytes if looked_at is None else looked_at
+    look = CHARS_PER_BYTE * max_bytes if looked_at is None else looked_at
     heard = hear(text[:look], own=own)
     # On one line it cannot look like the lines and the task around it.
     plain = " ".join(heard.text.translate(_FENCE_MAP).split())

@@ -20,7 +20,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, Message, Role
 from rlver_dist.errors import DataError
 from rlver_dist.simulator.emotion import state_of
-from rlver_dist.simulator.llm.fence import LOOKED_AT, Fenced, fence, json_line, tidy
+from rlver_dist.simulator.llm.fence import CHARS_PER_BYTE, Fenced, fence, json_line, tidy
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator.suitability import LLM_LANGUAGES
@@ -103,7 +103,7 @@ class UserPrompts:
     def _fenced(self, reply: str, *, newest: bool) -> Fenced:
         """A reply as the talk shows it; both ways it reads the same, up to the cut."""
         limit = self.max_reply_bytes if newest else self.max_reply_bytes // EARLIER_SHARE
-        return fence(reply, max_bytes=limit, looked_at=LOOKED_AT * self.max_reply_bytes)
+        return fence(reply, max_bytes=limit, looked_at=CHARS_PER_BYTE * self.max_reply_bytes)
 
     def _task(self, request: UserRequest, task: str, emotion: float, **values: str) -> tuple[Message, ...]:
         words = material(request.persona.language)

@@ -1,7 +1,7 @@
 """What a run that stopped early tells its user to type."""
 
 from rlver_dist.config.run import RunConfig
-from rlver_dist.trainer.run import _way_on
+from rlver_dist.trainer.run import resume_hint
 from tests.unit.test_checkpoints import CheckpointStore, write
 
 
@@ -9,11 +9,11 @@ def test_another_runs_checkpoint_is_named_until_there_is_an_own_one(tmp_path, mo
     elsewhere = f"resume={tmp_path}/other/checkpoints/step_20"
     monkeypatch.setattr("sys.argv", ["launch", "+exp=ppo_think", elsewhere, "output_dir=somewhere"])
     config = RunConfig(output_dir=str(tmp_path / "run"), save_every=5)
-    start = _way_on(config, None)
+    start = resume_hint(config, None)
     assert start.startswith("stopped with no new checkpoint yet (save_every=5); start again with: ")
     assert start.endswith(f"-m rlver_dist.launch +exp=ppo_think {elsewhere} output_dir={tmp_path}/run")
     newest = write(CheckpointStore(tmp_path / "run", keep=1), 22)
-    assert _way_on(config, None).startswith("stopped with step_22 saved; go on with: ")
-    assert _way_on(config, None).endswith(f"-m rlver_dist.launch +exp=ppo_think output_dir={tmp_path}/run")
+    assert resume_hint(config, None).startswith("stopped with step_22 saved; go on with: ")
+    assert resume_hint(config, None).endswith(f"-m rlver_dist.launch +exp=ppo_think output_dir={tmp_path}/run")
     # The newest one was there already: the run goes on from an older one, whose line would be left.
-    assert _way_on(config, newest) == start
+    assert resume_hint(config, newest) == start
