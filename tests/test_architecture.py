@@ -22,6 +22,11 @@ OWNERS = {
     "hydra": ["launch.py"],
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+OLD_WORDS = {
+    "HoldFn", "LOOKED_AT", "Learned", "_way_on", "bring_warm_start", "causes", "hold", "lasting_options", "load_trunk", "prefit_iterations",
+    "roomy_folder", "train_on",
+}  # fmt: skip
+"""Identifiers that have given way to the field's words (the glossary in CONTRIBUTING.md)."""
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -86,6 +91,13 @@ def test_the_root_holds_commands_and_what_everything_shares():
 @pytest.mark.parametrize("path", sorted((PACKAGE / "simulator" / "llm").glob("*.py")), ids=_name)
 def test_users_by_a_chat_model_need_nothing_of_the_embedded_appraisers(path):
     assert not any(module.startswith("rlver_dist.simulator.rules") for module in _imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_words_that_were_given_up_stay_so(path):
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = {getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None) for node in tree}
+    assert names.isdisjoint(OLD_WORDS)
 
 
 def test_init_files_are_empty():

@@ -83,7 +83,12 @@ async def _until_interrupted(config: RunConfig, start_checkpoint: Path | None, c
 
 
 def resume_hint(config: RunConfig, start_checkpoint: Path | None) -> str:
-    """What a run that stopped early has saved, and the command that goes on from there; `start_checkpoint` is the newest checkpoint at its start."""
+    """What a run that stopped early has saved, and the command that goes on from there.
+
+    Args:
+        config: of the run.
+        start_checkpoint: the newest checkpoint when it started; None where there was none.
+    """
     newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
     if newest is None or newest == start_checkpoint:
         again = _command(config, but=("output_dir=",))
