@@ -71,7 +71,8 @@ def user_engines(config: RunConfig, layout: Layout, group: PlacementGroup | None
 
 def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | None, *, critic: bool) -> list[Any]:
     """Ranks of the policy learner, or of the critic, whose bundles come after the policy's."""
-    actor: Any = ray.remote(concurrency_groups={PROGRESS_THREAD: 1})(CriticLearnerActor if critic else PolicyLearnerActor)
+    remote: Any = ray.remote  # whose type knows no concurrency groups
+    actor = remote(concurrency_groups={PROGRESS_THREAD: 1})(CriticLearnerActor if critic else PolicyLearnerActor)
     name, ranks = ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
     first = layout.policy.ranks + layout.users.ranks + (layout.learner_ranks if critic else 0)
     return [
