@@ -186,7 +186,7 @@ class Driver:
         )
 
     async def _keep(self, phase: Phase) -> None:
-        self.progress.finished_phases.append(phase.value)
+        self.progress.finished_phases = sorted({*self.progress.finished_phases, phase.value})
         await self._whole(self.save())
 
     async def _iterate(self, iteration: int) -> None:

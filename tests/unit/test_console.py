@@ -144,7 +144,8 @@ def test_terminal_bars_move_nest_and_vanish():
             advance(3, turns=17)
             with console.phase("scoring", None, "tokens") as inner:
                 inner.reach(5, 7)
-                console.note("still here")
+                time.sleep(0.5)  # a terminal is drawn ten times a second
+            console.note("still here")
         console.note("after")
 
     written = on_terminal(use)
