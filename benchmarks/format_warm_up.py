@@ -48,7 +48,7 @@ from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.simulator.service import RewardService
 from rlver_dist.tracking.dialogue_metrics import distinct_n
 from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.trainer.warm_up import warm_up_replies, warm_up_samples
+from rlver_dist.trainer.warm_up import reply_limits, reply_tasks, warm_up_samples
 
 TRAINED_TURNS = 3
 """Turns of a training dialogue in `+on=cpu`."""
@@ -96,7 +96,9 @@ class Measurement:
         common = dict(
             config=self.config, tokenizer=self.tokenizer, personas=load_split("bank", "train"), limits=self.limits, collect=self.hold
         )
-        return await warm_up_samples(await warm_up_replies(users=self.users, **common), **common)
+        tasks, limits = reply_tasks(self.config, common["personas"]), reply_limits(self.config, self.limits)
+        dialogues = await self.hold("warm-up: replies", tasks, self.users, limits, self.renderer(think=False))
+        return await warm_up_samples(dialogues, **common)
 
     async def serve(self, learner: PolicyLearner) -> None:
         """Let the engine take the learner's weights."""
@@ -171,8 +173,8 @@ async def measure(arguments: argparse.Namespace) -> None:
         await bench.engine.start()
         learner = make_learner(config)
         stack.callback(learner.close)
-        await bench.report("as it came, no think", learner, think=False, num_shown=arguments.shown)
-        await bench.report("as it came, think", learner, think=True, num_shown=arguments.shown)
+        await bench.report("base model, no think", learner, think=False, num_shown=arguments.shown)
+        await bench.report("base model, think", learner, think=True, num_shown=arguments.shown)
         samples = await bench.samples()
         print(f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} trained tokens, such as")
         for sample in (pair.sample for pair in samples[:: max(1, len(samples) // 12)]):

@@ -1,4 +1,4 @@
-"""All ranks of a learner, addressed as one; what `parts.Policy` and `parts.Critic` ask for."""
+"""All ranks of a learner, addressed as one; what `trainer/components.py`'s `Policy` and `Critic` ask for."""
 
 from __future__ import annotations
 

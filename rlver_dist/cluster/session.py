@@ -55,15 +55,15 @@ def open_session(cluster: ClusterConfig) -> Session:
     token = "" if address else _choose_token()
     try:
         context = ray.init(address=address, log_to_driver=False) if address else _start_ray(cluster)
+        have, nodes = ray.cluster_resources(), ray.nodes()
     except Exception as error:
         # Whatever Ray raises here, it is a plain exception with a text of its own for each of its processes.
         ray.shutdown()
         raise ResourceError(_not_started(address, error)) from error
-    have = ray.cluster_resources()
     return Session(
         num_gpus=int(have.get("GPU", 0)),
         num_cpus=int(have.get("CPU", 1)),
-        num_nodes=sum(node["Alive"] for node in ray.nodes()),
+        num_nodes=sum(node["Alive"] for node in nodes),
         dashboard=context.dashboard_url or "",
         token=token,
     )

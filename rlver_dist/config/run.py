@@ -69,11 +69,11 @@ class RunConfig:
         replies, step = self.warm_up.dialogues * self.warm_up.max_turns, self.warm_up.batch_size
         require(not warms_up or step <= replies, "warm_up.batch_size", step, f"use at most {replies}, warm_up.dialogues x max_turns")
         require(not warms_up or thought < sampled, "warm_up.max_thought_tokens", thought, f"use less than {sampled}, the tokens of a turn")
-        prefit, last = self.critic.pretrain_iterations, self.num_iterations
-        moves = not self.has_critic or prefit < last
-        require(moves, "critic.pretrain_iterations", prefit, f"use less than num_iterations={last}, or the policy never moves")
+        pretrain, last = self.critic.pretrain_iterations, self.num_iterations
+        moves = not self.has_critic or pretrain < last
+        require(moves, "critic.pretrain_iterations", pretrain, f"use less than num_iterations={last}, or the policy never moves")
         trained = {"learner": self.learner}
-        if self.has_critic and self.critic.trunk is CriticTrunk.trained:  # the head on a frozen trunk is float32 whatever the model is
+        if self.has_critic and self.critic.trunk is CriticTrunk.trained:  # the head on a frozen backbone is float32 whatever the model is
             trained["critic"] = self.critic
         for group, learner in trained.items():
             exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1

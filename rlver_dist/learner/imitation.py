@@ -1,7 +1,7 @@
 """The loss of the supervised warm-up: tokens to say, and a model to say the rest like.
 
-The think format (tags and thought) is imitated token by token. Of the reply behind it the whole distribution is: that of the model as it
-came, at the same reply after the prompt without thinking (context distillation, arXiv:2112.00861). Imitating sampled replies instead
+The think format (tags and thought) is imitated token by token. Of the reply behind it the whole distribution is: that of the base
+model, at the same reply after the prompt without thinking (context distillation, arXiv:2112.00861). Imitating sampled replies instead
 would sharpen the model around them, and it would say less, and worse, than it could.
 """
 

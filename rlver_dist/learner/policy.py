@@ -114,7 +114,7 @@ class PolicyLearner(LearnerRank):
         parts = split_updates([sample.group_id for sample in samples], self._algorithm.updates_per_iteration)
         updates = [self._share(samples, part) for part in parts]
         # The first step starts from the old weights, so its own forward pass gives its old log-probs.
-        with self._counting(num_tokens([row for rows in [*updates, *updates[1:]] for row in rows])):
+        with self._counting(self._update_tokens(updates)):
             old: list[list[Tensor | None]] = [
                 [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows] for step, rows in enumerate(updates)
             ]
@@ -133,6 +133,15 @@ class PolicyLearner(LearnerRank):
             Metric("perf/learner_tokens_per_s", sum(len(row.token_ids) for row in own) / elapsed, Reduction.sum),
             Metric("time/policy_update_s", elapsed, Reduction.max),
         ]
+
+    def _update_tokens(self, updates: list[list[PackedRow]]) -> int:
+        """Tokens that an update computes: each row once, once more before it where it is not of the first step, and by the reference."""
+        passes = [*updates, *updates[1:], *(updates if self._kl_in_loss else ())]
+        return num_tokens([row for rows in passes for row in rows])
+
+    @property
+    def _kl_in_loss(self) -> bool:
+        return self._reference is not None and self._algorithm.kl_placement is KLPlacement.loss
 
     @torch.no_grad()
     def _logprobs(self, forward: Callable[..., Any], row: PackedRow, temperature: float | None = None) -> Tensor:
@@ -160,7 +169,7 @@ class PolicyLearner(LearnerRank):
             logprobs, old_logprobs, advantages, tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
-        if self._reference is not None and algorithm.kl_placement is KLPlacement.loss:
+        if self._kl_in_loss:
             ref_logprobs = self._logprobs(self._reference, row)
             kl_loss = losses.kl_loss(logprobs, ref_logprobs, algorithm.kl_estimator.value, num_trained)
             loss = loss + kl_coef * kl_loss
@@ -227,7 +236,7 @@ class PolicyLearner(LearnerRank):
         count, num_batches = len(dialogues), min(math.ceil(len(samples) / config.batch_size), len(dialogues))
         self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0), config.epochs * num_batches)
         teacher, shuffler, steps = self._base(), random.Random(seed), []
-        with self._counting(config.epochs * len(samples)):
+        with self._counting(math.ceil(config.epochs * len(samples) / self._world_size)):
             for _ in range(config.epochs):
                 shuffler.shuffle(dialogues)
                 for number in range(num_batches):

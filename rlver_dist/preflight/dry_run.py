@@ -53,10 +53,10 @@ def _speaker(config: RunConfig) -> str:
 def _critic(config: RunConfig) -> str:
     critic = config.critic
     layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
-    prefit = f", alone for the first {critic.pretrain_iterations} iterations" if critic.pretrain_iterations else ""
+    pretrain = f", alone for the first {critic.pretrain_iterations} iterations" if critic.pretrain_iterations else ""
     steps = critic.epochs * config.algorithm.updates_per_iteration
     rows = f"rows of up to {critic.micro_batch_tokens} tokens, ZeRO {critic.zero_stage}"
-    return f"critic                {layers}, trunk {critic.trunk.value}, {rows}, {steps} steps an iteration, lr {critic.lr:g}{prefit}"
+    return f"critic                {layers}, trunk {critic.trunk.value}, {rows}, {steps} steps an iteration, lr {critic.lr:g}{pretrain}"
 
 
 def _placement(config: RunConfig) -> list[str]:

@@ -93,7 +93,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         return arguments | {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
-            "distributed_executor_backend": "uni",
+            "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else settings.distributed_executor,
             "block_size": CPU_BLOCK_TOKENS,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB),
         }

@@ -65,6 +65,7 @@ class Console:
         self._encoding = getattr(self._file, "encoding", None) or "utf-8"
         self._ascii_only = self._encoding.lower().replace("-", "") != "utf8"
         self._progress: Progress | None = None
+        self._bars = 0
         self._last_emotion = math.nan
 
     def note(self, text: str) -> None:
@@ -152,9 +153,9 @@ class Console:
 
     def _bar(self, name: str, total: float | None, unit: str) -> tuple[Stage, AbstractContextManager[None]]:
         """A stage whose steps move a bar, and the block in which the bar is there."""
-        outermost = self._progress is None
-        # Phases may nest, and a terminal has one live area: they share the outermost phase's.
+        # Phases may nest and overlap, and a terminal has one live area: it lasts as long as any of them.
         progress = self._progress or self._start_progress()
+        self._bars += 1
         task = progress.add_task(self._clean(name), total=total, beside="")
 
         def move(stage: Stage) -> None:
@@ -162,7 +163,8 @@ class Console:
 
         def remove() -> None:
             progress.remove_task(task)
-            if outermost:
+            self._bars -= 1
+            if self._bars == 0:
                 progress.stop()
                 self._progress = None
 

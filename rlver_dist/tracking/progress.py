@@ -26,14 +26,16 @@ class Stage:
         self.done = 0.0
         self.beside = ""
         self._on_change = on_change
-        self._started = time.monotonic()
+        self._started = self._counted_since = time.monotonic()
 
     def __call__(self, amount: float = 1, **fields: object) -> None:
         """Count `amount` steps more, with `fields` as text beside them."""
         self.reach(self.done + amount, self.total, **fields)
 
     def reach(self, done: float, total: float | None, **fields: object) -> None:
-        """Say that `done` of `total` steps are done."""
+        """Say that `done` of `total` steps are done. Where that begins anew, so does the rate."""
+        if done < self.done or (self.total is not None and total != self.total):
+            self._counted_since = time.monotonic()
         self.done, self.total = done, total
         self.beside = "  ".join(f"{key} {value}" for key, value in fields.items())
         self._on_change(self)
@@ -46,20 +48,24 @@ class Stage:
     @property
     def left_s(self) -> float | None:
         """Seconds until the end at the mean rate so far; None where that cannot be said."""
-        if not self.done or self.total is None:
-            return None
-        return max(self.total - self.done, 0.0) * self.elapsed_s / self.done
+        done, total = self.done, self.total
+        return max(total - done, 0.0) / self._rate(done) if done and total is not None else None
 
     def line(self) -> str:
         """For example `evaluation before: 96 of 320 turns, 0.8 a second, about 280 s left`."""
-        unit = f" {self.unit}" if self.unit else ""
-        if self.total is None:
+        # Another thread may count on meanwhile.
+        done, total, unit = self.done, self.total, f" {self.unit}" if self.unit else ""
+        if total is None:
             return f"{self.name}: {duration(self.elapsed_s)} so far"
-        counted = f"{self.name}: {self.done:.0f} of {self.total:.0f}{unit}"
-        if self.left_s is None:
+        counted = f"{self.name}: {done:.0f} of {total:.0f}{unit}"
+        if not done:
             return f"{counted}, {duration(self.elapsed_s)} so far"
-        rate = self.done / self.elapsed_s
-        return f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about {duration(self.left_s)} left"
+        rate = self._rate(done)
+        left = duration(max(total - done, 0.0) / rate)
+        return f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about {left} left"
+
+    def _rate(self, done: float) -> float:
+        return done / max(time.monotonic() - self._counted_since, 1e-3)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Progress:
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
         before: results of the evaluation before training; empty until it has run.
-        finished_phases: phases before training whose dialogues are complete in the ledger, by name.
+        finished_phases: phases before training whose dialogues are complete in the ledger, by name, and the limits they were held under.
         warmed_up: the format warm-up has run.
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
@@ -50,7 +50,7 @@ class Progress:
     totals: dict[str, float]
     curve: list[float]
     before: dict[str, Any]
-    finished_phases: list[str]
+    finished_phases: dict[str, str]
     warmed_up: bool
     control: dict[str, Any]
     kl_coef: float

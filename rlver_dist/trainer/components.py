@@ -14,6 +14,7 @@ Components:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue, Turn, completed
 from rlver_dist.errors import BoundaryError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
+from rlver_dist.ledger.parquet import read_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateFn, RespondFn, collect
 from rlver_dist.rollout.renderer import Renderer
@@ -41,8 +43,8 @@ from rlver_dist.trainer.forecast import Forecast
 FOLLOW_EVERY_S = 2.0
 """Seconds between two looks at how far a learner has come."""
 Result = TypeVar("Result")
-KeepFn = Callable[[Phase], Awaitable[None]]
-"""Makes it last that the dialogues of a phase are complete in the ledger."""
+KeepFn = Callable[[Phase, str], Awaitable[None]]
+"""Makes it last that the dialogues of a phase are complete in the ledger, and the limits (`repr`) that they were held under."""
 
 
 class Policy(Protocol):
@@ -140,22 +142,47 @@ def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: flo
     )
 
 
+def kept_dialogues(path: Path, tasks: Sequence[DialogueTask], limits: CollectLimits, kept: str | None) -> list[Dialogue] | None:
+    """Dialogues that an interrupted start has left in the ledger.
+
+    Args:
+        path: the ledger's file.
+        tasks: what is to be held now.
+        limits: under which.
+        kept: the limits (`repr`) that the file's dialogues were held under; None where there is none to go on with.
+
+    Returns:
+        None where they have to be held anew: others are asked for, or infrastructure failed in one of them.
+    """
+    if kept != repr(limits) or not path.exists():
+        return None
+    dialogues = read_dialogues(path)
+    asked = sorted((task.id, task.persona.id, task.seed) for task in tasks)
+    same = [(dialogue.id, dialogue.persona_id, dialogue.seed) for dialogue in dialogues] == asked
+    return dialogues if same and len(completed(dialogues)) == len(tasks) else None
+
+
 async def followed(parts: Parts, name: str, work: Coroutine[Any, Any, Result], unit: str = "tokens") -> Result:
     """Await `work`, in which the policy learner computes, under a progress bar called `name` that counts its `unit`s."""
 
     async def follow(stage: Stage) -> None:
         while True:
             await asyncio.sleep(FOLLOW_EVERY_S)
-            done, total = await parts.policy.progress()
-            if total:
-                stage.reach(done, total)
+            # Whatever keeps a learner from answering is told by the work itself.
+            with contextlib.suppress(Exception):
+                done, total = await parts.policy.progress()
+                if total:
+                    stage.reach(done, total)
 
     with parts.console.phase(name, None, unit) as stage:
         following = asyncio.create_task(follow(stage))
         try:
-            return await work
+            result = await work
         finally:
             following.cancel()
+        if stage.total is not None:
+            stage.reach(stage.total, stage.total)
+        return result
 
 
 async def rollout(
@@ -170,7 +197,8 @@ async def rollout(
 
         def progress(settled: int, turn: Turn | None) -> None:
             stage(settled)
-            if turn is not None:
+            # A rollout with other users, such as one that asks for thoughts, is no dialogue of the run's kind.
+            if turn is not None and users in (parts.users, parts.evaluation_users):
                 parts.forecast.hear(turn)
 
         dialogues = await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)

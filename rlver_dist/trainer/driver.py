@@ -62,7 +62,7 @@ class Driver:
             totals={},
             curve=[],
             before={},
-            finished_phases=[],
+            finished_phases={},
             warmed_up=False,
             control={},
             kl_coef=config.algorithm.kl_coef,
@@ -84,7 +84,7 @@ class Driver:
         self._earlier_s, self._saved = self.progress.wall_s, self.progress.iteration
         self._sampler.restore(self.progress.sampler)
         if checkpoint.resolve().parent.parent != self._output.resolve():
-            self.progress.finished_phases = []  # the ledger of another run is not here
+            self.progress.finished_phases = {}  # the ledger of another run is not here
         if self.progress.iteration > 0:
             for learner in self._learners():
                 await learner.load(checkpoint)
@@ -151,12 +151,16 @@ class Driver:
         progress = self.progress
         if self._warms_up:
             config, parts, train = self._config, self._parts, self._train
-            kept = Phase.warm_up.value in progress.finished_phases
+            kept = progress.finished_phases.get(Phase.warm_up.value)
             replies = warm_up_dialogues(config=config, parts=parts, train=train, kept=kept, keep=self._keep)
-            # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
-            _, dialogues = await all_or_none((self._control(), replies))
+            if len(self._evaluation) + config.warm_up.dialogues <= config.rollout.max_concurrent:
+                # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
+                _, dialogues = await all_or_none((self._control(), replies))
+            else:
+                _, dialogues = await self._control(), await replies
             await warm_up(dialogues or [], config=config, parts=parts, train=train)
             progress.warmed_up, progress.before = True, {}
+            progress.finished_phases.pop(Phase.before.value, None)  # of another policy than the warmed-up one
             await self._whole(self.save())
         if self._evaluation and not progress.before and progress.iteration > 0:
             self._parts.console.note("the run began without an evaluation, so there is none to compare the one at its end with")
@@ -181,12 +185,12 @@ class Driver:
             personas=self._evaluation,
             iteration=self.progress.iteration,
             renderer=parts.plain_renderer if phase is Phase.control else parts.renderer,
-            kept=first and phase.value in self.progress.finished_phases,
+            kept=self.progress.finished_phases.get(phase.value) if first else None,
             keep=self._keep if first else None,
         )
 
-    async def _keep(self, phase: Phase) -> None:
-        self.progress.finished_phases = sorted({*self.progress.finished_phases, phase.value})
+    async def _keep(self, phase: Phase, limits: str) -> None:
+        self.progress.finished_phases[phase.value] = limits
         await self._whole(self.save())
 
     async def _iterate(self, iteration: int) -> None:

@@ -46,7 +46,7 @@ class Forecast:
         self._sampling = 0
         self._sampling_since = 0.0
         self._sampled_s = 0.0
-        self._opening, self._growth, self._reply = _Mean(), _Mean(), _Mean()
+        self._opening, self._growth, self._reply, self._thought = _Mean(), _Mean(), _Mean(), _Mean()
         self.score_rate = 0.0
         """Tokens a second of the learner's forward pass; 0 where it was not measured, and then no estimate is given."""
         self.evaluation_s: float | None = None
@@ -67,7 +67,9 @@ class Forecast:
 
     def hear(self, turn: Turn) -> None:
         """Count one sampled reply."""
-        self._reply.add(len(turn.reply_ids))
+        self._reply.add(len(turn.reply_ids) - turn.thinking_tokens)
+        if turn.thinking_tokens:
+            self._thought.add(turn.thinking_tokens)
         if turn.index == 0:
             self._opening.add(len(turn.prompt_ids))
         else:
@@ -109,13 +111,12 @@ class Forecast:
 
     @property
     def _token_rate(self) -> float:
-        return self._reply.total / self._sampling_s
+        return (self._reply.total + self._thought.total) / self._sampling_s
 
     def _sampled(self, think: bool) -> float:
         """Tokens of a reply, its thought included."""
-        rollout = self._config.rollout
-        mean = min(self._reply.value(0.0), rollout.max_reply_tokens)
-        return mean + (min(self._config.warm_up.max_thought_tokens, rollout.max_thinking_tokens) if think else 0)
+        thought = self._thought.value(min(self._config.warm_up.max_thought_tokens, self._config.rollout.max_thinking_tokens))
+        return self._reply.value(0.0) + (thought if think else 0.0)
 
     def _tokens(self, turns: int, think: bool) -> float:
         """Tokens of one dialogue as a learner computes them: the history once, and with thinking each reply beside it once more."""
@@ -136,7 +137,9 @@ class Forecast:
         return warm_up.dialogues * (sampled / self._token_rate + learned / self.score_rate)
 
     def _iteration_s(self) -> float:
-        rollout = self._config.rollout
+        rollout, algorithm = self._config.rollout, self._config.algorithm
         sampled = rollout.max_turns * self._sampled(rollout.think)
-        learned = TRAINED * self._tokens(rollout.max_turns, rollout.think)
+        # Forward passes beside the training one: old log-probs of all steps but the first, and the reference's.
+        beside = 1 - 1 / algorithm.updates_per_iteration + (algorithm.kl_coef > 0)
+        learned = (TRAINED + beside) * self._tokens(rollout.max_turns, rollout.think)
         return rollout.dialogues_per_iteration * (sampled / self._token_rate + learned / self.score_rate)

@@ -90,7 +90,8 @@ def resume_hint(config: RunConfig, start_checkpoint: Path | None) -> str:
         start_checkpoint: the newest checkpoint when it started; None where there was none.
     """
     newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
-    if newest is None or newest == start_checkpoint:
+    # What was done before training is written over step_0 again and again.
+    if newest is None or (newest == start_checkpoint and newest.name != "step_0"):
         again = _command(config, but=("output_dir=",))
         return f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
     return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
@@ -203,7 +204,7 @@ def _report(
             summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
     if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
-        if driver.progress.control:
+        if driver.progress.control and driver.progress.warmed_up:
             summary["warm_up"] = compare(HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples)
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))

@@ -23,14 +23,14 @@ from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
-from rlver_dist.ledger.parquet import dialogues_path, read_dialogues, write_dialogues
+from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.trainer.checkpoints import WARM_START
-from rlver_dist.trainer.components import KeepFn, Parts, followed, rollout, train_limits
+from rlver_dist.trainer.components import KeepFn, Parts, followed, kept_dialogues, rollout, train_limits
 
 THOUGHT_SYSTEM_PROMPT = "You tell a person in one short sentence what they feel and need."
 THOUGHT_QUESTION = '"{message}" What do I feel and need?'
@@ -70,22 +70,19 @@ class ThoughtRenderer(Renderer):
             self._head += [*question, *self._generation, *self.encode_reply("", thought), *self._glue]
 
 
-async def warm_up_replies(
-    *, config: RunConfig, tokenizer: Any, personas: Sequence[Persona], users: RespondFn, limits: CollectLimits, collect: RolloutFn
-) -> list[Dialogue]:
-    """The dialogues whose replies are learned from; equal configurations and weights give equal ones.
+def reply_tasks(config: RunConfig, personas: Sequence[Persona]) -> list[DialogueTask]:
+    """The dialogues whose replies are learned from, by number, each with a persona drawn apart from training's order."""
+    drawn = PersonaSampler(personas, derive_seed(config.seed, SEED_STREAM)).next(config.warm_up.dialogues)
+    names = [f"warm_up-{number:04d}" for number in range(len(drawn))]
+    return [
+        DialogueTask(id=name, group_id=name, persona=persona, seed=derive_seed(config.seed, SEED_STREAM, number))
+        for number, (name, persona) in enumerate(zip(names, drawn, strict=True))
+    ]
 
-    Args:
-        config: of the run.
-        tokenizer: the policy's.
-        personas: of training.
-        users: the training users.
-        limits: of training's dialogues.
-        collect: see `RolloutFn`.
-    """
-    plain = Renderer(tokenizer, system_prompt(config.model, think=False))
-    reply_limits = replace(limits, max_turns=config.warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
-    return await collect("warm-up: replies", _reply_tasks(config, personas), users, reply_limits, plain)
+
+def reply_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
+    """Limits of these dialogues, which are held without thinking; `limits` are training's."""
+    return replace(limits, max_turns=config.warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens)
 
 
 async def warm_up_samples(
@@ -100,7 +97,7 @@ async def warm_up_samples(
     """Sample a thought for each reply and put them together; equal configurations and weights give equal samples.
 
     Args:
-        dialogues: of `warm_up_replies`.
+        dialogues: of `reply_tasks` under `reply_limits`.
         config: of the run.
         tokenizer: the policy's.
         personas: of training.
@@ -114,7 +111,7 @@ async def warm_up_samples(
         ConfigError: there are fewer samples than one batch takes.
     """
     plain = Renderer(tokenizer, system_prompt(config.model, think=False))
-    asked = _questions(dialogues, _reply_tasks(config, personas))
+    asked = _questions(dialogues, reply_tasks(config, personas))
     answers = await collect("warm-up: thoughts", *asked, _thought_limits(config, limits), ThoughtRenderer(tokenizer))
     thoughts = {answer.id: clean_thought(turn.reply, cut=turn.truncated) for answer in answers for turn in answer.turns}
     thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)
@@ -131,16 +128,6 @@ def clean_thought(text: str, *, cut: bool) -> str:
         return line
     whole = _WHOLE_SENTENCES.match(line)
     return whole.group() if whole else ""
-
-
-def _reply_tasks(config: RunConfig, personas: Sequence[Persona]) -> list[DialogueTask]:
-    """Tasks by number, each with a persona drawn apart from training's order."""
-    drawn = PersonaSampler(personas, derive_seed(config.seed, SEED_STREAM)).next(config.warm_up.dialogues)
-    names = [f"warm_up-{number:04d}" for number in range(len(drawn))]
-    return [
-        DialogueTask(id=name, group_id=name, persona=persona, seed=derive_seed(config.seed, SEED_STREAM, number))
-        for number, (name, persona) in enumerate(zip(names, drawn, strict=True))
-    ]
 
 
 def _key(dialogue: Dialogue, turn: Turn) -> str:
@@ -231,29 +218,23 @@ def _too_few(config: RunConfig, samples: list[ImitationSample], held: list[Dialo
     )
 
 
-async def warm_up_dialogues(*, config: RunConfig, parts: Parts, train: Sequence[Persona], kept: bool, keep: KeepFn) -> list[Dialogue]:
-    """`warm_up_replies` of a run, by way of the ledger.
+async def warm_up_dialogues(*, config: RunConfig, parts: Parts, train: Sequence[Persona], kept: str | None, keep: KeepFn) -> list[Dialogue]:
+    """Hold the dialogues whose replies are learned from, and write them to the ledger.
 
     Args:
         config: of the run.
         parts: of the run.
         train: whom the replies are told to.
-        kept: the ledger has these dialogues already, of a start that was interrupted.
-        keep: called as soon as it has them.
+        kept: limits of the dialogues that an interrupted start has left in the ledger (`kept_dialogues`).
+        keep: called as soon as the ledger has them.
     """
     path = dialogues_path(Path(config.output_dir), phase=Phase.warm_up, iteration=0)
-    if kept:
-        return read_dialogues(path)
-    dialogues = await warm_up_replies(
-        config=config,
-        tokenizer=parts.tokenizer,
-        personas=train,
-        users=parts.users,
-        limits=train_limits(config),
-        collect=functools.partial(rollout, parts),
-    )
-    write_dialogues(path, dialogues, iteration=0, phase=Phase.warm_up, rewards={})
-    await keep(Phase.warm_up)
+    tasks, limits = reply_tasks(config, train), reply_limits(config, train_limits(config))
+    dialogues = kept_dialogues(path, tasks, limits, kept)
+    if dialogues is None:
+        dialogues = await rollout(parts, "warm-up: replies", tasks, parts.users, limits, parts.plain_renderer)
+        write_dialogues(path, dialogues, iteration=0, phase=Phase.warm_up, rewards={})
+        await keep(Phase.warm_up, repr(limits))
     return dialogues
 
 

@@ -100,7 +100,7 @@ class Launch:
     def _alive(self, timeout_s: float) -> list[psutil.Process]:
         """Those of its processes that still run after so many seconds."""
         _, alive = psutil.wait_procs(list(self._children.values()), timeout=timeout_s)
-        return [child for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in alive if _runs(child)]
 
 
 @contextlib.contextmanager
@@ -121,6 +121,12 @@ def launching() -> Iterator[Callable[..., Launch]]:
         for path in left - _in_use(left):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _shared_memory() -> set[Path]:

@@ -142,9 +142,9 @@ def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker
     assert all((turn.thinking, turn.reply, turn.well_formed) == ("secret", "I see.", True) for turn in dialogue.turns)
     assert all("secret" not in message.text for request in heard for message in request.messages)
     for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
-        trunk = len(previous.prompt_ids)
-        assert turn.prompt_ids[:trunk] == previous.prompt_ids
-        added = thinker._tokenizer.decode(turn.prompt_ids[trunk:])
+        shared_prefix = len(previous.prompt_ids)
+        assert turn.prompt_ids[:shared_prefix] == previous.prompt_ids
+        added = thinker._tokenizer.decode(turn.prompt_ids[shared_prefix:])
         assert added == f"I see.<|im_end|>\n<|im_start|>user\n{previous.user_message}<|im_end|>\n<|im_start|>assistant\n"
     samples = to_samples(dialogue)
     assert [sample.turn_index for sample in samples] == [0, 1, 2]

@@ -125,6 +125,19 @@ def test_rates_and_times_by_hand(monkeypatch):
     assert stage.left_s == 0
 
 
+def test_a_count_that_begins_anew_has_a_rate_of_its_own(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stage = Stage("update", None, "tokens")
+    now = 60.0  # seconds in which another learner computed
+    stage.reach(0, 20000)
+    stage.reach(5000, 5000)
+    stage.reach(512, 20000)
+    now = 64.0
+    stage.reach(1000, 20000)
+    assert stage.line() == "update: 1000 of 20000 tokens, 250 a second, about 76 s left"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (45, "45 s"), (599, "599 s"), (600, "10 min"), (7199, "2 h 0 min")])
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -74,6 +74,9 @@ class CountingPolicy:
         names = [f"warm_up/{loss}_{end}" for loss in ("format_nll", "reply_kl") for end in ("first", "last")]
         return [Metric(name, 2.0, Reduction.last) for name in names]
 
+    async def stop(self):
+        raise asyncio.CancelledError
+
     async def score_rate(self):
         return 1000.0
 
@@ -603,3 +606,35 @@ def cut_off(harness: Harness, stage: str) -> None:
             return await generate(request)
 
         harness.driver._parts.generate = generate_until
+
+
+@pytest.mark.parametrize("change", ["fewer replies", "shorter replies", "fewer users", "a failed dialogue", "no ledger"])
+def test_dialogues_are_held_anew_where_others_are_asked_for_or_one_had_failed(tmp_path, thinking, renderer, change):
+    failing = {"fail": "warm_up-0001$"} if change == "a failed dialogue" else {}
+    first = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP, **failing)
+    cut_off(first, "imitation")
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(first.driver.run())
+    changes = {
+        "fewer replies": {"warm_up": WarmUpConfig(dialogues=1, max_turns=1, batch_size=1)},
+        "shorter replies": {"rollout": replace(WARMED_UP["rollout"], max_reply_tokens=39)},
+        "fewer users": {"evaluation": EvaluationConfig(num_personas=1, max_turns=2)},
+    }.get(change, {})
+    if change == "no ledger":
+        (tmp_path / "dialogues" / "warm_up_000000.parquet").unlink()
+    second = Harness(tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, **changes})
+    asyncio.run(second.go_on(latest(tmp_path)))
+    # The control's results are there, and are not measured again.
+    assert ("warm_up" in second.began) == (change != "fewer users") and "control" not in second.began
+    assert len(read_records(tmp_path / "dialogues" / "warm_up_000000.parquet")) == second.config.warm_up.dialogues
+
+
+def test_a_first_evaluation_is_not_read_from_the_ledger_after_a_warm_up_that_came_later(tmp_path, thinking, renderer):
+    first = Harness(tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, "warm_up": WarmUpConfig(dialogues=0)})
+    first.driver._train_to_the_end = first.policy.stop
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(first.driver.run())
+    assert "before" in CheckpointStore.read(latest(tmp_path)).finished_phases
+    second = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
+    asyncio.run(second.go_on(latest(tmp_path)))
+    assert "before" in second.began and second.evaluated_after["before"].endswith("sync 0")

@@ -20,7 +20,7 @@ from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.trainer.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, warm_up_replies, warm_up_samples
+from rlver_dist.trainer.warm_up import THOUGHT_EXAMPLES, ThoughtRenderer, clean_thought, reply_limits, reply_tasks, warm_up_samples
 
 CONFIG = RunConfig(
     model=ModelConfig(path=SMOLLM2),
@@ -79,7 +79,9 @@ def make(model: Callable[[GenerateRequest], Awaitable[Generation]], tokenizer: A
 
     async def both() -> list[ImitationSample]:
         common = dict(config=config, tokenizer=tokenizer, personas=PERSONAS, limits=limits, collect=hold)
-        return await warm_up_samples(await warm_up_replies(users=respond, **common), **common)
+        plain = Renderer(tokenizer, system_prompt(config.model, think=False))
+        dialogues = await hold("warm-up: replies", reply_tasks(config, PERSONAS), respond, reply_limits(config, limits), plain)
+        return await warm_up_samples(dialogues, **common)
 
     return asyncio.run(both())
 
