@@ -169,7 +169,7 @@ class PolicyLearner(LearnerRank):
             logprobs, old_logprobs, advantages, tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
-        if self._kl_in_loss:
+        if self._reference is not None and self._kl_in_loss:
             ref_logprobs = self._logprobs(self._reference, row)
             kl_loss = losses.kl_loss(logprobs, ref_logprobs, algorithm.kl_estimator.value, num_trained)
             loss = loss + kl_coef * kl_loss

@@ -157,7 +157,8 @@ class Driver:
                 # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
                 _, dialogues = await all_or_none((self._control(), replies))
             else:
-                _, dialogues = await self._control(), await replies
+                await self._control()
+                dialogues = await replies
             await warm_up(dialogues or [], config=config, parts=parts, train=train)
             progress.warmed_up, progress.before = True, {}
             progress.finished_phases.pop(Phase.before.value, None)  # of another policy than the warmed-up one
