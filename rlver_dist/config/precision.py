@@ -12,7 +12,7 @@ from rlver_dist.errors import ConfigError
 
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""Instructions that multiply bfloat16 matrices; AVX2 alone computes them 5 to 12 times slower than float32 (docs/results)."""
+"""Instructions that multiply bfloat16 matrices; AVX2 alone computes them 5 to 12 times slower than float32 (docs/troubleshooting.md)."""
 OVERRIDE = "RLVER_DIST_CPU_BFLOAT16"
 """Environment variable, `0` or `1`: take the CPU for one without, or with, bfloat16 instructions, whatever it says of itself."""
 
