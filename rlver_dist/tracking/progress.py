@@ -49,7 +49,7 @@ class Stage:
     def left_s(self) -> float | None:
         """Seconds until the end at the mean rate so far; None where that cannot be said."""
         done, total = self.done, self.total
-        return max(total - done, 0.0) / self._rate(done) if done and total is not None else None
+        return self._left(done, total) if done and total is not None else None
 
     def line(self) -> str:
         """For example `evaluation before: 96 of 320 turns, 0.8 a second, about 280 s left`."""
@@ -61,8 +61,10 @@ class Stage:
         if not done:
             return f"{counted}, {duration(self.elapsed_s)} so far"
         rate = self._rate(done)
-        left = duration(max(total - done, 0.0) / rate)
-        return f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about {left} left"
+        return f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about {duration(self._left(done, total))} left"
+
+    def _left(self, done: float, total: float) -> float:
+        return max(total - done, 0.0) / self._rate(done)
 
     def _rate(self, done: float) -> float:
         return done / max(time.monotonic() - self._counted_since, 1e-3)

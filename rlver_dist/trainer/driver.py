@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,13 @@ class Driver:
         if self._warms_up:
             config, parts, train = self._config, self._parts, self._train
             kept = progress.finished_phases.get(Phase.warm_up.value)
-            replies = warm_up_dialogues(config=config, parts=parts, train=train, kept=kept, keep=self._keep)
+            replies = partial(warm_up_dialogues, config=config, parts=parts, train=train, kept=kept, keep=self._keep)
             if len(self._evaluation) + config.warm_up.dialogues <= config.rollout.max_concurrent:
                 # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
-                _, dialogues = await all_or_none((self._control(), replies))
+                _, dialogues = await all_or_none((self._control(), replies()))
             else:
                 await self._control()
-                dialogues = await replies
+                dialogues = await replies()
             await warm_up(dialogues or [], config=config, parts=parts, train=train)
             progress.warmed_up, progress.before = True, {}
             progress.finished_phases.pop(Phase.before.value, None)  # of another policy than the warmed-up one
@@ -177,7 +178,7 @@ class Driver:
             await self._whole(self.save())
 
     async def _evaluate(self, phase: Phase) -> HeldOut:
-        """One evaluation; the control replies without thinking, as the model came."""
+        """One evaluation; the control replies without thinking."""
         parts, first = self._parts, phase is not Phase.after
         return await evaluate(
             phase,
