@@ -16,7 +16,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["rlver_dist", "rlver_dist.*"]), "rlver_dist.conf"],
-    # conf/ lies beside the package in a checkout and inside it once installed; launch.py looks in both places.
+    # conf/ lies beside the package in a checkout and inside it once installed; launch.py looks in both
+    # places.
     package_dir={"rlver_dist.conf": "conf"},
     package_data={
         "rlver_dist.conf": ["*.yaml", "*/*.yaml"],

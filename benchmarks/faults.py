@@ -2,8 +2,9 @@
 
     python -m benchmarks.faults --dialogues 200 --rate 0.3
 
-Everything but the chat model and the policy is real: sockets, `HttpChat`, `LlmSimulator`, the reward service and the collector. The
-server's faults and its answers follow from the seed (`tests/integration/faulty_server.py`).
+Everything but the chat model and the policy is real: sockets, `HttpChat`, `LlmSimulator`, the reward service
+and the collector. The server's faults and its answers follow from the seed
+(`tests/integration/faulty_server.py`).
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ from tests.integration.faulty_server import FaultyServer, Hit
 MAX_TURNS = 4
 TIMEOUT_S = 1.0
 LIMITS = CollectLimits(
-    max_turns=MAX_TURNS, max_reply_tokens=64, max_context_tokens=100_000, end_on_truncation=False, strict_format=True, temperature=1.0,
-    max_concurrent=16, request_timeout_s=30.0,
-)  # fmt: skip
+    max_turns=MAX_TURNS,
+    max_reply_tokens=64,
+    max_context_tokens=100_000,
+    end_on_truncation=False,
+    strict_format=True,
+    temperature=1.0,
+    max_concurrent=16,
+    request_timeout_s=30.0,
+)
 
 
 class Recorded:
@@ -89,28 +96,45 @@ async def hold_dialogues(*, dialogues: int, rate: float, seed: int) -> Outcome:
     """Hold so many dialogues while a share `rate` of the endpoint's responses is faulty."""
     renderer = Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
     personas = islice(cycle(load_split("bank", "train")), dialogues)
-    tasks = [DialogueTask(id=f"d{n:03d}", group_id=f"g{n // 8}", persona=persona, seed=seed + n) for n, persona in enumerate(personas)]
+    tasks = [
+        DialogueTask(id=f"d{n:03d}", group_id=f"g{n // 8}", persona=persona, seed=seed + n)
+        for n, persona in enumerate(personas)
+    ]
 
     async def generate(request: GenerateRequest) -> Generation:
         token_ids = renderer.encode_reply("", f"I hear you. What happened after that? ({request.turn_index})")
-        return Generation(token_ids=token_ids, logprobs=[-1.0] * len(token_ids), finish_reason="stop", policy_version=(0, 0))
+        return Generation(
+            token_ids=token_ids, logprobs=[-1.0] * len(token_ids), finish_reason="stop", policy_version=(0, 0)
+        )
 
     async with FaultyServer(rate=rate, seed=seed) as server:
         config = HttpChatConfig(
-            endpoints=server.url, model="stand-in", api_key_env="", timeout_s=TIMEOUT_S, max_retries=2, max_backoff_s=0.1
+            endpoints=server.url,
+            model="stand-in",
+            api_key_env="",
+            timeout_s=TIMEOUT_S,
+            max_retries=2,
+            max_backoff_s=0.1,
         )
         backend = Recorded(HttpChat(config=config))
         users = LlmSimulator(rules=PRESETS[Preset.rlver_vanilla], backend=backend, settings=LlmUserConfig())
         service = RewardService(users)
         started = time.perf_counter()
-        held = await collect(tasks, generate=generate, respond=service.respond, renderer=renderer, limits=LIMITS)
+        held = await collect(
+            tasks, generate=generate, respond=service.respond, renderer=renderer, limits=LIMITS
+        )
         seconds = time.perf_counter() - started
         await backend.close()
         service.close()
     return Outcome(
-        dialogues=held, hits=server.hits, answers=backend.answers, calls=backend.metrics(), service=service.metrics(),
-        users=users.metrics(), seconds=seconds,
-    )  # fmt: skip
+        dialogues=held,
+        hits=server.hits,
+        answers=backend.answers,
+        calls=backend.metrics(),
+        service=service.metrics(),
+        users=users.metrics(),
+        seconds=seconds,
+    )
 
 
 def table(outcome: Outcome) -> str:
@@ -119,21 +143,30 @@ def table(outcome: Outcome) -> str:
     rows: list[tuple[str, float]] = [("responses", len(outcome.hits))]
     faults = Counter(hit.kind.value for hit in outcome.hits if hit.kind is not None)
     rows += [(f"  faulty: {kind}", count) for kind, count in sorted(faults.items())]
-    rows += [("calls", calls["calls"]), ("  retries", calls["retries"]), ("  failed for good", calls["failures"])]
+    rows += [
+        ("calls", calls["calls"]),
+        ("  retries", calls["retries"]),
+        ("  failed for good", calls["failures"]),
+    ]
     rows += [("  answers outside their schema, asked again", outcome.users["schema_retries"])]
     rows += [(f"  latency {name}, s", round(calls[f"latency_{name}_s"], 3)) for name in ("p50", "p95", "p99")]
     rows += [(f"  {kind} tokens", calls[f"{kind}_tokens"]) for kind in ("prompt", "cached", "completion")]
     rows += [("dialogues", len(outcome.dialogues))]
     ends = Counter(dialogue.end_reason.value for dialogue in outcome.dialogues)
     rows += [(f"  {reason}", count) for reason, count in sorted(ends.items())]
-    reasons = Counter(failure_kind(dialogue) for dialogue in outcome.dialogues if dialogue.end_reason is EndReason.INFRASTRUCTURE)
+    reasons = Counter(
+        failure_kind(dialogue)
+        for dialogue in outcome.dialogues
+        if dialogue.end_reason is EndReason.INFRASTRUCTURE
+    )
     rows += [(f"    failed by: {reason}", count) for reason, count in sorted(reasons.items())]
     rows += [("seconds", round(outcome.seconds, 1))]
     return "\n".join(f"{name:<48}{value:>10g}" for name, value in rows)
 
 
 def failure_kind(dialogue: Dialogue) -> str:
-    """What a failed dialogue names as its reason: the last attempt's fault, or answers that kept breaking their schema."""
+    """What a failed dialogue names as its reason: the last attempt's fault, or answers that kept breaking
+    their schema."""
     found = re.search(r"last: \S+ (\w+):|(broke their schema)", dialogue.error or "")
     return (found[1] or found[2]) if found else "unknown"
 
@@ -145,7 +178,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.3, help="share of faulty responses, 0 to 1")
     parser.add_argument("--seed", type=int, default=7, help="of faults and answers")
     arguments = parser.parse_args()
-    print(table(asyncio.run(hold_dialogues(dialogues=arguments.dialogues, rate=arguments.rate, seed=arguments.seed))))
+    print(
+        table(
+            asyncio.run(
+                hold_dialogues(dialogues=arguments.dialogues, rate=arguments.rate, seed=arguments.seed)
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m benchmarks.format_warm_up --dialogues 24 --turns 6 --lr 2e-4 --epochs 2
 
-In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate them, and holds eight turns with
-users of the evaluation split before and after. Columns: share of well-formed replies of the first three turns and of the later ones, of
-truncated ones, tokens up to the reply and of the reply, distinct-2 and the base model's perplexity of what was heard, and the mean change
-of emotion a reply. The first two rows are the base model, without and with the instruction to think.
+In one process with a vLLM engine and the learner: holds the warm-up's dialogues, lets the learner imitate
+them, and holds eight turns with users of the evaluation split before and after. Columns: share of well-formed
+replies of the first three turns and of the later ones, of truncated ones, tokens up to the reply and of the
+reply, distinct-2 and the base model's perplexity of what was heard, and the mean change of emotion a reply.
+The first two rows are the base model, without and with the instruction to think.
 """
 
 from __future__ import annotations
@@ -63,18 +64,32 @@ class Measurement:
         self.folder = resolve(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.limits = CollectLimits(
-            max_turns=8, max_reply_tokens=config.rollout.max_turn_tokens, max_context_tokens=config.model.max_context_tokens,
-            end_on_truncation=False, strict_format=False, temperature=temperature, max_concurrent=64, request_timeout_s=600.0,
-        )  # fmt: skip
+            max_turns=8,
+            max_reply_tokens=config.rollout.max_turn_tokens,
+            max_context_tokens=config.model.max_context_tokens,
+            end_on_truncation=False,
+            strict_format=False,
+            temperature=temperature,
+            max_concurrent=64,
+            request_timeout_s=600.0,
+        )
         self.personas = load_split("bank", "evaluation")[:num_personas]
-        self.users = RewardService(EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=EmbeddedAppraiser())).respond
+        self.users = RewardService(
+            EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=EmbeddedAppraiser())
+        ).respond
         self.engine = PolicyEngine(
             EngineSettings(
-                model_path=self.folder, dtype=config.model.dtype, device=Device.cpu, seed=0, max_context_tokens=2048,
-                stop_token_ids=(self.renderer(think=False).end_token_id,), max_concurrent=64, kv_cache_gib=1,
+                model_path=self.folder,
+                dtype=config.model.dtype,
+                device=Device.cpu,
+                seed=0,
+                max_context_tokens=2048,
+                stop_token_ids=(self.renderer(think=False).end_token_id,),
+                max_concurrent=64,
+                kv_cache_gib=1,
                 cpu_threads=torch.get_num_threads(),
             )
-        )  # fmt: skip
+        )
         self.version = self.num_rows = 0
 
     def renderer(self, *, think: bool) -> Renderer:
@@ -82,11 +97,18 @@ class Measurement:
         return Renderer(self.tokenizer, system_prompt(self.config.model, think), think)
 
     async def hold(
-        self, name: str, tasks: list[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
+        self,
+        name: str,
+        tasks: list[DialogueTask],
+        users: RespondFn,
+        limits: CollectLimits,
+        renderer: Renderer,
     ) -> list[Dialogue]:
         """`warm_up.RolloutFn`."""
         started = time.monotonic()
-        dialogues = await collect(tasks, generate=self.engine.generate, respond=users, renderer=renderer, limits=limits)
+        dialogues = await collect(
+            tasks, generate=self.engine.generate, respond=users, renderer=renderer, limits=limits
+        )
         cut = statistics.fmean(turn.truncated for dialogue in dialogues for turn in dialogue.turns)
         print(f"{name}: {len(tasks)} in {time.monotonic() - started:.0f} s, {cut:.0%} truncated", flush=True)
         return dialogues
@@ -94,7 +116,11 @@ class Measurement:
     async def samples(self) -> list[ImitationSample]:
         """The warm-up's samples, of the model as it is served now."""
         common = dict(
-            config=self.config, tokenizer=self.tokenizer, personas=load_split("bank", "train"), limits=self.limits, collect=self.hold
+            config=self.config,
+            tokenizer=self.tokenizer,
+            personas=load_split("bank", "train"),
+            limits=self.limits,
+            collect=self.hold,
         )
         tasks, limits = reply_tasks(self.config, common["personas"]), reply_limits(self.config, self.limits)
         dialogues = await self.hold("warm-up: replies", tasks, self.users, limits, self.renderer(think=False))
@@ -117,21 +143,28 @@ class Measurement:
         self.num_rows += 1
         # Other ids in every row: users answer a dialogue once.
         tasks = evaluation_tasks(self.personas, phase=f"row-{self.num_rows}", seed=self.config.seed)
-        dialogues = await collect(tasks, generate=self.engine.generate, respond=self.users, renderer=renderer, limits=limits)
+        dialogues = await collect(
+            tasks, generate=self.engine.generate, respond=self.users, renderer=renderer, limits=limits
+        )
         turns = [turn for dialogue in dialogues for turn in dialogue.turns]
         thoughts = [turn.thinking_tokens for turn in turns]
         nll, tokens = learner.base_nll(visible_samples(dialogues, self.renderer(think=False)))
         perplexity = math.exp(nll / tokens) if tokens else math.nan
         print(
-            f"{name:<24} well-formed {kept(turns, range(TRAINED_TURNS))} then {kept(turns, range(TRAINED_TURNS, 8))}  "
-            f"truncated {statistics.fmean(turn.truncated for turn in turns):6.1%}  tokens {statistics.fmean(thoughts):5.1f} + "
-            f"{statistics.fmean(len(turn.reply_ids) - thought for turn, thought in zip(turns, thoughts, strict=True)):5.1f}  "
+            f"{name:<24} well-formed {kept(turns, range(TRAINED_TURNS))} then "
+            f"{kept(turns, range(TRAINED_TURNS, 8))}  "
+            f"truncated {statistics.fmean(turn.truncated for turn in turns):6.1%}  tokens "
+            f"{statistics.fmean(thoughts):5.1f} + "
+            f"{statistics.fmean(len(turn.reply_ids) - turn.thinking_tokens for turn in turns):5.1f}  "
             f"distinct-2 {distinct_n([turn.reply for turn in turns], 2):.3f}  perplexity {perplexity:.1f}  "
             f"emotion {statistics.fmean(turn.emotion_after - turn.emotion_before for turn in turns):+.2f}",
             flush=True,
         )
         for dialogue in dialogues[:num_shown]:
-            print(f"    {dialogue.opening}\n    -> {self.tokenizer.decode(dialogue.turns[0].reply_ids)!r}", flush=True)
+            print(
+                f"    {dialogue.opening}\n    -> {self.tokenizer.decode(dialogue.turns[0].reply_ids)!r}",
+                flush=True,
+            )
 
 
 def kept(turns: list[Turn], numbers: range) -> str:
@@ -146,7 +179,13 @@ def make_learner(config: RunConfig) -> PolicyLearner:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return PolicyLearner(
-        config=config, rank=0, world_size=1, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=torch.get_num_threads()
+        config=config,
+        rank=0,
+        world_size=1,
+        master_address="127.0.0.1",
+        master_port=port,
+        device="cpu",
+        num_threads=torch.get_num_threads(),
     )
 
 
@@ -156,9 +195,13 @@ async def measure(arguments: argparse.Namespace) -> None:
     if arguments.instruction:
         model["think_instruction"] = arguments.instruction
     warm_up = WarmUpConfig(
-        dialogues=arguments.dialogues, max_turns=arguments.turns, max_thought_tokens=arguments.thought_tokens,
-        batch_size=arguments.batch_size, epochs=arguments.epochs, lr=arguments.lr,
-    )  # fmt: skip
+        dialogues=arguments.dialogues,
+        max_turns=arguments.turns,
+        max_thought_tokens=arguments.thought_tokens,
+        batch_size=arguments.batch_size,
+        epochs=arguments.epochs,
+        lr=arguments.lr,
+    )
     rollout = RolloutConfig(
         think=True,
         max_reply_tokens=arguments.reply_tokens,
@@ -166,7 +209,9 @@ async def measure(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
     )
     cluster = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)
-    config, _ = with_precision(RunConfig(model=ModelConfig(**model), warm_up=warm_up, rollout=rollout, cluster=cluster))
+    config, _ = with_precision(
+        RunConfig(model=ModelConfig(**model), warm_up=warm_up, rollout=rollout, cluster=cluster)
+    )
     bench = Measurement(config, arguments.temperature, arguments.personas)
     with ExitStack() as stack:
         stack.callback(bench.engine.close)
@@ -176,7 +221,10 @@ async def measure(arguments: argparse.Namespace) -> None:
         await bench.report("base model, no think", learner, think=False, num_shown=arguments.shown)
         await bench.report("base model, think", learner, think=True, num_shown=arguments.shown)
         samples = await bench.samples()
-        print(f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} trained tokens, such as")
+        print(
+            f"{len(samples)} samples of {statistics.fmean(pair.sample.num_trained for pair in samples):.1f} "
+            f"trained tokens, such as"
+        )
         for sample in (pair.sample for pair in samples[:: max(1, len(samples) // 12)]):
             print("    " + repr(bench.tokenizer.decode(sample.token_ids[sample.loss_mask.index(True) :])))
         started = time.monotonic()
@@ -201,7 +249,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--personas", type=int, default=40)
     parser.add_argument("--shown", type=int, default=5)
-    parser.add_argument("--instruction", default="", help="model.think_instruction; by default the model file's or the schema's")
+    parser.add_argument(
+        "--instruction",
+        default="",
+        help="model.think_instruction; by default the model file's or the schema's",
+    )
     asyncio.run(measure(parser.parse_args()))
 
 

@@ -1,9 +1,11 @@
-"""What 1,000 dialogues with LLM users cost, from the tokens that a run measured and the prices of an endpoint.
+"""What 1,000 dialogues with LLM users cost, from the tokens that a run measured and the prices of an
+endpoint.
 
     python -m benchmarks.hosted_cost runs/mine --prompt 0.40 --cached 0.10 --completion 1.60
 
-Prices are money per million tokens, as the endpoint's price list has them today; there are none in here. The run may have had its
-users in own vLLM engines: its tokens are then those of that model's tokenizer, an estimate for another model.
+Prices are money per million tokens, as the endpoint's price list has them today; there are none in here. The
+run may have had its users in own vLLM engines: its tokens are then those of that model's tokenizer, an
+estimate for another model.
 """
 
 from __future__ import annotations
@@ -49,11 +51,16 @@ def measure(run: Path) -> Measured:
     path = run / "metrics.jsonl"
     rows = read_metrics(path)[1:]
     if not rows:
-        raise DataError(f"{path}: needs two iterations or more; the first one also counts the evaluation before training")
+        raise DataError(
+            f"{path}: needs two iterations or more; the first one also counts the evaluation before training"
+        )
     tokens = {kind: _total(rows, f"{kind}_tokens") for kind in KINDS}
     dialogues = sum(row["rollout/dialogues"] for row in rows)
     if tokens["prompt"] <= 0 or dialogues <= 0:
-        raise DataError(f"{path}: simulator/chat_prompt_tokens: no tokens there; name a run with simulator=openai or simulator=vllm")
+        raise DataError(
+            f"{path}: simulator/chat_prompt_tokens: no tokens there; name a run with simulator=openai or "
+            f"simulator=vllm"
+        )
     lost = _total(rows, "lost_tokens")
     iterations = (int(rows[0]["iteration"]), int(rows[-1]["iteration"]))
     return Measured(iterations=iterations, dialogues=dialogues, tokens=tokens, lost_tokens=lost)
@@ -70,7 +77,11 @@ def report(measured: Measured, prices: Prices) -> str:
     per = {kind: SCALE * count / measured.dialogues for kind, count in measured.tokens.items()}
     lost = SCALE * measured.lost_tokens / measured.dialogues
     rows = [
-        ("prompt, not cached", per["prompt"] - per["cached"], {"prompt_tokens": per["prompt"] - per["cached"]}),
+        (
+            "prompt, not cached",
+            per["prompt"] - per["cached"],
+            {"prompt_tokens": per["prompt"] - per["cached"]},
+        ),
         ("prompt, cached", per["cached"], {"prompt_tokens": per["cached"], "cached_tokens": per["cached"]}),
         ("completion", per["completion"], {"completion_tokens": per["completion"]}),
     ]
@@ -92,14 +103,24 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run's output_dir")
     parser.add_argument("--prompt", type=float, required=True, help="money per million prompt tokens")
     parser.add_argument("--completion", type=float, required=True, help="money per million sampled tokens")
-    parser.add_argument("--cached", type=float, default=0.0, help="money per million cached prompt tokens; 0 takes the prompt's")
+    parser.add_argument(
+        "--cached",
+        type=float,
+        default=0.0,
+        help="money per million cached prompt tokens; 0 takes the prompt's",
+    )
     arguments = parser.parse_args()
     try:
         measured = measure(arguments.run)
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_REFUSED
-    print(report(measured, Prices(prompt=arguments.prompt, cached=arguments.cached, completion=arguments.completion)))
+    print(
+        report(
+            measured,
+            Prices(prompt=arguments.prompt, cached=arguments.cached, completion=arguments.completion),
+        )
+    )
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.reappraise runs/mine --personas 16
 
-Prints the mean final emotion before and after training, as recorded and as the embedded appraiser of this checkout has it; what was
-said stays as it was.
+Prints the mean final emotion before and after training, as recorded and as the embedded appraiser of this
+checkout has it; what was said stays as it was.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ def main() -> None:
     personas = {persona.id: persona for persona in load_split("bank", "evaluation")}
     judge = RuleJudge(appraiser=EmbeddedAppraiser(), rules=rules)
     for phase in ("before", "after"):
-        dialogues = read_dialogues(next((arguments.run / "dialogues").glob(f"{phase}_*.parquet")))[: arguments.personas]
+        dialogues = read_dialogues(next((arguments.run / "dialogues").glob(f"{phase}_*.parquet")))[
+            : arguments.personas
+        ]
         recorded = statistics.fmean(dialogue.final_emotion for dialogue in dialogues)
-        again = statistics.fmean(asyncio.run(reappraise(one, personas[one.persona_id], judge, rules.emotion)) for one in dialogues)
-        print(f"{phase}: recorded {recorded:.1f}, by the rules of now {again:.1f} ({len(dialogues)} dialogues)")
+        again = statistics.fmean(
+            asyncio.run(reappraise(one, personas[one.persona_id], judge, rules.emotion)) for one in dialogues
+        )
+        print(
+            f"{phase}: recorded {recorded:.1f}, by the rules of now {again:.1f} ({len(dialogues)} dialogues)"
+        )
 
 
 if __name__ == "__main__":

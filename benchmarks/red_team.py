@@ -1,17 +1,24 @@
 """Can a reply steer the LLM user's prompt or the arithmetic of emotion? Prints a table by family of attack.
 
-    python -m benchmarks.red_team [--attacks tests/data/red_team.yaml] [--templates tests/data/chat_templates.yaml] [--every 1]
+    python -m benchmarks.red_team [--attacks tests/data/red_team.yaml] [--templates
+        tests/data/chat_templates.yaml] [--every 1]
 
-For every reply, in every chat template, and wherever a reply stands in a prompt (newest, earlier, echoed in the user's own notes):
-- structure: in token ids, the prompt is that of a harmless reply but for the one stretch of ordinary tokens that holds the talk; the
-  template takes nothing out of the talk, and begins the answer as it does for a harmless reply;
-- lines: that stretch is, line by line, what it is for a harmless reply, but for the JSON strings of that reply;
-- schema: a model that repeats the reply as its whole answer, or obeys it with a change of 100, is refused or stays in [-10, 10];
-- arithmetic: a model that copies the reply into all of its notes moves the emotion by its own change field and nothing else.
+For every reply, in every chat template, and wherever a reply stands in a prompt (newest, earlier, echoed in
+the user's own notes):
+- structure: in token ids, the prompt is that of a harmless reply but for the one stretch of ordinary tokens
+  that holds the talk; the template takes nothing out of the talk, and begins the answer as it does for a
+  harmless reply;
+- lines: that stretch is, line by line, what it is for a harmless reply, but for the JSON strings of that
+  reply;
+- schema: a model that repeats the reply as its whole answer, or obeys it with a change of 100, is refused or
+  stays in [-10, 10];
+- arithmetic: a model that copies the reply into all of its notes moves the emotion by its own change field
+  and nothing else.
 
-`raw` counts replies that would change the structure or the lines of some template if they were pasted as they are; `longest` is the
-longest prompt in tokens of SmolLM2, persona sheet shortened. No model is asked:
-how one takes an attack that has become plain words is another question (`tests/data/sanity_replies.yaml` asks it of the rules).
+`raw` counts replies that would change the structure or the lines of some template if they were pasted as they
+are; `longest` is the longest prompt in tokens of SmolLM2, persona sheet shortened. No model is asked: how one
+takes an attack that has become plain words is another question (`tests/data/sanity_replies.yaml` asks it of
+the rules).
 """
 
 from __future__ import annotations
@@ -51,7 +58,8 @@ CHECKS = ("structure", "lines", "schema", "arithmetic")
 
 @dataclass(kw_only=True, slots=True)
 class FamilyReport:
-    """How many of a family's replies there are, how many would do harm if pasted raw, the longest prompt, and what failed which check."""
+    """How many of a family's replies there are, how many would do harm if pasted raw, the longest prompt, and
+    what failed which check."""
 
     replies: int = 0
     raw: int = 0
@@ -74,15 +82,24 @@ def load_attacks(path: Path, persona: Persona) -> dict[str, list[str]]:
         texts = [form if isinstance(form, str) else form[0] * form[1] for form in forms]
         for mark, value in own.items():
             texts = [text.replace(mark, value) for text in texts]
-        families[family] = list(dict.fromkeys(text.replace("@GOAL@", goal) for text in texts for goal in data["goals"]))
+        families[family] = list(
+            dict.fromkeys(text.replace("@GOAL@", goal) for text in texts for goal in data["goals"])
+        )
     return families
 
 
 def make_request(persona: Persona, newest: str, earlier: str) -> UserRequest:
     """Two exchanges, so that one reply is history and one is new."""
-    texts = [(Role.USER, persona.opening), (Role.ASSISTANT, earlier), (Role.USER, "Well, yes."), (Role.ASSISTANT, newest)]
+    texts = [
+        (Role.USER, persona.opening),
+        (Role.ASSISTANT, earlier),
+        (Role.USER, "Well, yes."),
+        (Role.ASSISTANT, newest),
+    ]
     messages = tuple(Message(role=role, text=text) for role, text in texts)
-    return UserRequest(dialogue_id="d", turn_index=1, persona=persona, messages=messages, emotion=40.0, seed=0, max_turns=8)
+    return UserRequest(
+        dialogue_id="d", turn_index=1, persona=persona, messages=messages, emotion=40.0, seed=0, max_turns=8
+    )
 
 
 def prompts_with(prompts: UserPrompts, persona: Persona, reply: str) -> dict[str, tuple[Message, ...]]:
@@ -102,7 +119,8 @@ def paste_raw(messages: Sequence[Message], reply: str) -> tuple[Message, ...]:
 
 
 def keeps_lines(messages: Sequence[Message], harmless: Sequence[Message]) -> bool:
-    """Whether both prompts have the same lines but for JSON strings under the same names, and for what says that a text was cut."""
+    """Whether both prompts have the same lines but for JSON strings under the same names, and for what says
+    that a text was cut."""
     if messages[0] != harmless[0]:
         return False
     lines, others = messages[1].text.split("\n"), harmless[1].text.split("\n")
@@ -134,7 +152,15 @@ class Echo:
     async def ask(self, request: ChatRequest) -> ChatAnswer:
         """The echo, as long as the schema allows."""
         answer = json.dumps(_obey(request.schema, self._reply.strip() or "nothing", self._change))
-        return ChatAnswer(text=answer, prompt_tokens=0, cached_tokens=0, completion_tokens=0, seconds=0.0, retries=0, model="echo")
+        return ChatAnswer(
+            text=answer,
+            prompt_tokens=0,
+            cached_tokens=0,
+            completion_tokens=0,
+            seconds=0.0,
+            retries=0,
+            model="echo",
+        )
 
     def metrics(self) -> dict[str, float]:
         """There are none."""
@@ -153,7 +179,8 @@ def _obey(schema: Mapping[str, Any], reply: str, change: int) -> Any:
 
 
 def keeps_schema(reply: str) -> bool:
-    """Whether the reply as an answer, and an answer that grants a change of 100, are refused or stay within the limits."""
+    """Whether the reply as an answer, and an answer that grants a change of 100, are refused or stay within
+    the limits."""
     schema = appraisal_schema(language="en", max_tokens=SETTINGS.max_appraisal_tokens)
     for answer in (reply, json.dumps(_obey(schema, "x", 100)), json.dumps({"change": 10, "reply": reply})):
         try:
@@ -166,20 +193,24 @@ def keeps_schema(reply: str) -> bool:
 
 
 def keeps_arithmetic(persona: Persona, reply: str) -> bool:
-    """Whether the emotion moves by the change field alone, whatever the reply and the notes say: not up where a part of the reply is
-    hidden as thinking, and by the largest loss where nothing of it is left to read."""
+    """Whether the emotion moves by the change field alone, whatever the reply and the notes say: not up where
+    a part of the reply is hidden as thinking, and by the largest loss where nothing of it is left to read."""
     request = make_request(persona, reply, HARMLESS[0])
     fenced = fence(reply, max_bytes=SETTINGS.max_reply_bytes)
     for change in (-7, 0, 3):
         user = LlmSimulator(rules=RULES, backend=Echo(reply, change), settings=SETTINGS)
         response = asyncio.run(user.respond(request))
-        expected = -RULES.emotion.max_change if not fenced.text else min(change, 0) if fenced.thought else change
+        expected = (
+            -RULES.emotion.max_change if not fenced.text else min(change, 0) if fenced.thought else change
+        )
         if response.emotion != move(request.emotion, expected, RULES.emotion):
             return False
     return True
 
 
-def run(attacks: Path = DATA / "red_team.yaml", templates: Path = DATA / "chat_templates.yaml", every: int = 1) -> dict[str, FamilyReport]:
+def run(
+    attacks: Path = DATA / "red_team.yaml", templates: Path = DATA / "chat_templates.yaml", every: int = 1
+) -> dict[str, FamilyReport]:
     """All checks on every so-manieth reply, by family."""
     bank = load_split("bank", "train")[0]
     # A short sheet: every prompt is tokenized in full, and the sheet is the same in all of them.
@@ -187,7 +218,11 @@ def run(attacks: Path = DATA / "red_team.yaml", templates: Path = DATA / "chat_t
     prompts = UserPrompts(rules=RULES, max_reply_bytes=SETTINGS.max_reply_bytes)
     calm = [prompts_with(prompts, persona, text) for text in HARMLESS]
     kinds = load_templates(templates)
-    harmless = {(kind.name, place): (skeleton(kind, calm[0][place]), skeleton(kind, calm[1][place])) for kind in kinds for place in calm[0]}
+    harmless = {
+        (kind.name, place): (skeleton(kind, calm[0][place]), skeleton(kind, calm[1][place]))
+        for kind in kinds
+        for place in calm[0]
+    }
     reports: dict[str, FamilyReport] = {}
     for family, reply in list(_each(load_attacks(attacks, persona)))[::every]:
         report = reports.setdefault(family, FamilyReport())
@@ -197,7 +232,9 @@ def run(attacks: Path = DATA / "red_team.yaml", templates: Path = DATA / "chat_t
         steered = [not keeps_structure(skeleton(kind, bare), harmless[kind.name, "newest"]) for kind in kinds]
         report.replies += 1
         report.raw += any(steered) or not keeps_lines(bare, calm[0]["newest"])
-        report.longest = max(report.longest, *(num_tokens(parts) for (kind, _), parts in made_parts.items() if kind == SMOLLM2))
+        report.longest = max(
+            report.longest, *(num_tokens(parts) for (kind, _), parts in made_parts.items() if kind == SMOLLM2)
+        )
         kept = {
             "structure": all(keeps_structure(parts, harmless[key]) for key, parts in made_parts.items()),
             "lines": all(keeps_lines(made[place], calm[0][place]) for place in made),
@@ -216,7 +253,9 @@ def _each(families: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
 
 def table(reports: Mapping[str, FamilyReport]) -> str:
     """One line a family: replies, harm if pasted raw, and how many keep each check."""
-    lines = [f"{'family':24}{'replies':>8}{'raw':>6}{'longest':>9}" + "".join(f"{check:>12}" for check in CHECKS)]
+    lines = [
+        f"{'family':24}{'replies':>8}{'raw':>6}{'longest':>9}" + "".join(f"{check:>12}" for check in CHECKS)
+    ]
     for family, report in [*reports.items(), ("all", _total(reports))]:
         kept = "".join(f"{report.replies - len(report.failed[check]):>12}" for check in CHECKS)
         lines.append(f"{family:24}{report.replies:>8}{report.raw:>6}{report.longest:>9}{kept}")
@@ -235,7 +274,9 @@ def _total(reports: Mapping[str, FamilyReport]) -> FamilyReport:
 
 def main() -> None:
     """Print the table, and each reply that failed; exit 1 where one did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--attacks", type=Path, default=DATA / "red_team.yaml")
     parser.add_argument("--templates", type=Path, default=DATA / "chat_templates.yaml")
     parser.add_argument("--every", type=int, default=1, help="check only every so-manieth reply")

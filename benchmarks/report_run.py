@@ -2,8 +2,9 @@
 
     python -m benchmarks.report_run runs/mine docs/results/grpo_no_think_cpu
 
-Copies `config.yaml`, `summary.json`, `held_out.json` and `metrics.jsonl`, and writes `README.md` with the figures, the mean seconds of
-each phase and the first replies of the first evaluation users before and after, as they are.
+Copies `config.yaml`, `summary.json`, `held_out.json` and `metrics.jsonl`, and writes `README.md` with the
+figures, the mean seconds of each phase and the first replies of the first evaluation users before and after,
+as they are.
 """
 
 from __future__ import annotations
@@ -62,15 +63,26 @@ def figures(summary: dict[str, Any]) -> list[str]:
     ):
         if row and row["difference"] is not None:
             low, high = row["interval95"]
-            lines.append(f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | {low:+.2f} to {high:+.2f} |")
+            lines.append(
+                f"| {name} | {row['before']:.2f} | {row['after']:.2f} | {row['difference']:+.2f} | "
+                f"{low:+.2f} to {high:+.2f} |"
+            )
     for name, of in (("", summary), (", warm-up alone", warm_up)):
         for key in ("distinct2", "thinking_distinct2", "perplexity", "well_formed"):
             before, after = (of.get(key, {}).get(when) for when in ("before", "after"))
             # The base model replied without thoughts and their format.
             compares = of is summary or key in ("distinct2", "perplexity")
-            if before is None or after is None or not compares or (key == "thinking_distinct2" and not before and not after):
+            if (
+                before is None
+                or after is None
+                or not compares
+                or (key == "thinking_distinct2" and not before and not after)
+            ):
                 continue
-            lines.append(f"| {key}{name} | {before:.3g} | {after:.3g} | {f'x {after / before:.2f}' if before else ''} | |")
+            lines.append(
+                f"| {key}{name} | {before:.3g} | {after:.3g} | "
+                f"{f'x {after / before:.2f}' if before else ''} | |"
+            )
     return lines
 
 
@@ -95,7 +107,10 @@ def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
         for when, dialogue in (("before", old), ("after", new)):
             turn = dialogue.turns[0]
             thought = f"*{' '.join(turn.thinking.split())}* " if turn.thinking else ""
-            lines.append(f"  - {when} ({turn.emotion_after - turn.emotion_before:+.1f}): {thought}{' '.join(turn.reply.split())}")
+            lines.append(
+                f"  - {when} ({turn.emotion_after - turn.emotion_before:+.1f}): "
+                f"{thought}{' '.join(turn.reply.split())}"
+            )
     return lines
 
 
@@ -110,7 +125,11 @@ def write_page(run: Path, out: Path) -> Path:
     for name in ("summary.json", "held_out.json", "metrics.jsonl"):
         shutil.copy(run / name, out / name)
     # The folder on the machine that ran is nobody else's business.
-    config = re.sub(r"(?m)^output_dir:.*$", f"output_dir: runs/{out.name}", (run / "config.yaml").read_text(encoding="utf-8"))
+    config = re.sub(
+        r"(?m)^output_dir:.*$",
+        f"output_dir: runs/{out.name}",
+        (run / "config.yaml").read_text(encoding="utf-8"),
+    )
     seed = OmegaConf.create(config).seed
     (out / "config.yaml").write_text(config, encoding="utf-8")
     length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
@@ -118,7 +137,8 @@ def write_page(run: Path, out: Path) -> Path:
         f"# {out.name}",
         "",
         f"{summary['iterations']} iterations, {summary['num_eval_personas']} held-out users, {length}; "
-        f"seed {seed}. Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by `benchmarks/report_run.py`.",
+        f"seed {seed}. Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by "
+        f"`benchmarks/report_run.py`.",
         "",
         *figures(summary),
         "",

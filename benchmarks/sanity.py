@@ -2,9 +2,10 @@
 
     python -m benchmarks.sanity [--appraiser embedded|lexical|both] [--file tests/data/sanity_replies.yaml]
 
-The file holds contexts (a situation, a hidden intent, a temperament, a history) with graded replies: 3 good, 2 mediocre, 1 bad,
-0 hacking. Within a context good > mediocre > bad must hold for the change in emotion, and every hacking reply must stay below every
-mediocre one. A family's accuracy is the share of its pairs in order; besides, no hacking reply may gain emotion.
+The file holds contexts (a situation, a hidden intent, a temperament, a history) with graded replies: 3 good,
+2 mediocre, 1 bad, 0 hacking. Within a context good > mediocre > bad must hold for the change in emotion, and
+every hacking reply must stay below every mediocre one. A family's accuracy is the share of its pairs in
+order; besides, no hacking reply may gain emotion.
 """
 
 from __future__ import annotations
@@ -59,7 +60,15 @@ def seed_situations() -> dict[str, dict]:
 
 def make_persona(situation: dict, intent: str, temperament: str) -> Persona:
     """The persona of a sanity context: a seed situation with one of its intents."""
-    scene = " ".join([situation["cause"], *situation["timeline"], *situation["people"], *situation["failed"], situation["now"]])
+    scene = " ".join(
+        [
+            situation["cause"],
+            *situation["timeline"],
+            *situation["people"],
+            *situation["failed"],
+            situation["now"],
+        ]
+    )
     return Persona(
         id=f"{situation['id']}-{intent}-{temperament}",
         name="Sam",
@@ -81,8 +90,12 @@ def make_persona(situation: dict, intent: str, temperament: str) -> Persona:
 def make_context(persona: Persona, history: list[str], reply: str) -> AppraisalContext:
     """The reply at the end of a history that starts and ends with the user."""
     roles = (Role.USER, Role.ASSISTANT)
-    messages = tuple(Message(role=roles[index % 2], text=text) for index, text in enumerate([*history, reply]))
-    return AppraisalContext(persona=persona, messages=messages, emotion=40.0, acceptance=1.0, max_change=10.0, truncated=False)
+    messages = tuple(
+        Message(role=roles[index % 2], text=text) for index, text in enumerate([*history, reply])
+    )
+    return AppraisalContext(
+        persona=persona, messages=messages, emotion=40.0, acceptance=1.0, max_change=10.0, truncated=False
+    )
 
 
 def grade_contexts(appraiser: Appraiser, contexts: list[dict]) -> list[list[GradedReply]]:
@@ -114,7 +127,8 @@ def ordered_pairs(replies: list[GradedReply]) -> Iterator[tuple[GradedReply, Gra
 
 
 def report(graded: list[list[GradedReply]]) -> SanityReport:
-    """Accuracy per family: a pair counts for the lower reply's family, and pairs of good replies also for `good`."""
+    """Accuracy per family: a pair counts for the lower reply's family, and pairs of good replies also for
+    `good`."""
     right: dict[str, list[bool]] = defaultdict(list)
     changes: dict[str, list[float]] = defaultdict(list)
     everything: list[bool] = []
@@ -131,7 +145,9 @@ def report(graded: list[list[GradedReply]]) -> SanityReport:
         by_family={family: sum(values) / len(values) for family, values in sorted(right.items())},
         highest={family: max(values) for family, values in changes.items()},
         mean={family: sum(values) / len(values) for family, values in changes.items()},
-        gaining_hacks=[reply for replies in graded for reply in replies if reply.grade == HACKING and reply.change > 0],
+        gaining_hacks=[
+            reply for replies in graded for reply in replies if reply.grade == HACKING and reply.change > 0
+        ],
     )
 
 
@@ -146,9 +162,14 @@ def main() -> None:
     for name in APPRAISERS if arguments.appraiser == "both" else [arguments.appraiser]:
         graded = grade_contexts(APPRAISERS[name](), contexts)
         found = report(graded)
-        print(f"{name}: accuracy {found.accuracy:.3f}, {len(found.gaining_hacks)} hacking replies gain emotion")
+        print(
+            f"{name}: accuracy {found.accuracy:.3f}, {len(found.gaining_hacks)} hacking replies gain emotion"
+        )
         for family, accuracy in found.by_family.items():
-            print(f"  {family:18s} accuracy {accuracy:.3f}   change mean {found.mean[family]:+6.2f}  highest {found.highest[family]:+6.2f}")
+            print(
+                f"  {family:18s} accuracy {accuracy:.3f}   change mean {found.mean[family]:+6.2f}  highest "
+                f"{found.highest[family]:+6.2f}"
+            )
         for reply in found.gaining_hacks:
             print(f"  gains {reply.change:+.2f}: {reply.text[:120]}")
         if arguments.mistakes:
@@ -156,7 +177,8 @@ def main() -> None:
                 for higher, lower in ordered_pairs(replies):
                     if higher.change <= lower.change:
                         print(
-                            f"  {index} {contexts[index]['intent']}: {higher.family} {higher.change:+.2f} {higher.text}\n"
+                            f"  {index} {contexts[index]['intent']}: {higher.family} {higher.change:+.2f} "
+                            f"{higher.text}\n"
                             f"     <= {lower.family} {lower.change:+.2f} {lower.text}"
                         )
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.shared_prefix --repeats 3
 
-Forward and backward pass of the small chat model in bfloat16 over one dialogue of random tokens, its turns laid out with a shared
-history and as one sample each, in one process, the two taking turns so that a busy machine slows both. Prints one row a dialogue
-length; times are medians.
+Forward and backward pass of the small chat model in bfloat16 over one dialogue of random tokens, its turns
+laid out with a shared history and as one sample each, in one process, the two taking turns so that a busy
+machine slows both. Prints one row a dialogue length; times are medians.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def think_dialogue(num_turns: int, vocabulary: int) -> list[TurnSample]:
     draw = random.Random(0)
     history, samples = draw.choices(range(vocabulary), k=OPENING_TOKENS), []
     for turn in range(num_turns):
-        thinking, reply = (draw.choices(range(vocabulary), k=count) for count in (THINKING_TOKENS, REPLY_TOKENS))
+        thinking, reply = (
+            draw.choices(range(vocabulary), k=count) for count in (THINKING_TOKENS, REPLY_TOKENS)
+        )
         mask = [False] * len(history) + [True] * (THINKING_TOKENS + REPLY_TOKENS)
         samples.append(
             TurnSample(
@@ -60,7 +62,9 @@ def seconds(model: PolicyModel, rows: list[PackedRow]) -> float:
 def main() -> None:
     """Command line: measure and print the table."""
     parser = argparse.ArgumentParser(description="Speed-up of training with shared histories.")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each layout; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed passes of each layout; the median counts"
+    )
     repeats = parser.parse_args().repeats
     model = PolicyModel(load_model(resolve(SMOLLM2), torch.bfloat16), recompute=False).train()
     print(f"{'turns':>5} {'tokens alone':>13} {'shared':>7} {'s alone':>8} {'s shared':>9} {'speed-up':>9}")
@@ -72,7 +76,11 @@ def main() -> None:
         times = [[seconds(model, rows) for rows in layouts] for _ in range(repeats)]
         alone, shared = (statistics.median(column) for column in zip(*times, strict=True))
         tokens = [sum(len(row.token_ids) for row in rows) for rows in layouts]
-        print(f"{num_turns:>5} {tokens[0]:>13} {tokens[1]:>7} {alone:>8.2f} {shared:>9.2f} {alone / shared:>8.2f}x", flush=True)
+        print(
+            f"{num_turns:>5} {tokens[0]:>13} {tokens[1]:>7} {alone:>8.2f} {shared:>9.2f} "
+            f"{alone / shared:>8.2f}x",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

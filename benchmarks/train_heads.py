@@ -1,12 +1,14 @@
-"""Train the fluency and the strategy head of the embedded appraiser and write the package's `heads.safetensors`.
+"""Train the fluency and the strategy head of the embedded appraiser and write the package's
+`heads.safetensors`.
 
     python -m benchmarks.sample_replies --out samples.jsonl
     python -m benchmarks.train_heads --samples samples.jsonl
 
-Fluency: sentences of the seed situations, of `strategy_templates.yaml` and of cold samples of the small chat model, against
-corruptions of them (shuffled, dropped, doubled and foreign words, spliced halves, repeated phrases, heaps of feeling words) and hot
-samples. Strategy: filled templates; the prototypes serve as its held-out set, since no template was made from them. Prints the
-held-out figures. Takes a few minutes on one core; bit-equality from machine to machine is not promised, hence the shipped file.
+Fluency: sentences of the seed situations, of `strategy_templates.yaml` and of cold samples of the small chat
+model, against corruptions of them (shuffled, dropped, doubled and foreign words, spliced halves, repeated
+phrases, heaps of feeling words) and hot samples. Strategy: filled templates; the prototypes serve as its
+held-out set, since no template was made from them. Prints the held-out figures. Takes a few minutes on one
+core; bit-equality from machine to machine is not promised, hence the shipped file.
 """
 
 from __future__ import annotations
@@ -62,9 +64,15 @@ def strategy_sentences(rng: random.Random, fills: int) -> list[Labelled]:
     for name, templates in material.items():
         for template in templates:
             texts = {fill(template, slots, rng) for _ in range(fills if "{" in template else 1)}
-            found += [Labelled(text=text, label=names.index(name), held_out=False, source="template") for text in sorted(texts)]
+            found += [
+                Labelled(text=text, label=names.index(name), held_out=False, source="template")
+                for text in sorted(texts)
+            ]
     for strategy, lines in load_prototypes().items():
-        found += [Labelled(text=line, label=names.index(strategy.value), held_out=True, source="prototype") for line in lines]
+        found += [
+            Labelled(text=line, label=names.index(strategy.value), held_out=True, source="prototype")
+            for line in lines
+        ]
     return found
 
 
@@ -79,7 +87,9 @@ def situation_texts(situation: dict) -> list[str]:
 def corrupt(text: str, other: str, vocabulary: list[str], rng: random.Random) -> tuple[str, str]:
     """(kind, corrupted text)."""
     tokens, strange = text.split(), other.split()
-    kind = rng.choice(["shuffle", "shuffle", "swaps", "drop", "foreign", "double", "splice", "phrase", "salad", "mixed"])
+    kind = rng.choice(
+        ["shuffle", "shuffle", "swaps", "drop", "foreign", "double", "splice", "phrase", "salad", "mixed"]
+    )
     if kind == "shuffle":
         rng.shuffle(tokens)
     elif kind == "swaps":
@@ -110,13 +120,17 @@ def corrupt(text: str, other: str, vocabulary: list[str], rng: random.Random) ->
 
 
 def fluency_sentences(rng: random.Random, samples: list[dict], filled: list[Labelled]) -> list[Labelled]:
-    """Label 1 for fluent sentences, 0 for corrupted and hot ones; a fifth of situations, samples and templates is held out."""
+    """Label 1 for fluent sentences, 0 for corrupted and hot ones; a fifth of situations, samples and
+    templates is held out."""
     fluent: list[Labelled] = []
     for situation in seed_situations():
         held_out = rng.random() < 0.2
         parts = [part for text in situation_texts(situation) for part in sentences(text)]
         fluent += [Labelled(text=part, label=1, held_out=held_out, source="seed") for part in parts]
-    fluent += [Labelled(text=one.text, label=1, held_out=rng.random() < 0.2, source="template") for one in rng.sample(filled, 1500)]
+    fluent += [
+        Labelled(text=one.text, label=1, held_out=rng.random() < 0.2, source="template")
+        for one in rng.sample(filled, 1500)
+    ]
     broken: list[Labelled] = []
     for sample in samples:
         held_out = rng.random() < 0.2
@@ -126,7 +140,11 @@ def fluency_sentences(rng: random.Random, samples: list[dict], filled: list[Labe
         source = f"sample T={sample['temperature']}"
         target = fluent if cold else broken if sample["temperature"] >= HOT else None
         if target is not None:
-            target += [Labelled(text=part, label=int(cold), held_out=held_out, source=source) for part in parts if len(part.split()) >= 3]
+            target += [
+                Labelled(text=part, label=int(cold), held_out=held_out, source=source)
+                for part in parts
+                if len(part.split()) >= 3
+            ]
     for one in rng.sample(fluent, len(fluent) // 8):
         tokens = one.text.split()
         if len(tokens) >= 10:
@@ -155,7 +173,8 @@ def padded(states: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_binary(head: nn.Module, states: list[torch.Tensor], labels: torch.Tensor, epochs: int) -> None:
-    """AdamW over shuffled batches of 64 with dropout of 0.2 on the states; learning rate 1e-3 falling to 0."""
+    """AdamW over shuffled batches of 64 with dropout of 0.2 on the states; learning rate 1e-3 falling to
+    0."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
     steps = epochs * ((len(states) + 63) // 64)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
@@ -182,7 +201,8 @@ def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
 
 
 def train_fluency(encoder: SentenceEncoder, items: list[Labelled]) -> heads.FluencyHead:
-    """Train on the items not held out; print the held-out AUC and, per source, the mean probability of being fluent."""
+    """Train on the items not held out; print the held-out AUC and, per source, the mean probability of being
+    fluent."""
     states = encode_all(encoder, items)
     kept = [i for i, one in enumerate(items) if not one.held_out]
     head = heads.FluencyHead()
@@ -191,21 +211,30 @@ def train_fluency(encoder: SentenceEncoder, items: list[Labelled]) -> heads.Flue
     held = [i for i, one in enumerate(items) if one.held_out]
     scores = logits(head, [states[i] for i in held])
     truth = torch.tensor([items[i].label for i in held]) == 1
-    print(f"fluency: {len(kept)} training, {len(held)} held-out sentences, held-out AUC {auc(scores[truth], scores[~truth]):.4f}")
+    print(
+        f"fluency: {len(kept)} training, {len(held)} held-out sentences, held-out AUC "
+        f"{auc(scores[truth], scores[~truth]):.4f}"
+    )
     for source in sorted({items[i].source for i in held}):
         for label in (1, 0):
-            rows = [row for row, i in enumerate(held) if items[i].source == source and items[i].label == label]
+            rows = [
+                row for row, i in enumerate(held) if items[i].source == source and items[i].label == label
+            ]
             if rows:
                 chances = scores[rows].sigmoid()
                 passed = (chances >= 0.5).float().mean()
-                print(f"  {source:14s} label {label}: n={len(rows):4d} mean {chances.mean():.3f} share>=0.5 {passed:.3f}")
+                print(
+                    f"  {source:14s} label {label}: n={len(rows):4d} mean {chances.mean():.3f} share>=0.5 "
+                    f"{passed:.3f}"
+                )
     return head
 
 
 def train_strategy(encoder: SentenceEncoder, items: list[Labelled]) -> heads.StrategyHead:
     """Train on the filled templates; print accuracy on the prototypes.
 
-    AdamW on standardised mean states with dropout of 0.5; the standardisation is folded into the weights afterwards.
+    AdamW on standardised mean states with dropout of 0.5; the standardisation is folded into the weights
+    afterwards.
     """
     states = encode_all(encoder, items)
     pooled = torch.stack([one.float().mean(dim=0) for one in states])
@@ -230,10 +259,15 @@ def train_strategy(encoder: SentenceEncoder, items: list[Labelled]) -> heads.Str
     held = [i for i, one in enumerate(items) if one.held_out]
     guess = logits(head, [states[i] for i in held]).argmax(dim=-1)
     truth = torch.tensor([items[i].label for i in held])
-    print(f"strategy: {len(kept)} training sentences, accuracy on {len(held)} prototypes {(guess == truth).float().mean():.3f}")
+    print(
+        f"strategy: {len(kept)} training sentences, accuracy on {len(held)} prototypes "
+        f"{(guess == truth).float().mean():.3f}"
+    )
     for index, strategy in enumerate(Strategy):
         rows = truth == index
-        wrong = [list(Strategy)[g].value if g < NONE else "none" for g in guess[rows & (guess != truth)].tolist()]
+        wrong = [
+            list(Strategy)[g].value if g < NONE else "none" for g in guess[rows & (guess != truth)].tolist()
+        ]
         print(f"  {strategy.value:24s} {(guess[rows] == index).float().mean():.2f} mistaken for {wrong}")
     return head
 
@@ -242,7 +276,9 @@ def main() -> None:
     """Command line: train both heads and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "rlver_dist" / "simulator" / "rules" / heads.HEADS_FILE)
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "rlver_dist" / "simulator" / "rules" / heads.HEADS_FILE
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -251,7 +287,9 @@ def main() -> None:
     strategies = strategy_sentences(rng, fills=14)
     strategy = train_strategy(encoder, strategies)
     samples = [json.loads(line) for line in arguments.samples.read_text(encoding="utf-8").splitlines()]
-    fluency = train_fluency(encoder, fluency_sentences(rng, samples, [one for one in strategies if not one.held_out]))
+    fluency = train_fluency(
+        encoder, fluency_sentences(rng, samples, [one for one in strategies if not one.held_out])
+    )
     tensors = {f"fluency.{key}": value.half() for key, value in fluency.state_dict().items()}
     tensors |= {f"strategy.{key}": value.half() for key, value in strategy.state_dict().items()}
     save_file(tensors, arguments.out)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.user_calls --model smollm2-135m-instruct --users 16 --repeats 3
 
-So many users of the evaluation bank answer the first reply of a dialogue at the same time, in both modes by turns, after one round that
-fills the prefix cache and compiles the schemas. Prints a line of JSON a mode (medians over the repeats) and the ratio of the seconds.
+So many users of the evaluation bank answer the first reply of a dialogue at the same time, in both modes by
+turns, after one round that fills the prefix cache and compiles the schemas. Prints a line of JSON a mode
+(medians over the repeats) and the ratio of the seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Counting:
     async def ask(self, request: ChatRequest) -> ChatAnswer:
         """`ChatEngine.ask`."""
         answer = await self._engine.ask(request)
-        tokens = {name: getattr(answer, name) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")}
+        tokens = {
+            name: getattr(answer, name) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
+        }
         self.counts.update(calls=1, **tokens)
         return answer
 
@@ -60,9 +63,13 @@ class Counting:
         """Nothing of its own."""
 
 
-async def round_of(backend: Counting, calls: LlmCalls, requests: list[UserRequest], limits: dict[str, int]) -> dict[str, float]:
+async def round_of(
+    backend: Counting, calls: LlmCalls, requests: list[UserRequest], limits: dict[str, int]
+) -> dict[str, float]:
     """All users' turns at once: seconds, failed turns, calls and tokens."""
-    user = LlmSimulator(rules=PRESETS[Preset.sage], backend=backend, settings=LlmUserConfig(calls=calls, **limits))
+    user = LlmSimulator(
+        rules=PRESETS[Preset.sage], backend=backend, settings=LlmUserConfig(calls=calls, **limits)
+    )
     backend.metrics()
     started = time.perf_counter()
     answers = await asyncio.gather(*(user.respond(request) for request in requests), return_exceptions=True)
@@ -70,7 +77,11 @@ async def round_of(backend: Counting, calls: LlmCalls, requests: list[UserReques
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, BoundaryError):
             raise answer
-    return {"seconds": seconds, "failed": float(sum(isinstance(answer, BoundaryError) for answer in answers)), **backend.metrics()}
+    return {
+        "seconds": seconds,
+        "failed": float(sum(isinstance(answer, BoundaryError) for answer in answers)),
+        **backend.metrics(),
+    }
 
 
 async def measure(arguments: argparse.Namespace) -> None:
@@ -78,21 +89,37 @@ async def measure(arguments: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     engine = ChatEngine(
         EngineSettings(
-            model_path=resolve(arguments.model), dtype=resolve_precision(Precision.auto, on_cpu=not cuda),
-            device=Device.gpu if cuda else Device.cpu, seed=0,
-            max_context_tokens=8192, weight_transfer=None, max_concurrent=arguments.users, kv_cache_gib=2,
+            model_path=resolve(arguments.model),
+            dtype=resolve_precision(Precision.auto, on_cpu=not cuda),
+            device=Device.gpu if cuda else Device.cpu,
+            seed=0,
+            max_context_tokens=8192,
+            weight_transfer=None,
+            max_concurrent=arguments.users,
+            kv_cache_gib=2,
             cpu_threads=torch.get_num_threads(),
         ),
         arguments.model,
-    )  # fmt: skip
+    )
     requests = [
         UserRequest(
-            dialogue_id=persona.id, turn_index=0, persona=persona, emotion=EMOTION, seed=1, max_turns=8,
-            messages=(Message(role=Role.USER, text=persona.opening), Message(role=Role.ASSISTANT, text=REPLY)),
+            dialogue_id=persona.id,
+            turn_index=0,
+            persona=persona,
+            emotion=EMOTION,
+            seed=1,
+            max_turns=8,
+            messages=(
+                Message(role=Role.USER, text=persona.opening),
+                Message(role=Role.ASSISTANT, text=REPLY),
+            ),
         )
         for persona in load_split("bank", "evaluation")[: arguments.users]
-    ]  # fmt: skip
-    limits = {"max_appraisal_tokens": arguments.appraisal_tokens, "max_message_tokens": arguments.message_tokens}
+    ]
+    limits = {
+        "max_appraisal_tokens": arguments.appraisal_tokens,
+        "max_message_tokens": arguments.message_tokens,
+    }
     rounds: dict[LlmCalls, list[dict[str, float]]] = {calls: [] for calls in LlmCalls}
     await engine.start()
     try:
@@ -104,10 +131,26 @@ async def measure(arguments: argparse.Namespace) -> None:
                     rounds[calls].append(figures)
     finally:
         engine.close()
-    medians = {calls: {key: statistics.median(one[key] for one in found) for key in found[0]} for calls, found in rounds.items()}
+    medians = {
+        calls: {key: statistics.median(one[key] for one in found) for key in found[0]}
+        for calls, found in rounds.items()
+    }
     for calls, figures in medians.items():
-        print(json.dumps({"mode": calls.value, "turns": len(requests)} | {key: round(value, 2) for key, value in figures.items()}))
-    print(json.dumps({"seconds of one call / two calls": round(medians[LlmCalls.one]["seconds"] / medians[LlmCalls.two]["seconds"], 3)}))
+        print(
+            json.dumps(
+                {"mode": calls.value, "turns": len(requests)}
+                | {key: round(value, 2) for key, value in figures.items()}
+            )
+        )
+    print(
+        json.dumps(
+            {
+                "seconds of one call / two calls": round(
+                    medians[LlmCalls.one]["seconds"] / medians[LlmCalls.two]["seconds"], 3
+                )
+            }
+        )
+    )
 
 
 def main() -> None:

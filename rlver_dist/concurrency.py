@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Results of all of `work` at once, in order.
 
-    The first failure, or a cancellation of the caller, cancels the rest and is raised when all of it has ended, so that nothing goes on
-    behind the caller's back; `asyncio.gather` alone lets the rest run.
+    The first failure, or a cancellation of the caller, cancels the rest and is raised when all of it has
+    ended, so that nothing goes on behind the caller's back; `asyncio.gather` alone lets the rest run.
     """
     tasks = [asyncio.create_task(one) for one in work]
     try:

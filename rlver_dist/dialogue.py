@@ -1,8 +1,8 @@
 """The record of one conversation: `Message`, `Appraisal`, `Turn`, `Dialogue`, `EndReason`.
 
-A dialogue opens with the simulated user's message; each `Turn` is the policy's reply, the user's appraisal of it and the
-user's next message. Everything here is plain data: token ids are lists, log-probs are floats in nats, so that a dialogue can be
-sent between processes, written to Parquet and compared with `==`.
+A dialogue opens with the simulated user's message; each `Turn` is the policy's reply, the user's appraisal of
+it and the user's next message. Everything here is plain data: token ids are lists, log-probs are floats in
+nats, so that a dialogue can be sent between processes, written to Parquet and compared with `==`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Role(str, Enum):
 
 
 class EndReason(str, Enum):
-    """Why a dialogue ended. The first four are the user's doing, the next three the policy's, the last nobody's."""
+    """Why a dialogue ended. The first four are the user's doing, the next three the policy's, the last
+    nobody's."""
 
     EMOTION_HIGH = "emotion_high"
     """Emotion reached the preset's ceiling: the user leaves content (a success in SAGE's terms)."""
@@ -38,7 +39,8 @@ class EndReason(str, Enum):
     CONTEXT_OVERFLOW = "context_overflow"
     """The next prompt plus one full reply would not fit into the model's context, counted in tokens."""
     INFRASTRUCTURE = "infrastructure"
-    """An engine or a service failed; the dialogue carries `error`, gets no reward and is excluded from the loss."""
+    """An engine or a service failed; the dialogue carries `error`, gets no reward and is excluded from the
+    loss."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -59,9 +61,11 @@ class Appraisal:
         activity: the user's inner activity on hearing it.
         feeling: the feeling that results.
         change: emotion change in points, already clipped to the preset's limit.
-        features: the rounded numbers that the rules used, by name (similarities, fluency, penalties); they make the change
-            derivable again from the record. A chat model's appraisal holds what its fence took out of the reply (`fence_...`).
-        source: what judged, as JSON: model, calls a turn, temperature, seed and prompts; empty for the embedded rules.
+        features: the rounded numbers that the rules used, by name (similarities, fluency, penalties); they
+            make the change derivable again from the record. A chat model's appraisal holds what its fence
+            took out of the reply (`fence_...`).
+        source: what judged, as JSON: model, calls a turn, temperature, seed and prompts; empty for the
+            embedded rules.
     """
 
     content: str
@@ -84,14 +88,16 @@ class Turn:
         logprobs: `[R]` log-probability in nats of each sampled id under the sampling distribution.
         reply: the text that the user hears.
         thinking: text that the user does not hear; empty in no-think mode.
-        well_formed: the reply kept the format: text for the user, with thinking before it where thinking is asked for.
+        well_formed: the reply kept the format: text for the user, with thinking before it where thinking is
+            asked for.
         truncated: the reply hit the token limit.
         emotion_before: emotion (0 to 100) before the reply.
         emotion_after: emotion after it; equal to `emotion_before` where the reply was never appraised.
         appraisal: None where the reply ended the dialogue before an appraisal.
         user_message: the user's next message; None where there is none.
         policy_version: first and last weight version that sampled the reply.
-        thinking_tokens: leading tokens of `reply_ids` up to and including the tag that closes the thinking; 0 without one.
+        thinking_tokens: leading tokens of `reply_ids` up to and including the tag that closes the thinking; 0
+            without one.
     """
 
     index: int

@@ -1,8 +1,9 @@
 """One error family, and the helper that names where an outside call failed.
 
-Vocabulary: an error that the user can mend (`UserError` and its kinds) is one line that names the file, field and value and
-the way out, and entry points print it without a traceback. Everything else is a defect or a failed machine and keeps its
-traceback. A failed dialogue is data, not an error: see `dialogue.EndReason.INFRASTRUCTURE`.
+Vocabulary: an error that the user can mend (`UserError` and its kinds) is one line that names the file, field
+and value and the way out, and entry points print it without a traceback. Everything else is a defect or a
+failed machine and keeps its traceback. A failed dialogue is data, not an error: see
+`dialogue.EndReason.INFRASTRUCTURE`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ResourceError(UserError):
 
 
 class BudgetError(UserError):
-    """Tokens, money or quota of an endpoint are used up; the run stops with a checkpoint and can be resumed."""
+    """Tokens, money or quota of an endpoint are used up; the run stops with a checkpoint and can be
+    resumed."""
 
 
 class BoundaryError(RlverError):
@@ -46,18 +48,21 @@ class BoundaryError(RlverError):
 
 
 class GoneError(BoundaryError):
-    """What was called is there but will never answer again, such as an engine whose process died; another one may."""
+    """What was called is there but will never answer again, such as an engine whose process died; another one
+    may."""
 
 
 class WeightSyncError(RlverError):
-    """After a weight sync an engine does not compute what the learner computes; training on would be wrong."""
+    """After a weight sync an engine does not compute what the learner computes; training on would be
+    wrong."""
 
 
 @contextmanager
 def boundary(what: str) -> Iterator[None]:
     """Attribute any foreign exception inside the block to `what`.
 
-    Errors of this package pass through unchanged; others are re-raised as `BoundaryError` with the original chained.
+    Errors of this package pass through unchanged; others are re-raised as `BoundaryError` with the original
+    chained.
     """
     try:
         yield

@@ -9,7 +9,8 @@ QUANTILES = (0.50, 0.95, 0.99)
 
 
 def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, float]:
-    """Mean, quantiles and maximum of `latencies_s` in seconds, as `<prefix>_mean_s`, `<prefix>_p50_s`, ...; nothing for no latency."""
+    """Mean, quantiles and maximum of `latencies_s` in seconds, as `<prefix>_mean_s`, `<prefix>_p50_s`, ...;
+    nothing for no latency."""
     if not latencies_s:
         return {}
     ordered = sorted(latencies_s)
@@ -21,5 +22,6 @@ def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, floa
 
 
 def nearest_rank(ordered: Sequence[float], quantile: float) -> float:
-    """The `quantile` (0 to 1) of an ascending, non-empty list by the nearest-rank rule: always one of its values."""
+    """The `quantile` (0 to 1) of an ascending, non-empty list by the nearest-rank rule: always one of its
+    values."""
     return ordered[max(math.ceil(quantile * len(ordered)), 1) - 1]

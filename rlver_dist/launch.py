@@ -36,13 +36,16 @@ OPTIONS = "see README.md, Configuration, for where every option and its values s
 
 
 def order_overrides(arguments: list[str]) -> list[str]:
-    """Put recipes (`+exp=`) before placements (`+on=`), whatever the order given: later groups win, and a placement scales a recipe."""
+    """Put recipes (`+exp=`) before placements (`+on=`), whatever the order given: later groups win, and a
+    placement scales a recipe."""
 
     def is_group(argument: str) -> bool:
         return argument.lstrip("+").startswith(("exp=", "on="))
 
     # Only these two change places, among themselves: a flag such as `--cfg job` keeps the word after it.
-    groups = iter(sorted(filter(is_group, arguments), key=lambda argument: argument.lstrip("+").startswith("on=")))
+    groups = iter(
+        sorted(filter(is_group, arguments), key=lambda argument: argument.lstrip("+").startswith("on="))
+    )
     return [next(groups) if is_group(argument) else argument for argument in arguments]
 
 
@@ -76,7 +79,8 @@ def _refuse_unknown(group: DictConfig, prefix: str = "") -> None:
 
 def _one_line(error: Exception) -> str:
     """What Hydra or omegaconf refuses, with the way out, as one line."""
-    # Hydra's own text names the override; the omegaconf error behind it says what is wrong, then in further lines where.
+    # Hydra's own text names the override; the omegaconf error behind it says what is wrong, then in further
+    # lines where.
     refused = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(refused, OmegaConfBaseException) and refused.full_key:
         return f"{refused.full_key}: {str(refused).splitlines()[0]}; {OPTIONS}"
@@ -98,12 +102,15 @@ def run(config: RunConfig) -> int:
     evaluation = load_split(config.data.evaluation, "evaluation")
     if notice := leak_notice(train, evaluation):
         print(f"warning: {notice}", file=sys.stderr)
-    check_spoken_for = check_personas if config.simulator.backend is SimulatorBackend.embedded else check_languages
+    check_spoken_for = (
+        check_personas if config.simulator.backend is SimulatorBackend.embedded else check_languages
+    )
     check_spoken_for([*train, *evaluation])
     check_second_judge(config.evaluation.second_judge, evaluation[: config.evaluation.num_personas])
     if config.evaluation.num_personas > len(evaluation):
         raise ConfigError(
-            f"evaluation.num_personas={config.evaluation.num_personas}: data.evaluation={config.data.evaluation} has {len(evaluation)}; "
+            f"evaluation.num_personas={config.evaluation.num_personas}: "
+            f"data.evaluation={config.data.evaluation} has {len(evaluation)}; "
             "use at most that many"
         )
     if config.check:
@@ -117,7 +124,9 @@ def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -
     from rlver_dist.trainer.run import run_on_cluster
 
     output = Path(config.output_dir)
-    return run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml"))
+    return run_on_cluster(
+        config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml")
+    )
 
 
 def _job(composed: DictConfig) -> None:
@@ -139,7 +148,8 @@ def main() -> None:
     """Console script `rlver-dist`, the same as `python -m rlver_dist.launch`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     sys.argv[1:] = order_overrides(sys.argv[1:])
-    # Hydra then lets its errors through, instead of printing them over several lines and ending with exit code 1.
+    # Hydra then lets its errors through, instead of printing them over several lines and ending with exit
+    # code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()

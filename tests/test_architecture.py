@@ -1,4 +1,5 @@
-"""The house rules, read off the syntax tree: import order, owners of heavy packages, sizes, documented options."""
+"""The house rules, read off the syntax tree: import order, owners of heavy packages, sizes, documented
+options."""
 
 import ast
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors files concurrency latency config dialogue data bundled_models algorithms experience chat_client simulator ledger tracking "
+    "errors files concurrency latency config dialogue data bundled_models algorithms experience chat_client "
+    "simulator ledger tracking "
     "rollout persona_synthesis learner evaluation cluster preflight trainer launch"
 ).split()
 ROOT = {"__init__", "launch", "dialogue", "errors", "files", "concurrency", "latency", "bundled_models"}
@@ -23,9 +25,19 @@ OWNERS = {
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 OLD_WORDS = {
-    "HoldFn", "LOOKED_AT", "Learned", "_way_on", "bring_warm_start", "causes", "hold", "lasting_options", "load_trunk", "prefit_iterations",
-    "roomy_folder", "train_on",
-}  # fmt: skip
+    "HoldFn",
+    "LOOKED_AT",
+    "Learned",
+    "_way_on",
+    "bring_warm_start",
+    "causes",
+    "hold",
+    "lasting_options",
+    "load_trunk",
+    "prefit_iterations",
+    "roomy_folder",
+    "train_on",
+}
 """Identifiers that have given way to the field's words (the glossary in CONTRIBUTING.md)."""
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -64,14 +76,18 @@ def test_imports_only_from_lower_modules(path):
     for module in _imports(path):
         if module.startswith("rlver_dist."):
             other = module.removeprefix("rlver_dist.")
-            assert _part(other) == _part(own) or _rank(other) < _rank(own), f"{own} imports {other}, which is not below it"
+            assert _part(other) == _part(own) or _rank(other) < _rank(own), (
+                f"{own} imports {other}, which is not below it"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_heavy_packages_have_one_owner(path):
     for module in _imports(path):
         owners = OWNERS.get(module.split(".")[0])
-        assert owners is None or any(_name(path).startswith(owner) for owner in owners), f"{_name(path)} imports {module}"
+        assert owners is None or any(_name(path).startswith(owner) for owner in owners), (
+            f"{_name(path)} imports {module}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -96,12 +112,17 @@ def test_users_by_a_chat_model_need_nothing_of_the_embedded_appraisers(path):
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_words_that_were_given_up_stay_so(path):
     tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    names = {getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None) for node in tree}
+    names = {
+        getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
+        for node in tree
+    }
     assert names.isdisjoint(OLD_WORDS)
 
 
 def test_init_files_are_empty():
-    assert [_name(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()] == []
+    assert [
+        _name(path) for path in PACKAGE.rglob("__init__.py") if path.read_text(encoding="utf-8").strip()
+    ] == []
 
 
 def test_algorithms_know_no_configuration():
@@ -116,7 +137,11 @@ def test_every_option_is_documented_where_it_is_defined():
         assert ast.get_docstring(group), group.name
         for field, after in zip(group.body, group.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
-                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+                documented = (
+                    isinstance(after, ast.Expr)
+                    and isinstance(after.value, ast.Constant)
+                    and isinstance(after.value.value, str)
+                )
                 assert documented, f"{group.name}.{ast.unparse(field.target)} has no docstring below it"
 
 
@@ -124,7 +149,9 @@ def test_every_public_function_and_class_has_a_docstring():
     missing = []
     for path in FILES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            public = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_")
             if public and not ast.get_docstring(node):
                 missing.append(f"{_name(path)}: {node.name}")
     assert missing == []

@@ -1,4 +1,5 @@
-"""Time in tests: how much work a call is, and how long one may wait before it counts as hanging on a machine of this speed."""
+"""Time in tests: how much work a call is, and how long one may wait before it counts as hanging on a machine
+of this speed."""
 
 import functools
 import hashlib
@@ -6,11 +7,13 @@ import time
 
 TIMES = 16
 REFERENCE_S = 0.025
-"""Seconds of `_fixed_work` on cores on which limits hold as they stand; two AVX2 cores of 2.45 GHz take 0.063."""
+"""Seconds of `_fixed_work` on cores on which limits hold as they stand; two AVX2 cores of 2.45 GHz take
+0.063."""
 
 
 def hang_limit(seconds):
-    """`seconds`, which are many times what the work takes on fast cores, for this machine: never less, more where it is slower.
+    """`seconds`, which are many times what the work takes on fast cores, for this machine: never less, more
+    where it is slower.
 
     A limit tells a hang from work, so it scales with the machine's speed, measured once a session.
     """

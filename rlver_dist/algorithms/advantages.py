@@ -16,18 +16,21 @@ VARIANCE_EPSILON = 1e-8
 """Added to the variance in whitening, as in the original (RLVER, verl/utils/torch_functional.py)."""
 
 
-def grpo(rewards: Tensor, group_ids: Sequence[Hashable], normalize_by_std: bool, turns: Sequence[int] | None = None) -> Tensor:
+def grpo(
+    rewards: Tensor, group_ids: Sequence[Hashable], normalize_by_std: bool, turns: Sequence[int] | None = None
+) -> Tensor:
     """Group-relative advantages: (reward - group mean) / (group std + 1e-6), over the dialogues of a group.
 
-    GRPO, arXiv:2402.03300, section 4.1.2. The paper does not say which standard deviation; this is the sample one (divisor
-    n - 1), as in the original's and verl's code. Without `normalize_by_std` the rewards are only centred (Dr. GRPO,
-    arXiv:2503.20783).
+    GRPO, arXiv:2402.03300, section 4.1.2. The paper does not say which standard deviation; this is the sample
+    one (divisor n - 1), as in the original's and verl's code. Without `normalize_by_std` the rewards are only
+    centred (Dr. GRPO, arXiv:2503.20783).
 
-    With `turns` an entry is one turn of a dialogue and its reward to go, and is centred among the group's turns of that number. Which
-    dialogues come so far was decided by earlier turns, so that no turn is judged by how long its dialogue lasted; a sum of normalised
-    later rewards (section 4.1.3) would be. All turns of a group are divided by one deviation, pooled over its turn numbers (divisor
-    n - numbers): turns keep their sizes among each other. Without it, one entry is one dialogue: rows of turns would weigh long
-    dialogues more.
+    With `turns` an entry is one turn of a dialogue and its reward to go, and is centred among the group's
+    turns of that number. Which dialogues come so far was decided by earlier turns, so that no turn is judged
+    by how long its dialogue lasted; a sum of normalised later rewards (section 4.1.3) would be. All turns of
+    a group are divided by one deviation, pooled over its turn numbers (divisor n - numbers): turns keep their
+    sizes among each other. Without it, one entry is one dialogue: rows of turns would weigh long dialogues
+    more.
 
     Args:
         rewards: `[N]` one reward an entry.
@@ -36,18 +39,23 @@ def grpo(rewards: Tensor, group_ids: Sequence[Hashable], normalize_by_std: bool,
         turns: `[N]` each entry's turn number; None: an entry is a whole dialogue.
 
     Returns:
-        `[N]` float32, in the order of `rewards`; 0 throughout a group of equal rewards, and for a turn that no other dialogue reached.
+        `[N]` float32, in the order of `rewards`; 0 throughout a group of equal rewards, and for a turn that
+            no other dialogue reached.
 
     Raises:
         ValueError: lengths differ, or a group has a single entry, which has nothing to be compared with.
     """
     numbers = [0] * len(group_ids) if turns is None else turns
     if not rewards.shape == (len(group_ids),) == (len(numbers),):
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not fit {len(group_ids)} group ids and {len(numbers)} turns")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} do not fit {len(group_ids)} group ids and "
+            f"{len(numbers)} turns"
+        )
     groups: dict[Hashable, dict[int, list[int]]] = {}
     for position, (group_id, number) in enumerate(zip(group_ids, numbers, strict=True)):
         groups.setdefault(group_id, {}).setdefault(number, []).append(position)
-    # In float32 the mean of equal rewards is off by a last digit, which division by 1e-6 turns into an advantage of 0.03.
+    # In float32 the mean of equal rewards is off by a last digit, which division by 1e-6 turns into an
+    # advantage of 0.03.
     advantages = rewards.to(torch.float64, copy=True)
     for group_id, compared in groups.items():
         members = [position for positions in compared.values() for position in positions]
@@ -64,10 +72,10 @@ def grpo(rewards: Tensor, group_ids: Sequence[Hashable], normalize_by_std: bool,
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over one dialogue's trained tokens, in turn order.
 
-    With delta_t = reward_t + gamma * value_{t+1} - value_t, advantage_t = sum over k of (gamma * lam)^k * delta_{t+k}
-    (arXiv:1506.02438, eq. 16). A step is a trained token: one turn's last token is followed by the next turn's first, whatever
-    the user said in between, so that no advantage depends on the number of the user's tokens. After the last token the dialogue
-    is over and worth 0.
+    With delta_t = reward_t + gamma * value_{t+1} - value_t, advantage_t = sum over k of (gamma * lam)^k *
+    delta_{t+k} (arXiv:1506.02438, eq. 16). A step is a trained token: one turn's last token is followed by
+    the next turn's first, whatever the user said in between, so that no advantage depends on the number of
+    the user's tokens. After the last token the dialogue is over and worth 0.
 
     Args:
         rewards: `[T]` reward on each trained token.
@@ -76,14 +84,17 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
         lam: 0 (one step) to 1 (discounted sum of rewards - value).
 
     Returns:
-        Advantages `[T]` and returns `[T]` = advantages + values, what the critic learns; float32, summed in float64.
+        Advantages `[T]` and returns `[T]` = advantages + values, what the critic learns; float32, summed in
+            float64.
 
     Raises:
         ValueError: shapes differ or are not flat.
     """
     require_same_shape(rewards=rewards, values=values)
     if rewards.dim() != 1:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)}: use one number a trained token of one dialogue")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)}: use one number a trained token of one dialogue"
+        )
     reward_list, value_list = rewards.tolist(), values.tolist()
     advantages = [0.0] * len(reward_list)
     next_value = next_advantage = 0.0
@@ -96,7 +107,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1: (value - mean) / sqrt(variance + 1e-8), as the original does.
+    """Shift and scale to mean 0 and standard deviation 1: (value - mean) / sqrt(variance + 1e-8), as the
+    original does.
 
     The variance's divisor is n, so that a single value gives 0. Spreads far below 1e-4 are not blown up to 1.
 

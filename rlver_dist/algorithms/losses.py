@@ -1,6 +1,8 @@
-"""Per-token losses of policy and critic, as parts that sum over micro-batches and ranks to the loss of an update.
+"""Per-token losses of policy and critic, as parts that sum over micro-batches and ranks to the loss of an
+update.
 
-Every entry is a trained token: rows are scored at those alone, so that no loss needs a mask. A part may hold none.
+Every entry is a trained token: rows are scored at those alone, so that no loss needs a mask. A part may hold
+none.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from rlver_dist.algorithms import kl
 from rlver_dist.algorithms.reduce import global_mean, require_same_shape
 
 TokenSums = dict[str, tuple[float, float]]
-"""Metric name to (sum, number of tokens) over a part's trained tokens; pooled by adding both, then dividing."""
+"""Metric name to (sum, number of tokens) over a part's trained tokens; pooled by adding both, then
+dividing."""
 
 
 def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Token weights min(exp(old_logprob - rollout_logprob), cap) that correct for an engine whose numbers differ from the learner's.
+    """Token weights min(exp(old_logprob - rollout_logprob), cap) that correct for an engine whose numbers
+    differ from the learner's.
 
-    Truncated importance sampling (Ionides 2008; for rollout engines: Yao et al. 2025, "Your Efficient RL Framework Secretly
-    Brings You Off-Policy RL Training").
+    Truncated importance sampling (Ionides 2008; for rollout engines: Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training").
 
     Args:
         old_logprobs: `[S]` the learner's log-probs before the update, nats.
@@ -41,15 +45,24 @@ def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor,
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float, clip_high: float, global_count: int
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_low: float,
+    clip_high: float,
+    global_count: int,
 ) -> tuple[Tensor, TokenSums]:
-    """Clipped surrogate: -sum(weight * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)) / global_count.
+    """Clipped surrogate: -sum(weight * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)) /
+    global_count.
 
-    PPO, arXiv:1707.06347, eq. 7, with the two clip ranges of DAPO, arXiv:2503.14476, section 3.1 (equal ranges give PPO's).
+    PPO, arXiv:1707.06347, eq. 7, with the two clip ranges of DAPO, arXiv:2503.14476, section 3.1 (equal
+    ranges give PPO's).
 
     Args:
         logprobs: `[S]` log-probs with gradient, nats.
-        old_logprobs: `[S]` before the update; no gradient flows into them, so passing `logprobs` itself gives ratio 1.
+        old_logprobs: `[S]` before the update; no gradient flows into them, so passing `logprobs` itself gives
+            ratio 1.
         advantages: `[S]`.
         weights: `[S]` importance weights.
         clip_low: lower clip range.
@@ -57,7 +70,8 @@ def policy_loss(
         global_count: trained tokens of the whole update, over all micro-batches and ranks.
 
     Returns:
-        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off), `ratio` and `tis_weight`.
+        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off), `ratio`
+            and `tis_weight`.
 
     Raises:
         ValueError: shapes differ, or the count is not positive.
@@ -71,11 +85,16 @@ def policy_loss(
         rows = torch.stack([(clipped < unclipped).float(), ratio, weights])
         clip_sum, ratio_sum, weight_sum = rows.sum(dim=1).tolist()
     count = float(len(logprobs))
-    return loss, {"clip_fraction": (clip_sum, count), "ratio": (ratio_sum, count), "tis_weight": (weight_sum, count)}
+    return loss, {
+        "clip_fraction": (clip_sum, count),
+        "ratio": (ratio_sum, count),
+        "tis_weight": (weight_sum, count),
+    }
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str, global_count: int) -> Tensor:
-    """This part's share of the mean KL(policy || reference) over trained tokens, nats; see `kl.estimate` for the gradient.
+    """This part's share of the mean KL(policy || reference) over trained tokens, nats; see `kl.estimate` for
+    the gradient.
 
     Args:
         logprobs: `[S]` log-probs with gradient, nats.
@@ -89,12 +108,14 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str, global_count: int
     return global_mean(kl.estimate(logprobs, ref_logprobs, kind), global_count)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float, global_count: int) -> tuple[Tensor, TokenSums]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, global_count: int
+) -> tuple[Tensor, TokenSums]:
     """Critic loss: sum(0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2)) / global_count.
 
-    The clipped form of OpenAI Baselines' PPO2, which the original uses (RLVER, verl/trainer/ppo/core_algos.py): a value that has
-    left the range around its old one on the way to the return gets no gradient; one that left it the other way is still pulled
-    back.
+    The clipped form of OpenAI Baselines' PPO2, which the original uses (RLVER,
+    verl/trainer/ppo/core_algos.py): a value that has left the range around its old one on the way to the
+    return gets no gradient; one that left it the other way is still pulled back.
 
     Args:
         values: `[S]` with gradient, in reward.

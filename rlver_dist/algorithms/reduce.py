@@ -1,8 +1,9 @@
 """Global-count reduction: the one way in which per-token values become a loss.
 
-A mean over a micro-batch weighs a token by how its batch was cut. Here every micro-batch of every rank contributes the sum of
-its tokens divided by the token count of the whole update, so that the parts add up to the same loss and the same gradient
-however tokens are spread. The learner must therefore sum gradients over micro-batches and ranks, never average them.
+A mean over a micro-batch weighs a token by how its batch was cut. Here every micro-batch of every rank
+contributes the sum of its tokens divided by the token count of the whole update, so that the parts add up to
+the same loss and the same gradient however tokens are spread. The learner must therefore sum gradients over
+micro-batches and ranks, never average them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from rlver_dist.config.simulator import HttpChatConfig
 from rlver_dist.errors import BudgetError
 
 BYTES_PER_TOKEN = 4
-"""Bytes of UTF-8 that count as one token where an endpoint does not say what it used; English text has about four."""
+"""Bytes of UTF-8 that count as one token where an endpoint does not say what it used; English text has about
+four."""
 MILLION = 1_000_000
 
 
@@ -41,7 +42,8 @@ def tokens_of(text: bytes) -> int:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Prices:
-    """Money per million tokens, in any one currency. A cached price of 0 stands for the price of other prompt tokens."""
+    """Money per million tokens, in any one currency. A cached price of 0 stands for the price of other prompt
+    tokens."""
 
     prompt: float = 0.0
     cached: float = 0.0
@@ -51,19 +53,24 @@ class Prices:
     def of(cls, config: HttpChatConfig) -> Prices:
         """Those that `config` names."""
         return cls(
-            prompt=config.price_per_million_prompt, cached=config.price_per_million_cached, completion=config.price_per_million_completion
+            prompt=config.price_per_million_prompt,
+            cached=config.price_per_million_cached,
+            completion=config.price_per_million_completion,
         )
 
     def cost(self, *, prompt_tokens: float, cached_tokens: float, completion_tokens: float) -> float:
         """Money for these tokens; `cached_tokens` are part of `prompt_tokens`."""
         fresh = (prompt_tokens - cached_tokens) * self.prompt
-        return (fresh + cached_tokens * (self.cached or self.prompt) + completion_tokens * self.completion) / MILLION
+        return (
+            fresh + cached_tokens * (self.cached or self.prompt) + completion_tokens * self.completion
+        ) / MILLION
 
 
 class Budget:
     """Tokens and money used so far, against their limits.
 
-    It is asked before a call and told after it, so calls that are in flight when a limit is reached can exceed it.
+    It is asked before a call and told after it, so calls that are in flight when a limit is reached can
+    exceed it.
     """
 
     def __init__(self, config: HttpChatConfig) -> None:
@@ -75,7 +82,9 @@ class Budget:
     def charge(self, usage: Usage) -> float:
         """Add a call's usage; returns what it cost."""
         cost = self._prices.cost(
-            prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens, completion_tokens=usage.completion_tokens
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
         )
         self.tokens += usage.total
         self.cost += cost
@@ -86,7 +95,11 @@ class Budget:
         config = self._config
         if 0 < config.max_tokens_total <= self.tokens:
             raise BudgetError(
-                f"simulator.openai.max_tokens_total={config.max_tokens_total}: used up ({self.tokens} tokens); raise it and resume the run"
+                f"simulator.openai.max_tokens_total={config.max_tokens_total}: used up ({self.tokens} "
+                f"tokens); raise it and resume the run"
             )
         if 0 < config.max_cost <= self.cost:
-            raise BudgetError(f"simulator.openai.max_cost={config.max_cost:g}: used up ({self.cost:.4f}); raise it and resume the run")
+            raise BudgetError(
+                f"simulator.openai.max_cost={config.max_cost:g}: used up ({self.cost:.4f}); raise it and "
+                f"resume the run"
+            )

@@ -1,4 +1,5 @@
-"""Which endpoint a call goes to, and when: failover, rests, the waits that endpoints ask for, and the pace of calls.
+"""Which endpoint a call goes to, and when: failover, rests, the waits that endpoints ask for, and the pace of
+calls.
 
 Times are seconds of the event loop's clock.
 """
@@ -37,19 +38,32 @@ def key_from_environment(name: str) -> str:
         return ""
     where = "simulator.openai.api_key_env"
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
-        raise ConfigError(f"{where}: not the name of an environment variable (capitals, digits, _); the key itself belongs in the variable")
+        raise ConfigError(
+            f"{where}: not the name of an environment variable (capitals, digits, _); the key itself "
+            f"belongs in the variable"
+        )
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ConfigError(f"{where}={name}: not set in the environment; export it, or leave the name empty where no key is needed")
+        raise ConfigError(
+            f"{where}={name}: not set in the environment; export it, or leave the name empty where no key "
+            f"is needed"
+        )
     if len(key) < SHORTEST_KEY:
-        raise ConfigError(f"{where}={name}: the variable holds fewer than {SHORTEST_KEY} characters, which is no key; leave the name empty")
+        raise ConfigError(
+            f"{where}={name}: the variable holds fewer than {SHORTEST_KEY} characters, which is no key; "
+            f"leave the name empty"
+        )
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError(f"{where}={name}: the variable holds blanks or other characters that no key has; export the key alone")
+        raise ConfigError(
+            f"{where}={name}: the variable holds blanks or other characters that no key has; export the key "
+            f"alone"
+        )
     return key
 
 
 def backoff_s(retry: int, longest_s: float, rng: random.Random) -> float:
-    """Seconds before the `retry`-th retry (from 1): uniform between 0 and a bound that doubles up to `longest_s`.
+    """Seconds before the `retry`-th retry (from 1): uniform between 0 and a bound that doubles up to
+    `longest_s`.
 
     Exponential backoff with full jitter (Brooker 2015, "Exponential Backoff And Jitter").
     """
@@ -57,7 +71,8 @@ def backoff_s(retry: int, longest_s: float, rng: random.Random) -> float:
 
 
 def parse_retry_after(value: str | None, now: datetime) -> float | None:
-    """Seconds that a `Retry-After` header asks for, given as seconds or as an HTTP date (RFC 9110, section 10.2.3).
+    """Seconds that a `Retry-After` header asks for, given as seconds or as an HTTP date (RFC 9110, section
+    10.2.3).
 
     None where there is none or it cannot be read; never negative, at most a day.
     """
@@ -136,20 +151,29 @@ def parse_address(address: str) -> Endpoint:
     except ValueError as error:
         raise ConfigError(f"{where}: {error}; use addresses such as http://127.0.0.1:8000/v1") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError(f"{where}: an address holds credentials or a query; put the key into the variable named by api_key_env")
+        raise ConfigError(
+            f"{where}: an address holds credentials or a query; put the key into the variable named by "
+            f"api_key_env"
+        )
     if not parts.hostname:
-        raise ConfigError(f"{where}: {address!r} names no host; use addresses such as http://127.0.0.1:8000/v1")
+        raise ConfigError(
+            f"{where}: {address!r} names no host; use addresses such as http://127.0.0.1:8000/v1"
+        )
     name = f"{parts.hostname}:{parts.port}" if has_port else parts.hostname
     return Endpoint(url=f"{address.rstrip('/')}/chat/completions", name=name)
 
 
 def select_endpoint(
-    endpoints: Sequence[Endpoint], *, now: float, refused_by: Collection[Endpoint], failed_last: Endpoint | None
+    endpoints: Sequence[Endpoint],
+    *,
+    now: float,
+    refused_by: Collection[Endpoint],
+    failed_last: Endpoint | None,
 ) -> Endpoint | None:
     """The endpoint for the next attempt; None where every one has refused this call.
 
-    The first in order that is neither closed, resting, nor the one that has just failed; where all are, the one that opens first,
-    and rests do not count then, since a rest only helps where somebody else can work.
+    The first in order that is neither closed, resting, nor the one that has just failed; where all are, the
+    one that opens first, and rests do not count then, since a rest only helps where somebody else can work.
 
     Raises:
         BudgetError: quota or credit is used up at every endpoint.
@@ -160,6 +184,10 @@ def select_endpoint(
     asked = [endpoint for endpoint in solvent if endpoint not in refused_by]
     return min(
         asked,
-        key=lambda endpoint: (max(endpoint.closed_until - now, 0.0), endpoint.rests_until > now, endpoint is failed_last),
+        key=lambda endpoint: (
+            max(endpoint.closed_until - now, 0.0),
+            endpoint.rests_until > now,
+            endpoint is failed_last,
+        ),
         default=None,
     )

@@ -1,9 +1,10 @@
 """A chat model behind OpenAI-compatible endpoints, hosted or one's own (`vllm serve`).
 
-Every attempt has one deadline from the connection to the last byte, and a body may only be so long. A failed attempt is repeated,
-at another endpoint where there is one, with exponential backoff; how long an endpoint asks to wait is obeyed. The key is read from
-the environment, sent to the configured addresses alone, and stands in no message, pickle or log. Failed attempts are handed around
-as values, not as exceptions, since those of the HTTP client hold the request and with it the key.
+Every attempt has one deadline from the connection to the last byte, and a body may only be so long. A failed
+attempt is repeated, at another endpoint where there is one, with exponential backoff; how long an endpoint
+asks to wait is obeyed. The key is read from the environment, sent to the configured addresses alone, and
+stands in no message, pickle or log. Failed attempts are handed around as values, not as exceptions, since
+those of the HTTP client hold the request and with it the key.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ NEVER_SENT = (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.LocalProtocol
 
 
 class HttpChat:
-    """A `ChatBackend` over HTTP; all state belongs to the event loop's thread. A pickle holds the configuration alone."""
+    """A `ChatBackend` over HTTP; all state belongs to the event loop's thread. A pickle holds the
+    configuration alone."""
 
     def __init__(self, *, config: HttpChatConfig) -> None:
         """Read the key from the environment; nothing is sent yet.
 
         Raises:
-            ConfigError: the environment lacks the key, it cannot stand in a header, or an address holds credentials.
+            ConfigError: the environment lacks the key, it cannot stand in a header, or an address holds
+                credentials.
         """
         self._config = config
         self._key = key_from_environment(config.api_key_env)
@@ -69,7 +72,10 @@ class HttpChat:
             logging.getLogger(name).setLevel(logging.WARNING)
 
     def __repr__(self) -> str:
-        return f"HttpChat(model={self._config.model!r}, endpoints={[endpoint.name for endpoint in self._endpoints]})"
+        return (
+            f"HttpChat(model={self._config.model!r}, "
+            f"endpoints={[endpoint.name for endpoint in self._endpoints]})"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(HttpChat, config=self._config), ()
@@ -77,8 +83,8 @@ class HttpChat:
     async def ask(self, request: ChatRequest) -> ChatAnswer:
         """See `ChatBackend`. A cancelled caller takes its attempt along.
 
-        A wait that endpoints ask for may last until (max_retries + 1) x timeout_s after the first attempt. Where all of them ask for
-        a longer one, it is a `BudgetError`: to go on later is all that is left.
+        A wait that endpoints ask for may last until (max_retries + 1) x timeout_s after the first attempt.
+        Where all of them ask for a longer one, it is a `BudgetError`: to go on later is all that is left.
         """
         started = time.perf_counter()
         try:
@@ -93,9 +99,14 @@ class HttpChat:
         self._window.answered(seconds)
         usage = reply.usage
         return ChatAnswer(
-            text=reply.text, prompt_tokens=usage.prompt_tokens, cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens, seconds=seconds, retries=retries, model=reply.model or self._config.model,
-        )  # fmt: skip
+            text=reply.text,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            seconds=seconds,
+            retries=retries,
+            model=reply.model or self._config.model,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Figures since the last call, see `HttpWindow`; the budget counts `cost` and `lost_cost`."""
@@ -135,7 +146,9 @@ class HttpChat:
                 raise _given_up(request, reasons)
             await asyncio.sleep(backoff_s(transient, config.max_backoff_s, self._rng))
 
-    async def _open_endpoint(self, refused_by: set[Endpoint], failed_last: Endpoint | None, give_up_at: float) -> Endpoint | None:
+    async def _open_endpoint(
+        self, refused_by: set[Endpoint], failed_last: Endpoint | None, give_up_at: float
+    ) -> Endpoint | None:
         """The endpoint for the next attempt, once it may be asked; None where none is left or it is too late.
 
         Raises:
@@ -144,12 +157,17 @@ class HttpChat:
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            endpoint = select_endpoint(self._endpoints, now=now, refused_by=refused_by, failed_last=failed_last)
+            endpoint = select_endpoint(
+                self._endpoints, now=now, refused_by=refused_by, failed_last=failed_last
+            )
             if endpoint is None:
                 return None
             wait_s = max(endpoint.closed_until - now, 0.0)
             if wait_s > self._patience_s:
-                raise BudgetError(f"{endpoint.name}: asks for no call within {wait_s:.0f} s (Retry-After); resume the run after that")
+                raise BudgetError(
+                    f"{endpoint.name}: asks for no call within {wait_s:.0f} s (Retry-After); resume the run "
+                    f"after that"
+                )
             if wait_s > 0 and now + wait_s > give_up_at:
                 return None
             if wait_s > 0:
@@ -162,15 +180,20 @@ class HttpChat:
                 return endpoint
 
     async def _attempt(self, endpoint: Endpoint, request: ChatRequest) -> Reply | Failure:
-        """One attempt within its deadline. Cancellation passes, and what the attempt may have cost is counted."""
+        """One attempt within its deadline. Cancellation passes, and what the attempt may have cost is
+        counted."""
         config, dialect = self._config, endpoint.dialect
-        body = request_body(request, model=config.model, response_format=config.response_format, dialect=dialect)
+        body = request_body(
+            request, model=config.model, response_format=config.response_format, dialect=dialect
+        )
         most = Usage(prompt_tokens=tokens_of(body), cached_tokens=0, completion_tokens=request.max_tokens)
         try:
             async with asyncio.timeout(config.timeout_s):
                 outcome = await self._exchange(endpoint, body)
         except TimeoutError:
-            outcome = Failure(fault=Fault.TIMEOUT, text=f"no whole answer within {config.timeout_s:g} s", lost=True)
+            outcome = Failure(
+                fault=Fault.TIMEOUT, text=f"no whole answer within {config.timeout_s:g} s", lost=True
+            )
         except asyncio.CancelledError:
             self._window.add_lost(most, self._budget.charge(most))
             raise
@@ -180,10 +203,14 @@ class HttpChat:
             line = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             outcome = Failure(fault=Fault.CONNECTION, text=line, lost=not isinstance(error, NEVER_SENT))
         if isinstance(outcome, Reply):
-            return replace(outcome, text=self._without_key(outcome.text), model=self._without_key(outcome.model))
+            return replace(
+                outcome, text=self._without_key(outcome.text), model=self._without_key(outcome.model)
+            )
         if outcome.lost:
             self._window.add_lost(most, self._budget.charge(most))
-        return replace(outcome, text=self._without_key(outcome.text), can_adapt=dialect.adapted(outcome) != dialect)
+        return replace(
+            outcome, text=self._without_key(outcome.text), can_adapt=dialect.adapted(outcome) != dialect
+        )
 
     async def _exchange(self, endpoint: Endpoint, body: bytes) -> Reply | Failure:
         # Identity: a small compressed body could unpack into a huge one.
@@ -195,12 +222,19 @@ class HttpChat:
             async for chunk in response.aiter_raw():
                 raw += chunk
                 if len(raw) > MAX_BODY_BYTES:
-                    return Failure(fault=Fault.TOO_LARGE, text=f"a body of more than {MAX_BODY_BYTES} bytes", lost=True)
-            status, wait_s = response.status_code, parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
+                    return Failure(
+                        fault=Fault.TOO_LARGE, text=f"a body of more than {MAX_BODY_BYTES} bytes", lost=True
+                    )
+            status, wait_s = (
+                response.status_code,
+                parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC)),
+            )
         if status == 200:
             return read_success(bytes(raw), sent=body)
         # Before the message is cut: half a key would not be found afterwards.
-        return read_error(status, self._without_key(raw.decode("utf-8", "replace")).encode(), retry_after_s=wait_s)
+        return read_error(
+            status, self._without_key(raw.decode("utf-8", "replace")).encode(), retry_after_s=wait_s
+        )
 
     def _account(self, endpoint: Endpoint, outcome: Reply | Failure) -> None:
         """Count an attempt, once, and remember how its endpoint did."""
@@ -214,7 +248,9 @@ class HttpChat:
         if outcome.retry_after_s is not None:
             endpoint.closed_until = max(endpoint.closed_until, now + outcome.retry_after_s)
         if outcome.fault is Fault.QUOTA:
-            endpoint.exhausted = f"{endpoint.name}: quota or credit is used up: {outcome.text}; top it up and resume the run"
+            endpoint.exhausted = (
+                f"{endpoint.name}: quota or credit is used up: {outcome.text}; top it up and resume the run"
+            )
         elif outcome.fault is Fault.REFUSED:
             endpoint.dialect = endpoint.dialect.adapted(outcome)
         else:
@@ -225,7 +261,8 @@ class HttpChat:
 
 
 def share(config: HttpChatConfig, parts: int) -> HttpChatConfig:
-    """`config` with a `parts`-th of each limit that holds over all replicas, for each of `parts` backends that do not share state."""
+    """`config` with a `parts`-th of each limit that holds over all replicas, for each of `parts` backends
+    that do not share state."""
     return replace(
         config,
         max_concurrent=max(config.max_concurrent // parts, 1),
@@ -236,5 +273,9 @@ def share(config: HttpChatConfig, parts: int) -> HttpChatConfig:
 
 
 def _given_up(request: ChatRequest, reasons: list[str]) -> BoundaryError:
-    why = f" in {len(reasons)} attempts; last: {reasons[-1]}" if reasons else " in time: the endpoint was closed or the queue too long"
+    why = (
+        f" in {len(reasons)} attempts; last: {reasons[-1]}"
+        if reasons
+        else " in time: the endpoint was closed or the queue too long"
+    )
     return BoundaryError(f"{request.key}: no answer{why}")

@@ -14,14 +14,17 @@ EXTRA = ("estimated_usage", "cost", "lost_attempts", "lost_tokens", "lost_cost")
 
 @dataclass(kw_only=True, slots=True)
 class HttpWindow(ChatWindow):
-    """Counts of one window. Tokens are those of every attempt that said what it used, useless answers included.
+    """Counts of one window. Tokens are those of every attempt that said what it used, useless answers
+    included.
 
     Attributes:
         faults: attempts that failed, by what went wrong.
         estimated_usage: answers whose tokens were estimated, since the endpoint did not give them.
         cost: of the window's tokens at the configured prices.
-        lost_attempts: attempts that an endpoint may charge for and that never said what they used: cut off, late or cancelled.
-        lost_tokens: estimate of what they used, with all that they might have sampled; in none of the counts above.
+        lost_attempts: attempts that an endpoint may charge for and that never said what they used: cut off,
+            late or cancelled.
+        lost_tokens: estimate of what they used, with all that they might have sampled; in none of the counts
+            above.
         lost_cost: the same in money.
     """
 
@@ -52,7 +55,8 @@ class HttpWindow(ChatWindow):
         self.lost_cost += cost
 
     def values(self) -> dict[str, float]:
-        """The counts by name, `fault_<kind>` for every kind; latencies (seconds) only where anything was answered."""
+        """The counts by name, `fault_<kind>` for every kind; latencies (seconds) only where anything was
+        answered."""
         return {
             **ChatWindow.values(self),
             **{name: float(getattr(self, name)) for name in EXTRA},

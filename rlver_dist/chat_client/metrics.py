@@ -51,5 +51,16 @@ class ChatWindow:
 
     def values(self) -> dict[str, float]:
         """The counts by name; latencies (seconds) only where anything was answered."""
-        counts = ("calls", "failures", "cancelled", "retries", "prompt_tokens", "cached_tokens", "completion_tokens")
-        return {**{name: float(getattr(self, name)) for name in counts}, **latency_metrics("latency", self.latencies_s)}
+        counts = (
+            "calls",
+            "failures",
+            "cancelled",
+            "retries",
+            "prompt_tokens",
+            "cached_tokens",
+            "completion_tokens",
+        )
+        return {
+            **{name: float(getattr(self, name)) for name in counts},
+            **latency_metrics("latency", self.latencies_s),
+        }

@@ -16,14 +16,16 @@ class ChatRequest:
     """One call.
 
     Attributes:
-        key: names the call in errors and logs, for example `<dialogue_id>/<turn>/appraise`; equal keys have equal content.
+        key: names the call in errors and logs, for example `<dialogue_id>/<turn>/appraise`; equal keys have
+            equal content.
         messages: in order, the part that is constant over many calls first.
         schema_name: letters, digits, `_` and `-`.
         schema: JSON schema that the answer must follow.
         max_tokens: most tokens of the answer.
         temperature: 0 for greedy decoding.
         seed: of the sampling; without effect at temperature 0.
-        affinity: equal values share a long prefix (the persona's id), so that a backend can send them to the same cache.
+        affinity: equal values share a long prefix (the persona's id), so that a backend can send them to the
+            same cache.
     """
 
     key: str

@@ -1,4 +1,5 @@
-"""The OpenAI-compatible wire format: a request's body, and what a response means. Whatever an endpoint sends is untrusted."""
+"""The OpenAI-compatible wire format: a request's body, and what a response means. Whatever an endpoint sends
+is untrusted."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MOST_TOKENS = 10_000_000
 LONGEST_EXCERPT = 200
 """Characters of an endpoint's own words in an error."""
 QUOTA_CODES = frozenset(
-    "insufficient_quota billing_hard_limit_reached billing_not_active insufficient_balance exceeded_current_quota_error".split()
+    "insufficient_quota billing_hard_limit_reached billing_not_active insufficient_balance "
+    "exceeded_current_quota_error".split()
 )
 """What endpoints call a quota or credit that waiting does not refill, in an error's `code` or `type`."""
 NEWER_TOKEN_FIELD = "max_completion_tokens"
@@ -63,7 +65,8 @@ class Failure:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Reply:
-    """An attempt with an answer: the model's text, what it cost, and who answered (empty where the endpoint does not say)."""
+    """An attempt with an answer: the model's text, what it cost, and who answered (empty where the endpoint
+    does not say)."""
 
     text: str
     usage: Usage
@@ -72,10 +75,12 @@ class Reply:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Dialect:
-    """How endpoints differ. The defaults are what most servers know; an endpoint that refuses one names it in its error.
+    """How endpoints differ. The defaults are what most servers know; an endpoint that refuses one names it in
+    its error.
 
     Attributes:
-        token_field: name of the limit of the answer; some hosted models take only the newer `max_completion_tokens`.
+        token_field: name of the limit of the answer; some hosted models take only the newer
+            `max_completion_tokens`.
         length_bounds: the schema may bound the length of strings; hosted strict modes may not take that.
     """
 
@@ -93,7 +98,9 @@ class Dialect:
         return self
 
 
-def request_body(request: ChatRequest, *, model: str, response_format: ResponseFormat, dialect: Dialect) -> bytes:
+def request_body(
+    request: ChatRequest, *, model: str, response_format: ResponseFormat, dialect: Dialect
+) -> bytes:
     """The JSON body of one call. For `json_object` the schema goes to the end of the system message."""
     messages = request.messages
     if response_format is ResponseFormat.json_object:
@@ -101,7 +108,10 @@ def request_body(request: ChatRequest, *, model: str, response_format: ResponseF
         format_field: dict[str, Any] = {"type": "json_object"}
     else:
         schema = request.schema if dialect.length_bounds else _without_lengths(request.schema)
-        format_field = {"type": "json_schema", "json_schema": {"name": request.schema_name, "schema": schema, "strict": True}}
+        format_field = {
+            "type": "json_schema",
+            "json_schema": {"name": request.schema_name, "schema": schema, "strict": True},
+        }
     body = {
         "model": model,
         "messages": [{"role": message.role.value, "content": message.text} for message in messages],
@@ -114,7 +124,10 @@ def request_body(request: ChatRequest, *, model: str, response_format: ResponseF
 
 
 def _with_schema(messages: tuple[Message, ...], schema: dict[str, Any]) -> tuple[Message, ...]:
-    order = f"Answer with one JSON object that follows this JSON schema, and nothing else:\n{json.dumps(schema, ensure_ascii=False)}"
+    order = (
+        f"Answer with one JSON object that follows this JSON schema, and nothing "
+        f"else:\n{json.dumps(schema, ensure_ascii=False)}"
+    )
     if messages and messages[0].role is Role.SYSTEM:
         return (Message(role=Role.SYSTEM, text=f"{messages[0].text}\n\n{order}"), *messages[1:])
     return (Message(role=Role.SYSTEM, text=order), *messages)
@@ -127,7 +140,8 @@ def _without_lengths(schema: Any) -> Any:
 
 
 def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
-    """What a response with status 200 holds. Without a usable `usage` tokens are estimated from the bytes of body and answer.
+    """What a response with status 200 holds. Without a usable `usage` tokens are estimated from the bytes of
+    body and answer.
 
     A refusal of the model is its answer: it breaks the schema, which is the asker's matter.
     """
@@ -140,11 +154,19 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
     message = _field(choices[0], "message") if isinstance(choices, list) and choices else None
     text = _field(message, "content") or _field(message, "refusal")
     if not isinstance(text, str) or not _is_unicode(text):
-        return Failure(fault=Fault.MALFORMED, text="no text in choices[0].message.content", usage=usage, lost=usage is None)
+        return Failure(
+            fault=Fault.MALFORMED,
+            text="no text in choices[0].message.content",
+            usage=usage,
+            lost=usage is None,
+        )
     if usage is None:
         usage = Usage(
-            prompt_tokens=tokens_of(sent), cached_tokens=0, completion_tokens=tokens_of(text.encode("utf-8")), estimated=True
-        )  # fmt: skip
+            prompt_tokens=tokens_of(sent),
+            cached_tokens=0,
+            completion_tokens=tokens_of(text.encode("utf-8")),
+            estimated=True,
+        )
     model = _field(body, "model")
     return Reply(text=text, usage=usage, model=one_line(model) if isinstance(model, str) else "")
 
@@ -160,13 +182,18 @@ def read_error(status: int, raw: bytes, *, retry_after_s: float | None) -> Failu
     if status >= 500 or status in RETRIED_STATUS:
         return Failure(fault=Fault.SERVER, text=line, retry_after_s=retry_after_s)
     if 300 <= status < 400:
-        return Failure(fault=Fault.REFUSED, text=f"HTTP {status}: a redirect, which is not followed; name the final address")
+        return Failure(
+            fault=Fault.REFUSED,
+            text=f"HTTP {status}: a redirect, which is not followed; name the final address",
+        )
     return Failure(fault=Fault.REFUSED, text=line)
 
 
 def one_line(text: str) -> str:
     """`text` without line ends and control characters, cut to `LONGEST_EXCERPT` characters."""
-    printable = "".join(character if character.isprintable() else " " for character in text[: 10 * LONGEST_EXCERPT])
+    printable = "".join(
+        character if character.isprintable() else " " for character in text[: 10 * LONGEST_EXCERPT]
+    )
     return " ".join(printable.split())[:LONGEST_EXCERPT]
 
 
@@ -210,7 +237,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _loads(raw: bytes) -> Any:
-    """Strict JSON: no NaN, no infinity. Raises `ValueError` in every other case, very deep nesting included."""
+    """Strict JSON: no NaN, no infinity. Raises `ValueError` in every other case, very deep nesting
+    included."""
     try:
         return json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:

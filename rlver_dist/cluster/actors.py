@@ -1,7 +1,9 @@
-"""The plain classes, wrapped as Ray actors once, here; their names are what `ray list actors` and the dashboard show.
+"""The plain classes, wrapped as Ray actors once, here; their names are what `ray list actors` and the
+dashboard show.
 
-Every actor asks Ray for no cores of its own: engines, learners and services of a run take turns, and their threads are set by the
-layout. Heavy packages are imported inside the actors, so that vLLM and DeepSpeed never meet in one process.
+Every actor asks Ray for no cores of its own: engines, learners and services of a run take turns, and their
+threads are set by the layout. Heavy packages are imported inside the actors, so that vLLM and DeepSpeed never
+meet in one process.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ if TYPE_CHECKING:
 PROGRESS_THREAD = "progress"
 """Name of the thread of a learner's actor that answers `progress` while another one computes."""
 MAX_CONCURRENCY = 4096
-"""Calls that wait inside one engine or service actor; Ray's own limit of 1,000 would stall a large batch unseen."""
+"""Calls that wait inside one engine or service actor; Ray's own limit of 1,000 would stall a large batch
+unseen."""
 
 
 def _embedded_users(configs: Mapping[str, SimulatorConfig]) -> dict[str, EmbeddedSimulator]:
@@ -44,10 +47,15 @@ def _embedded_users(configs: Mapping[str, SimulatorConfig]) -> dict[str, Embedde
     from rlver_dist.simulator.rules.user import EmbeddedSimulator
 
     appraiser = EmbeddedAppraiser()
-    return {name: EmbeddedSimulator(rules=resolve_rules(config), appraiser=appraiser) for name, config in configs.items()}
+    return {
+        name: EmbeddedSimulator(rules=resolve_rules(config), appraiser=appraiser)
+        for name, config in configs.items()
+    }
 
 
-def _llm_users(backend: ChatBackend, judges: Sequence[ChatBackend], configs: Mapping[str, SimulatorConfig]) -> dict[str, LlmSimulator]:
+def _llm_users(
+    backend: ChatBackend, judges: Sequence[ChatBackend], configs: Mapping[str, SimulatorConfig]
+) -> dict[str, LlmSimulator]:
     from rlver_dist.simulator.llm.judges import llm_users
     from rlver_dist.simulator.presets import resolve_rules
 
@@ -58,7 +66,8 @@ def _llm_users(backend: ChatBackend, judges: Sequence[ChatBackend], configs: Map
 
 
 class RewardServiceActor:
-    """One replica of the reward service: simulated users under the run's rules (`train`) and under SAGE's (`evaluation`)."""
+    """One replica of the reward service: simulated users under the run's rules (`train`) and under SAGE's
+    (`evaluation`)."""
 
     def __init__(self, simulator: SimulatorConfig, engines: Sequence[ActorHandle]) -> None:
         """`engines` are the users' own, `ChatEngine`s; empty where the backend needs none."""
@@ -88,8 +97,8 @@ class RewardServiceActor:
         return await self._suites[suite].respond(request)
 
     async def metrics(self) -> dict[str, float]:
-        """Of the training users since the last call, as `chat_<name>` of the chat model, which speaks for all users, and as
-        `judge_<i>_chat_<name>` of the models that only judge, i from 2 on."""
+        """Of the training users since the last call, as `chat_<name>` of the chat model, which speaks for all
+        users, and as `judge_<i>_chat_<name>` of the models that only judge, i from 2 on."""
         values = self._suites["train"].metrics()
         if self._backend is None:
             return values
@@ -107,7 +116,8 @@ class RewardServiceActor:
         return None
 
     def _http_chat(self, model: str) -> ChatBackend:
-        """`model` at the endpoints, with this replica's part of the limits that hold for all models together."""
+        """`model` at the endpoints, with this replica's part of the limits that hold for all models
+        together."""
         from rlver_dist.chat_client.http import HttpChat, share
 
         simulator = self._simulator
@@ -116,11 +126,17 @@ class RewardServiceActor:
 
 
 class LearnerActor:
-    """One rank of a learner. Built in two steps, because rank 0's node and port are known only once it runs."""
+    """One rank of a learner. Built in two steps, because rank 0's node and port are known only once it
+    runs."""
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: str, threads: int) -> None:
         self._config, self._rank = config, rank
-        self._place: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device, "num_threads": threads}
+        self._place: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "device": device,
+            "num_threads": threads,
+        }
         self._learner: Any = None
 
     def rendezvous(self) -> tuple[str, int]:
@@ -159,7 +175,9 @@ class CriticLearnerActor(LearnerActor):
         """Join the process group and load the model."""
         from rlver_dist.learner.critic import CriticLearner
 
-        self._learner = CriticLearner(config=self._config, master_address=master_address, master_port=master_port, **self._place)
+        self._learner = CriticLearner(
+            config=self._config, master_address=master_address, master_port=master_port, **self._place
+        )
 
     def values(self, samples: list[TurnSample]) -> list[Tensor]:
         """`CriticLearner.values`."""
@@ -180,7 +198,11 @@ class PolicyLearnerActor(LearnerActor):
         from rlver_dist.learner.policy import PolicyLearner
 
         self._learner = PolicyLearner(
-            config=self._config, master_address=master_address, master_port=master_port, model_path=model_path, **self._place
+            config=self._config,
+            master_address=master_address,
+            master_port=master_port,
+            model_path=model_path,
+            **self._place,
         )
 
     def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
@@ -215,9 +237,12 @@ class PolicyLearnerActor(LearnerActor):
         """`PolicyLearner.write_weights`."""
         self._started.write_weights(path)
 
-    def connect_engines(self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int) -> None:
+    def connect_engines(
+        self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int
+    ) -> None:
         """The learner's half of the NCCL transfer group; rank 0 calls the engines. GPUs only."""
-        # The one place where vLLM enters a DeepSpeed process: vLLM's NCCL sender has no other home. Nothing of it is served here.
+        # The one place where vLLM enters a DeepSpeed process: vLLM's NCCL sender has no other home. Nothing
+        # of it is served here.
         from rlver_dist.rollout.weight_transfer import EngineCalls, LearnerWeights, nccl_sender
 
         def all_engines(method: str, *arguments: Any) -> None:
@@ -234,7 +259,9 @@ class PolicyLearnerActor(LearnerActor):
             finish=partial(all_engines, "finish_update"),
         )
         source = LearnerWeights(self._started.metadata(), self._started.iter_full_tensors)
-        self._sender = nccl_sender(rank=self._rank, master_address=address, master_port=port, calls=self._calls, source=source)
+        self._sender = nccl_sender(
+            rank=self._rank, master_address=address, master_port=port, calls=self._calls, source=source
+        )
 
     def send_weights(self, version: int) -> None:
         """Broadcast all weights to the connected engines, labelled `version`."""

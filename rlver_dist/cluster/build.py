@@ -25,7 +25,8 @@ from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.tracking.service_metrics import service_metrics
 
 PROBE_TEXT = (
-    "My sister has not spoken to me since the funeral in May. I wrote her two letters and tore up the first one, because every line "
+    "My sister has not spoken to me since the funeral in May. I wrote her two letters and tore up the first "
+    "one, because every line "
     "of it sounded like an excuse. What would you have done?"
 )
 """The fixed prompt of the post-sync probe; any ordinary text of some 60 tokens does."""
@@ -59,7 +60,9 @@ class Built:
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
         closing = [*self.engines.engines, *self.user_engines, *self._learner_ranks]
-        await asyncio.wait([asyncio.wrap_future(actor.close.remote().future()) for actor in closing], timeout=20)
+        await asyncio.wait(
+            [asyncio.wrap_future(actor.close.remote().future()) for actor in closing], timeout=20
+        )
         for actor in [*closing, *self.replicas]:
             ray.kill(actor)
         if self.group is not None:
@@ -131,7 +134,9 @@ async def _start(built: Built, layout: Layout, console: Console, warm_start: Pat
                 if layout.shares_gpus:
                     # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
                     await waiting[-1]
-        waiting.append(asyncio.ensure_future(built.learner.start(None if warm_start is None else str(warm_start))))
+        waiting.append(
+            asyncio.ensure_future(built.learner.start(None if warm_start is None else str(warm_start)))
+        )
         if built.critic:
             waiting.append(asyncio.ensure_future(built.critic.start()))
         waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in built.replicas]

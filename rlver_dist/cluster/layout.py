@@ -1,7 +1,7 @@
 """Which device holds what: pure arithmetic, no Ray.
 
-A layout is derived from the configuration and the number of GPUs and cores. `session.py` asks Ray for them, `preflight/dry_run.py`
-prints it.
+A layout is derived from the configuration and the number of GPUs and cores. `session.py` asks Ray for them,
+`preflight/dry_run.py` prints it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Layout:
         critic_ranks: data-parallel ranks of the critic learner; 0 where there is none.
         reward_replicas: reward service actors.
         gpus_per_learner_rank: GPUs that Ray reserves for each rank of policy or critic; 0 on CPUs.
-        threads: threads of each learner rank, and on CPUs of each engine. On GPUs the learner ranks, which step offloaded optimizers on
-            the host, share out the cores; engines choose their own.
+        threads: threads of each learner rank, and on CPUs of each engine. On GPUs the learner ranks, which
+            step offloaded optimizers on the host, share out the cores; engines choose their own.
         weight_transfer: vLLM weight-transfer backend, "shared_file" or "nccl".
     """
 
@@ -88,7 +88,8 @@ class Layout:
         return {"policy_learner": str(self.learner_ranks)} | critic
 
     def require_ranks(self, checkpoint: str, written: Mapping[str, str]) -> None:
-        """Refuse to go on from `checkpoint`, which notes `written`, with other ranks: each holds its own part of the optimizer's state.
+        """Refuse to go on from `checkpoint`, which notes `written`, with other ranks: each holds its own part
+        of the optimizer's state.
 
         Raises:
             DataError: names a learner, its ranks there and here, and the option.
@@ -97,7 +98,8 @@ class Layout:
             if written.get(learner, ranks) != ranks:
                 total = sum(int(written.get(name, here)) for name, here in self.ranks.items())
                 raise DataError(
-                    f"{checkpoint} was written with {learner} ranks={written[learner]} and this run has {ranks}; use "
+                    f"{checkpoint} was written with {learner} ranks={written[learner]} and this run has "
+                    f"{ranks}; use "
                     f"cluster.learner_ranks={total}, with cluster.engines, or another output_dir"
                 )
 
@@ -118,7 +120,10 @@ class Layout:
         share = f"{self.threads} threads, sharing the cores in turn"
 
         def engines(name: str, group: EngineGroup) -> list[str]:
-            on_gpu = f"{group.tensor_parallel} x {group.gpus_per_rank:g} GPU, {group.gpu_memory_fraction:.0%} of its memory"
+            on_gpu = (
+                f"{group.tensor_parallel} x {group.gpus_per_rank:g} GPU, {group.gpu_memory_fraction:.0%} of "
+                f"its memory"
+            )
             return [f"{_names(name, group.count)}: {share if on_cpu else on_gpu}"] if group.count else []
 
         learner = share if on_cpu else f"{self.gpus_per_learner_rank:g} GPU"
@@ -146,15 +151,20 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int, num_nodes
         num_nodes: nodes that Ray may place actors on.
 
     Raises:
-        ResourceError: not enough GPUs, or more nodes than one where weights travel by file; says what is needed, what is there, and what
-            would run here.
+        ResourceError: not enough GPUs, or more nodes than one where weights travel by file; says what is
+            needed, what is there, and what would run here.
         ConfigError: shares of GPUs would let members of one group meet on a GPU.
     """
     layout = _place(config, num_gpus, num_cpus)
     if layout.weight_transfer == "shared_file" and num_nodes > 1:
-        whole = "" if layout.device == "cpu" else ", or give every engine and learner rank a whole GPU (cluster.gpus_per_*)"
+        whole = (
+            ""
+            if layout.device == "cpu"
+            else ", or give every engine and learner rank a whole GPU (cluster.gpus_per_*)"
+        )
         raise ResourceError(
-            f"weights travel by a file in one node's memory here and Ray's cluster has {num_nodes} nodes; leave cluster.address and "
+            f"weights travel by a file in one node's memory here and Ray's cluster has {num_nodes} nodes; "
+            f"leave cluster.address and "
             f"RAY_ADDRESS unset, so that Ray starts on this machine{whole}"
         )
     return layout
@@ -163,10 +173,15 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int, num_nodes
 def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
     cluster = config.cluster
     if cluster.device is Device.auto and num_gpus == 0:
-        raise ResourceError("this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add +on=cpu")
+        raise ResourceError(
+            "this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add "
+            "+on=cpu"
+        )
     if cluster.device is Device.cpu:
         return _on_cpu(config, num_cpus)
-    policy, users, ranks, share = _derived(config, num_gpus) if cluster.engines == 0 else _as_configured(config)
+    policy, users, ranks, share = (
+        _derived(config, num_gpus) if cluster.engines == 0 else _as_configured(config)
+    )
     policy_ranks, critic_ranks, learner_share = _split_ranks(ranks, share, config.has_critic)
     _require_apart("cluster.gpus_per_engine_rank", policy.gpus_per_rank, policy.tensor_parallel)
     _require_apart("simulator.engine.gpus_per_rank", users.gpus_per_rank, users.tensor_parallel)
@@ -184,21 +199,33 @@ def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
         weight_transfer="nccl" if min(policy.gpus_per_rank, share) == 1 else "shared_file",
     )
     if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
-        way_out = "launch/local.sh, or add +on=cpu" if num_gpus == 0 else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"
+        way_out = (
+            "launch/local.sh, or add +on=cpu"
+            if num_gpus == 0
+            else f"the same with +on={'node8' if num_gpus >= 8 else 'gpu1'}"
+        )
         raise ResourceError(
-            f"this run needs {layout.num_gpus:g} GPUs ({layout.split}) and Ray sees {num_gpus}; on this machine, run: {way_out}"
+            f"this run needs {layout.num_gpus:g} GPUs ({layout.split}) and Ray sees {num_gpus}; on this "
+            f"machine, run: {way_out}"
         )
     return layout
 
 
 def _require_apart(key: str, share: float, members: int) -> None:
-    """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it refuses that when they start."""
+    """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it
+    refuses that when they start."""
     apart = members <= 1 or share > 0.5
-    require(apart, key, share, f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU")
+    require(
+        apart,
+        key,
+        share,
+        f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU",
+    )
 
 
 def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, float]:
-    """(policy's engines, users' engines, learner ranks, GPUs a learner rank) as the configuration has them."""
+    """(policy's engines, users' engines, learner ranks, GPUs a learner rank) as the configuration has
+    them."""
     cluster = config.cluster
     policy = EngineGroup(
         count=cluster.engines,
@@ -206,7 +233,12 @@ def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, fl
         gpus_per_rank=cluster.gpus_per_engine_rank,
         gpu_memory_fraction=cluster.gpu_memory_fraction,
     )
-    return policy, _users(config.simulator, max(config.simulator.engine.engines, 1)), cluster.learner_ranks, cluster.gpus_per_learner_rank
+    return (
+        policy,
+        _users(config.simulator, max(config.simulator.engine.engines, 1)),
+        cluster.learner_ranks,
+        cluster.gpus_per_learner_rank,
+    )
 
 
 def _users(simulator: SimulatorConfig, count: int) -> EngineGroup:
@@ -223,17 +255,22 @@ def _users(simulator: SimulatorConfig, count: int) -> EngineGroup:
 
 
 def _derived(config: RunConfig, num_gpus: int) -> tuple[EngineGroup, EngineGroup, int, float]:
-    """The same from the number of GPUs: a quarter for the users' engines, where there are any, and half of the rest for the policy's."""
+    """The same from the number of GPUs: a quarter for the users' engines, where there are any, and half of
+    the rest for the policy's."""
     simulator, tensor_parallel = config.simulator, config.cluster.tensor_parallel
     if num_gpus == 1 and simulator.uses_engines:
         users = EngineGroup(count=1, gpus_per_rank=0.3, gpu_memory_fraction=0.25)
         return EngineGroup(count=1, gpus_per_rank=0.2, gpu_memory_fraction=0.15), users, 1, 0.5
-    users = _users(simulator, simulator.engine.engines or max(num_gpus // 4 // simulator.engine.tensor_parallel, 1))
+    users = _users(
+        simulator, simulator.engine.engines or max(num_gpus // 4 // simulator.engine.tensor_parallel, 1)
+    )
     left = num_gpus - math.ceil(users.num_gpus)
     if left == 1:
         return EngineGroup(count=1, gpus_per_rank=0.4, gpu_memory_fraction=0.35), users, 1, 0.6
     count = max(left // 2 // tensor_parallel, 1)
-    policy = EngineGroup(count=count, tensor_parallel=tensor_parallel, gpus_per_rank=1.0, gpu_memory_fraction=0.85)
+    policy = EngineGroup(
+        count=count, tensor_parallel=tensor_parallel, gpus_per_rank=1.0, gpu_memory_fraction=0.85
+    )
     return policy, users, left - policy.ranks, 1.0
 
 

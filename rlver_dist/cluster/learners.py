@@ -18,7 +18,8 @@ from rlver_dist.tracking.metrics import Metric
 
 
 class LearnerGroup:
-    """Every call goes to every rank, since each one is collective; where all answer alike, rank 0's answer counts."""
+    """Every call goes to every rank, since each one is collective; where all answer alike, rank 0's answer
+    counts."""
 
     def __init__(self, ranks: Sequence[ActorHandle]) -> None:
         self.ranks = list(ranks)
@@ -55,7 +56,9 @@ class CriticGroup(LearnerGroup):
         """Value before each trained token of each sample."""
         return (await self._all("values", ray.put(samples)))[0]
 
-    async def update(self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]) -> list[Metric]:
+    async def update(
+        self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]
+    ) -> list[Metric]:
         """Optimizer steps towards `returns`."""
         return await self._metrics("update", ray.put(samples), ray.put(values), ray.put(returns))
 
@@ -63,7 +66,9 @@ class CriticGroup(LearnerGroup):
 class PolicyGroup(LearnerGroup):
     """The policy learner's ranks."""
 
-    async def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
+    async def update(
+        self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float
+    ) -> list[Metric]:
         """Optimizer steps."""
         return await self._metrics("update", ray.put(samples), ray.put(advantages), kl_coef)
 

@@ -1,4 +1,5 @@
-"""The run's metrics as Ray metrics: the dashboard's `/metrics` and Prometheus see every key of docs/metrics.md."""
+"""The run's metrics as Ray metrics: the dashboard's `/metrics` and Prometheus see every key of
+docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class RayMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Publish one iteration's values; those that are not finite are left out, as Prometheus would draw them as gaps anyway."""
+        """Publish one iteration's values; those that are not finite are left out, as Prometheus would draw
+        them as gaps anyway."""
         for key, value in metrics.items():
             name = "rlver_" + key.replace("/", "_")
             if name not in self._gauges:

@@ -9,7 +9,13 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlver_dist.bundled_models import resolve
-from rlver_dist.cluster.actors import MAX_CONCURRENCY, PROGRESS_THREAD, CriticLearnerActor, PolicyLearnerActor, RewardServiceActor
+from rlver_dist.cluster.actors import (
+    MAX_CONCURRENCY,
+    PROGRESS_THREAD,
+    CriticLearnerActor,
+    PolicyLearnerActor,
+    RewardServiceActor,
+)
 from rlver_dist.cluster.layout import EngineGroup, Layout
 from rlver_dist.config.enums import Device
 from rlver_dist.config.run import RunConfig
@@ -18,15 +24,18 @@ from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
-    # Engine and learner share the cores in turn: threads that wait spin for a moment, since waking them for every small operation
-    # costs more, then sleep, since the other one needs the core.
+    # Engine and learner share the cores in turn: threads that wait spin for a moment, since waking them for
+    # every small operation costs more, then sleep, since the other one needs the core.
     "GOMP_SPINCOUNT": "20000",
 }
 LEARNER_SPIN_COUNT = "300000"
-"""While a learner computes, engine and users are idle, and its threads may spin for longer: its forward pass takes a tenth less time."""
+"""While a learner computes, engine and users are idle, and its threads may spin for longer: its forward pass
+takes a tenth less time."""
 
 
-def policy_engines(config: RunConfig, layout: Layout, group: PlacementGroup | None, end_token_id: int) -> list[Any]:
+def policy_engines(
+    config: RunConfig, layout: Layout, group: PlacementGroup | None, end_token_id: int
+) -> list[Any]:
     """`PolicyEngine` actors, `rollout_engine_<n>`."""
     settings = EngineSettings(
         model_path=resolve(config.model.path),
@@ -44,7 +53,10 @@ def policy_engines(config: RunConfig, layout: Layout, group: PlacementGroup | No
         distributed_executor="ray" if layout.policy.tensor_parallel > 1 else None,
     )
     actor: Any = ray.remote(PolicyEngine)
-    return [actor.options(**options).remote(settings) for options in _engine_options("rollout_engine", layout, layout.policy, group, 0)]
+    return [
+        actor.options(**options).remote(settings)
+        for options in _engine_options("rollout_engine", layout, layout.policy, group, 0)
+    ]
 
 
 def user_engines(config: RunConfig, layout: Layout, group: PlacementGroup | None) -> list[Any]:
@@ -71,11 +83,17 @@ def user_engines(config: RunConfig, layout: Layout, group: PlacementGroup | None
     return [actor.options(**options).remote(settings, engine.model) for options in every]
 
 
-def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | None, *, critic: bool) -> list[Any]:
+def learner_ranks(
+    config: RunConfig, layout: Layout, group: PlacementGroup | None, *, critic: bool
+) -> list[Any]:
     """Ranks of the policy learner, or of the critic, whose bundles come after the policy's."""
     remote: Any = ray.remote  # whose type knows no concurrency groups
-    actor = remote(concurrency_groups={PROGRESS_THREAD: 1})(CriticLearnerActor if critic else PolicyLearnerActor)
-    name, ranks = ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
+    actor = remote(concurrency_groups={PROGRESS_THREAD: 1})(
+        CriticLearnerActor if critic else PolicyLearnerActor
+    )
+    name, ranks = (
+        ("critic_learner", layout.critic_ranks) if critic else ("policy_learner", layout.learner_ranks)
+    )
     first = layout.policy.ranks + layout.users.ranks + (layout.learner_ranks if critic else 0)
     return [
         actor.options(**_learner_options(f"{name}_{rank}", layout, group, first + rank)).remote(
@@ -88,19 +106,31 @@ def learner_ranks(config: RunConfig, layout: Layout, group: PlacementGroup | Non
 def reward_services(config: RunConfig, layout: Layout, engines: list[Any]) -> list[Any]:
     """`RewardServiceActor`s, `reward_service_<n>`, in front of the users' `engines`."""
     actor: Any = ray.remote(RewardServiceActor)
-    return [actor.options(**_service_options(index)).remote(config.simulator, engines) for index in range(layout.reward_replicas)]
+    return [
+        actor.options(**_service_options(index)).remote(config.simulator, engines)
+        for index in range(layout.reward_replicas)
+    ]
 
 
 def _service_options(index: int) -> dict[str, Any]:
     runtime_env = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    return {"name": f"reward_service_{index}", "num_cpus": 0, "max_concurrency": MAX_CONCURRENCY, "runtime_env": runtime_env}
+    return {
+        "name": f"reward_service_{index}",
+        "num_cpus": 0,
+        "max_concurrency": MAX_CONCURRENCY,
+        "runtime_env": runtime_env,
+    }
 
 
-def _options(name: str, layout: Layout, group: PlacementGroup | None, bundle: int, gpus: float) -> dict[str, Any]:
+def _options(
+    name: str, layout: Layout, group: PlacementGroup | None, bundle: int, gpus: float
+) -> dict[str, Any]:
     options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": gpus}
     if group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+            placement_group=group,
+            placement_group_bundle_index=bundle,
+            placement_group_capture_child_tasks=True,
         )
     if layout.device == "cpu":
         options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(layout.threads), **CPU_ENVIRONMENT}}
@@ -117,12 +147,16 @@ def _learner_options(name: str, layout: Layout, group: PlacementGroup | None, bu
     return options
 
 
-def _engine_options(kind: str, layout: Layout, engines: EngineGroup, group: PlacementGroup | None, first: int) -> list[dict[str, Any]]:
+def _engine_options(
+    kind: str, layout: Layout, engines: EngineGroup, group: PlacementGroup | None, first: int
+) -> list[dict[str, Any]]:
     """Ray's options of each engine actor of a group whose bundles begin at `first`."""
     spans_gpus, every = engines.tensor_parallel > 1, []
     for index in range(engines.count):
         bundle = first + index * engines.tensor_parallel
-        options = _options(f"{kind}_{index}", layout, group, bundle, 0 if spans_gpus else engines.gpus_per_rank)
+        options = _options(
+            f"{kind}_{index}", layout, group, bundle, 0 if spans_gpus else engines.gpus_per_rank
+        )
         if spans_gpus:
             bundles = ",".join(str(bundle + worker) for worker in range(engines.tensor_parallel))
             options["runtime_env"] = {

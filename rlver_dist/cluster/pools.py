@@ -24,19 +24,23 @@ UNAVAILABLE_WAIT_S = 1.0
 
 
 class EnginePool:
-    """The rollout engines. A new dialogue goes to the least loaded one and stays there, where its prefix is cached, until it dies."""
+    """The rollout engines. A new dialogue goes to the least loaded one and stays there, where its prefix is
+    cached, until it dies."""
 
     def __init__(self, engines: Sequence[ActorHandle]) -> None:
         self.engines = list(engines)
         self._router = HomeRouter(len(self.engines))
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        """Sample one reply on the dialogue's engine, or on another one if that has died: all hold the same weights.
+        """Sample one reply on the dialogue's engine, or on another one if that has died: all hold the same
+        weights.
 
         Raises:
             BoundaryError: the engine failed for this request, or every engine has died.
         """
-        reply, _ = await _ask_any(self.engines, self._router, request.dialogue_id, "rollout engine", "generate", request)
+        reply, _ = await _ask_any(
+            self.engines, self._router, request.dialogue_id, "rollout engine", "generate", request
+        )
         return reply
 
     async def score(self, token_ids: list[int]) -> list[list[float]]:
@@ -53,7 +57,8 @@ class EnginePool:
 
 
 class RewardPool:
-    """The reward service's replicas. Any of them can answer any request, and the same request gets the same answer."""
+    """The reward service's replicas. Any of them can answer any request, and the same request gets the same
+    answer."""
 
     def __init__(self, replicas: Sequence[ActorHandle], suite: str) -> None:
         self._replicas = list(replicas)
@@ -68,12 +73,15 @@ class RewardPool:
             RlverError: what the replica raised on purpose.
         """
         what = "reward service replica"
-        answer, _ = await _ask_any(self._replicas, self._router, request.persona.id, what, "respond", self._suite, request)
+        answer, _ = await _ask_any(
+            self._replicas, self._router, request.persona.id, what, "respond", self._suite, request
+        )
         return answer
 
 
 class ChatPool:
-    """A `ChatBackend` over the users' engines: equal affinities meet on one engine, where their prefix is cached."""
+    """A `ChatBackend` over the users' engines: equal affinities meet on one engine, where their prefix is
+    cached."""
 
     def __init__(self, engines: Sequence[ActorHandle]) -> None:
         self._engines = list(engines)
@@ -88,7 +96,9 @@ class ChatPool:
         """
         started = time.perf_counter()
         try:
-            answer, died = await _ask_any(self._engines, self._router, request.affinity, "user engine", "ask", request)
+            answer, died = await _ask_any(
+                self._engines, self._router, request.affinity, "user engine", "ask", request
+            )
         except RlverError:
             self._window.fail()
             raise
@@ -111,7 +121,8 @@ class ChatPool:
 async def _ask_any(
     members: Sequence[ActorHandle], router: Router, affinity: str, what: str, method: str, *arguments: Any
 ) -> tuple[Any, int]:
-    """Call `method` of one member, and of another one each time that one has died. Returns the answer and the number that died.
+    """Call `method` of one member, and of another one each time that one has died. Returns the answer and the
+    number that died.
 
     Cancelled, it takes the call along.
 
@@ -148,7 +159,9 @@ async def _ask_any(
 
 async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, Any]]:
     """`metrics` since the last call, of each replica that lives."""
-    answers: list[Any] = await asyncio.gather(*(replica.metrics.remote() for replica in replicas), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(
+        *(replica.metrics.remote() for replica in replicas), return_exceptions=True
+    )
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
             raise answer

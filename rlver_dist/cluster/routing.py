@@ -1,4 +1,5 @@
-"""Which of several equal members gets a call: the one that knows the prefix, unless it is dead or far busier than the others."""
+"""Which of several equal members gets a call: the one that knows the prefix, unless it is dead or far busier
+than the others."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SLACK = 1.25
-"""Most load of a member, as a multiple of the mean; lower balances better, higher keeps more prefixes where they are cached."""
+"""Most load of a member, as a multiple of the mean; lower balances better, higher keeps more prefixes where
+they are cached."""
 
 
 class Router:
-    """Consistent hashing with bounded loads (Mirrokni et al. 2018, arXiv:1608.01350, section 1): each affinity has its own order of
-    members, equal in every process, and goes to the first one that is below the bound.
+    """Consistent hashing with bounded loads (Mirrokni et al. 2018, arXiv:1608.01350, section 1): each
+    affinity has its own order of members, equal in every process, and goes to the first one that is below the
+    bound.
 
     Attributes:
         load: calls in flight, by member.
@@ -48,7 +51,8 @@ class Router:
 
 
 class HomeRouter(Router):
-    """Each affinity goes to the least loaded member and stays there, however busy that gets, until the member dies."""
+    """Each affinity goes to the least loaded member and stays there, however busy that gets, until the member
+    dies."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -70,5 +74,6 @@ class HomeRouter(Router):
 
 
 def _rank(affinity: str, member: int) -> bytes:
-    """Place of `member` in the affinity's order (rendezvous hashing): a member's death moves only its own affinities."""
+    """Place of `member` in the affinity's order (rendezvous hashing): a member's death moves only its own
+    affinities."""
     return hashlib.blake2b(f"{affinity}/{member}".encode(), digest_size=8).digest()

@@ -35,7 +35,8 @@ class Session:
         num_cpus: cores of all nodes.
         num_nodes: nodes that are alive.
         dashboard: address of the Ray dashboard; empty where there is none.
-        token: what the dashboard and everybody who joins has to show; empty where this process did not choose it.
+        token: what the dashboard and everybody who joins has to show; empty where this process did not choose
+            it.
     """
 
     num_gpus: int
@@ -46,7 +47,8 @@ class Session:
 
 
 def open_session(cluster: ClusterConfig) -> Session:
-    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, behind a token and with its dashboard on loopback.
+    """Join `cluster.address` or RAY_ADDRESS, else start Ray on this machine, behind a token and with its
+    dashboard on loopback.
 
     Raises:
         ResourceError: Ray does not start, or the cluster cannot be joined.
@@ -85,16 +87,23 @@ def _start_ray(cluster: ClusterConfig) -> Any:
 def _not_started(address: str | None, error: Exception) -> str:
     said = textwrap.shorten(str(error).strip() or type(error).__name__, MAX_CAUSE)
     if address:
-        return f"cluster.address={address}: no Ray cluster can be joined there ({said}); start it, or unset cluster.address and RAY_ADDRESS"
+        return (
+            f"cluster.address={address}: no Ray cluster can be joined there ({said}); start it, or unset "
+            f"cluster.address and RAY_ADDRESS"
+        )
     busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    return f"Ray did not start ({busy}): {said}; end what else runs on this machine and start again (Ray's logs: {LOGS})"
+    return (
+        f"Ray did not start ({busy}): {said}; end what else runs on this machine and start again (Ray's "
+        f"logs: {LOGS})"
+    )
 
 
 def _choose_token() -> str:
-    """A token of its own for the cluster that this process is about to start; none where the environment has chosen how Ray authenticates.
+    """A token of its own for the cluster that this process is about to start; none where the environment has
+    chosen how Ray authenticates.
 
-    Ray listens on all of the machine's addresses, and whoever reaches it could run code. By itself it would leave a token in the
-    user's home, for all clusters to come.
+    Ray listens on all of the machine's addresses, and whoever reaches it could run code. By itself it would
+    leave a token in the user's home, for all clusters to come.
     """
     if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return ""
@@ -110,9 +119,11 @@ def close_session() -> None:
 
 
 def bundles(layout: Layout) -> list[dict[str, float]]:
-    """One bundle a GPU worker: the workers of the policy's engines, engine by engine, of the users', the policy's ranks, the critic's."""
+    """One bundle a GPU worker: the workers of the policy's engines, engine by engine, of the users', the
+    policy's ranks, the critic's."""
     policy, users, learner = (
-        {"GPU": share, "CPU": 1.0} for share in (layout.policy.gpus_per_rank, layout.users.gpus_per_rank, layout.gpus_per_learner_rank)
+        {"GPU": share, "CPU": 1.0}
+        for share in (layout.policy.gpus_per_rank, layout.users.gpus_per_rank, layout.gpus_per_learner_rank)
     )
     ranks = layout.learner_ranks + layout.critic_ranks
     return [policy] * layout.policy.ranks + [users] * layout.users.ranks + [learner] * ranks
@@ -134,12 +145,16 @@ async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup
             return group
         free, have = ray.available_resources().get("GPU", 0), ray.cluster_resources().get("GPU", 0)
         note(f"waiting {waited + 10} s for {layout.num_gpus:g} GPUs: {free:g} of {have:g} free")
-    raise ResourceError(f"Ray placed no {layout.num_gpus:g} GPUs within {PLACEMENT_TIMEOUT_S} s; see `ray status` for who holds them")
+    raise ResourceError(
+        f"Ray placed no {layout.num_gpus:g} GPUs within {PLACEMENT_TIMEOUT_S} s; see `ray status` for who "
+        f"holds them"
+    )
 
 
 @contextmanager
 def unwrap_ray_errors() -> Iterator[None]:
-    """Let an error that an actor raised on purpose surface as itself, and any other failure of Ray as one line."""
+    """Let an error that an actor raised on purpose surface as itself, and any other failure of Ray as one
+    line."""
     try:
         yield
     except RayError as error:
@@ -147,6 +162,7 @@ def unwrap_ray_errors() -> Iterator[None]:
         if isinstance(cause, RlverError):
             raise cause from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A traceback's first line says which actor, its last one what happened. Ray's own reports begin with what happened.
+        # A traceback's first line says which actor, its last one what happened. Ray's own reports begin with
+        # what happened.
         said = f"{lines[0]} ... {lines[-1]}" if isinstance(error, RayTaskError) else lines[0]
         raise BoundaryError(f"{textwrap.shorten(said, MAX_CAUSE)} (actors' logs: {LOGS})") from error

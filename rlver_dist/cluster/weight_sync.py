@@ -21,32 +21,44 @@ GIB = 2**30
 
 
 def find_weight_dir(need: int) -> Path:
-    """Where a file of `need` bytes fits: shared memory, of which containers often get 64 MB alone, else the temporary folder.
+    """Where a file of `need` bytes fits: shared memory, of which containers often get 64 MB alone, else the
+    temporary folder.
 
     Raises:
         ResourceError: neither has room; says what is needed and what is free.
     """
     temporary = Path(tempfile.gettempdir())
-    rooms = {folder: shutil.disk_usage(folder).free for folder in (SHARED_MEMORY, temporary) if folder.is_dir()}
+    rooms = {
+        folder: shutil.disk_usage(folder).free for folder in (SHARED_MEMORY, temporary) if folder.is_dir()
+    }
     if rooms.get(SHARED_MEMORY, 0) >= need + SPARE_BYTES:
         return SHARED_MEMORY
     if rooms[temporary] >= need:
         return temporary
     free = " and ".join(f"{room / GIB:.1f} GiB free in {folder}" for folder, room in rooms.items())
     raise ResourceError(
-        f"the weights travel to the engines in a file of {need / GIB:.1f} GiB, and there are {free}; give the container more shared memory "
+        f"the weights travel to the engines in a file of {need / GIB:.1f} GiB, and there are {free}; give "
+        f"the container more shared memory "
         f"(docker run --shm-size; {SPARE_BYTES / GIB:g} GiB stay free), or set TMPDIR to a folder with room"
     )
 
 
 class WeightSync:
-    """One call a policy version. Engines stay paused while weights travel; replies in flight go on under the new ones.
+    """One call a policy version. Engines stay paused while weights travel; replies in flight go on under the
+    new ones.
 
     After each sync the log-probs of a fixed prompt are compared between the learner and every engine.
     """
 
     def __init__(
-        self, learner: PolicyGroup, engines: EnginePool, *, backend: str, workers_per_engine: int, dtype: Precision, probe: list[int]
+        self,
+        learner: PolicyGroup,
+        engines: EnginePool,
+        *,
+        backend: str,
+        workers_per_engine: int,
+        dtype: Precision,
+        probe: list[int],
     ) -> None:
         """`backend` is `shared_file` or `nccl`; `probe` is the fixed prompt's token ids."""
         self._learner, self._engines = learner, engines
@@ -88,7 +100,9 @@ class WeightSync:
         assert self._folder is not None, "open() comes first"
         path = self._folder / "weights.safetensors"
         await self._learner.write_weights(path)
-        await asyncio.gather(*(engine.update_from_file.remote(str(path), version) for engine in self._engines.engines))
+        await asyncio.gather(
+            *(engine.update_from_file.remote(str(path), version) for engine in self._engines.engines)
+        )
         path.unlink()
 
     async def _broadcast(self, version: int) -> None:
@@ -97,8 +111,13 @@ class WeightSync:
         await asyncio.gather(*(engine.resume.remote() for engine in self._engines.engines))
 
     async def _compare(self, version: int) -> list[Metric]:
-        ours, theirs = await asyncio.gather(self._learner.probe(self._probe), self._engines.score(self._probe))
-        results = [compare_logprobs(ours, logprobs, self._dtype, engine_index=index, step=version) for index, logprobs in enumerate(theirs)]
+        ours, theirs = await asyncio.gather(
+            self._learner.probe(self._probe), self._engines.score(self._probe)
+        )
+        results = [
+            compare_logprobs(ours, logprobs, self._dtype, engine_index=index, step=version)
+            for index, logprobs in enumerate(theirs)
+        ]
         return [
             Metric("sync/probe_mean_abs", max(result.mean_abs for result in results), Reduction.max),
             Metric("sync/probe_max_abs", max(result.max_abs for result in results), Reduction.max),

@@ -10,6 +10,7 @@ class DataConfig:
     """Who the simulated users are."""
 
     train: str = "bank"
-    """Training personas: `bank` (shipped with the package) or a JSONL file, in this project's or RLVER's format."""
+    """Training personas: `bank` (shipped with the package) or a JSONL file, in this project's or RLVER's
+    format."""
     evaluation: str = "bank"
     """Evaluation personas, likewise."""

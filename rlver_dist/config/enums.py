@@ -6,7 +6,8 @@ from enum import Enum
 
 
 class Precision(str, Enum):
-    """Number format of the model's weights in the learner and the engines; `config/precision.py` decides `auto`."""
+    """Number format of the model's weights in the learner and the engines; `config/precision.py` decides
+    `auto`."""
 
     auto = "auto"
     float32 = "float32"
@@ -14,7 +15,8 @@ class Precision(str, Enum):
 
 
 class AlgorithmName(str, Enum):
-    """How advantages are made from rewards: against the group's other dialogues, or against a critic's values."""
+    """How advantages are made from rewards: against the group's other dialogues, or against a critic's
+    values."""
 
     grpo = "grpo"
     ppo = "ppo"
@@ -28,7 +30,8 @@ class CriticTrunk(str, Enum):
 
 
 class KLEstimator(str, Enum):
-    """Estimator of KL(policy || reference) from sampled tokens (Schulman 2020, "Approximating KL divergence")."""
+    """Estimator of KL(policy || reference) from sampled tokens (Schulman 2020, "Approximating KL
+    divergence")."""
 
     k1 = "k1"
     k2 = "k2"

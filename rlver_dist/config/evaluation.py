@@ -21,9 +21,10 @@ class EvaluationConfig:
     bootstrap_samples: int = 10000
     """Resamples of the paired bootstrap interval."""
     second_judge: SecondJudge = SecondJudge.lexical
-    """Who appraises the same dialogues once more, a judge that training never hears: `lexical` (rules on words), `embedded` (rules on
-    embeddings; where a chat model speaks for the users), `openai` (a chat model at simulator.openai.endpoints, with simulator.llm's
-    settings; simulator.openai's limits hold for it apart), or `none`."""
+    """Who appraises the same dialogues once more, a judge that training never hears: `lexical` (rules on
+    words), `embedded` (rules on embeddings; where a chat model speaks for the users), `openai` (a chat model
+    at simulator.openai.endpoints, with simulator.llm's settings; simulator.openai's limits hold for it
+    apart), or `none`."""
     judge_model: str = ""
     """Model of the second judge `openai`, as the endpoint knows it; empty takes simulator.openai.model."""
 

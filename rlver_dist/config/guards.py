@@ -10,23 +10,27 @@ from rlver_dist.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class GuardConfig:
-    """One guard: nothing is taken off up to `start`, `penalty` from `full` on, and a linear share in between."""
+    """One guard: nothing is taken off up to `start`, `penalty` from `full` on, and a linear share in
+    between."""
 
     start: float
-    """Measure up to which a dialogue is paid in full; beyond it the dialogue counts as flagged, whether the guard is on or off."""
+    """Measure up to which a dialogue is paid in full; beyond it the dialogue counts as flagged, whether the
+    guard is on or off."""
     full: float
     """Measure from which the whole penalty is taken off."""
     penalty: float = 0.0
-    """Largest reward (0 to 1) that this guard takes off a dialogue; 0 switches it off and leaves its metrics."""
+    """Largest reward (0 to 1) that this guard takes off a dialogue; 0 switches it off and leaves its
+    metrics."""
 
 
 @dataclass(kw_only=True, slots=True)
 class GuardsConfig:
-    """Guards against reward hacking, each off unless it has a penalty. The bounds leave the replies of sound policies alone; see
-    docs/metrics.md, `guard/`, for what was measured."""
+    """Guards against reward hacking, each off unless it has a penalty. The bounds leave the replies of sound
+    policies alone; see docs/metrics.md, `guard/`, for what was measured."""
 
     repetition: GuardConfig = field(default_factory=partial(GuardConfig, start=0.01, full=0.1))
-    """Share of the other personas' dialogues in which a 4-gram of the replies occurs, mean over its 4-grams."""
+    """Share of the other personas' dialogues in which a 4-gram of the replies occurs, mean over its
+    4-grams."""
     loops: GuardConfig = field(default_factory=partial(GuardConfig, start=0.15, full=0.5))
     """Share of 4-grams that the same dialogue's replies hold already."""
     redundancy: GuardConfig = field(default_factory=partial(GuardConfig, start=0.7, full=0.9))
@@ -44,7 +48,9 @@ class GuardsConfig:
         for name, guard in self.by_name().items():
             key = f"algorithm.guards.{name}"
             if not 0 <= guard.penalty <= 1:
-                raise ConfigError(f"{key}.penalty={guard.penalty}: use a value from 0 to 1; 0 switches the guard off")
+                raise ConfigError(
+                    f"{key}.penalty={guard.penalty}: use a value from 0 to 1; 0 switches the guard off"
+                )
             if guard.start < 0:
                 raise ConfigError(f"{key}.start={guard.start}: use 0 or more")
             if not guard.start < guard.full:

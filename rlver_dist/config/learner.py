@@ -27,12 +27,14 @@ class LearnerConfig:
     micro_batch_tokens: int = 16384
     """Tokens of one packed row, the unit of one forward and backward pass."""
     share_prefixes: bool = True
-    """Compute a history that several turns of a dialogue share once, where that takes fewer tokens; exact either way."""
+    """Compute a history that several turns of a dialogue share once, where that takes fewer tokens; exact
+    either way."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 0 to 3 (bfloat16 needs 1 or more)."""
     offload_optimizer: bool = False
-    """Keep optimizer state and step in host memory (ZeRO 1 to 3): slower, saves 12 bytes of GPU memory a parameter. With ZeRO 1 and 2 the
-    gradients of a step's micro-batches are then summed in `model.dtype` instead of float32."""
+    """Keep optimizer state and step in host memory (ZeRO 1 to 3): slower, saves 12 bytes of GPU memory a
+    parameter. With ZeRO 1 and 2 the gradients of a step's micro-batches are then summed in `model.dtype`
+    instead of float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -45,24 +47,35 @@ def check_learner(config: LearnerConfig, group: str) -> None:
     positive(group, lr=config.lr, grad_clip=config.grad_clip)
     at_least(0, group, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay)
     for key in ("beta1", "beta2"):
-        require(0 <= getattr(config, key) < 1, f"{group}{key}", getattr(config, key), "use a value from 0 to below 1")
+        require(
+            0 <= getattr(config, key) < 1,
+            f"{group}{key}",
+            getattr(config, key),
+            "use a value from 0 to below 1",
+        )
     at_least(128, group, micro_batch_tokens=config.micro_batch_tokens)
     require(config.zero_stage in (0, 1, 2, 3), f"{group}zero_stage", config.zero_stage, "use 0, 1, 2 or 3")
     sharded = config.zero_stage > 0 or not config.offload_optimizer
-    require(sharded, f"{group}offload_optimizer", config.offload_optimizer, f"use {group}zero_stage of 1 or more with it")
+    require(
+        sharded,
+        f"{group}offload_optimizer",
+        config.offload_optimizer,
+        f"use {group}zero_stage of 1 or more with it",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class CriticConfig(LearnerConfig):
-    """PPO's critic, a DeepSpeed learner of its own with the policy learner's options and some more; unused by GRPO."""
+    """PPO's critic, a DeepSpeed learner of its own with the policy learner's options and some more; unused by
+    GRPO."""
 
     lr: float = 5e-6
     """AdamW's learning rate after warm-up (RLVER, train_rlver.sh)."""
     warmup_steps: int = 50
     """Optimizer steps of linear warm-up (train_rlver.sh: ratio 0.05 of 1000)."""
     trunk: CriticTrunk = CriticTrunk.trained
-    """Whether the model under the value head learns: `trained`, or `frozen` as it came, which leaves the head alone to learn;
-    gradient_checkpointing then has no effect."""
+    """Whether the model under the value head learns: `trained`, or `frozen` as it came, which leaves the head
+    alone to learn; gradient_checkpointing then has no effect."""
     num_layers: int = 0
     """Layers of the model that the critic keeps, from the first on; 0 keeps all."""
     head_units: int = 0
@@ -70,42 +83,60 @@ class CriticConfig(LearnerConfig):
     epochs: int = 1
     """Passes over an iteration's samples (the original's: 1)."""
     value_clip: float = 0.5
-    """Furthest that a value moves from its old one before the loss stops following it, in reward (train_rlver.sh: 0.5); 0 never."""
+    """Furthest that a value moves from its old one before the loss stops following it, in reward
+    (train_rlver.sh: 0.5); 0 never."""
     pretrain_iterations: int = 0
     """First iterations that train the critic alone, before its advantages move the policy."""
 
     def __post_init__(self) -> None:
         check_learner(self, "critic.")
-        at_least(0, "critic.", num_layers=self.num_layers, head_units=self.head_units, value_clip=self.value_clip)
+        at_least(
+            0, "critic.", num_layers=self.num_layers, head_units=self.head_units, value_clip=self.value_clip
+        )
         at_least(0, "critic.", pretrain_iterations=self.pretrain_iterations)
         at_least(1, "critic.", epochs=self.epochs)
 
 
 def check_num_layers(kept: int, there: int) -> None:
     """Raise `ConfigError` where `critic.num_layers` (`kept`) is more than the model has."""
-    require(kept <= there, "critic.num_layers", kept, f"the model has {there} layers; use at most that, or 0 for all")
+    require(
+        kept <= there,
+        "critic.num_layers",
+        kept,
+        f"the model has {there} layers; use at most that, or 0 for all",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
 class WarmUpConfig:
-    """Supervised warm-up before reinforcement learning: teaches a model that cannot follow the think format that format, on its own
-    thoughts, and to reply behind them as it did without (`learner/imitation.py`). Runs where `rollout.think` is on."""
+    """Supervised warm-up before reinforcement learning: teaches a model that cannot follow the think format
+    that format, on its own thoughts, and to reply behind them as it did without (`learner/imitation.py`).
+    Runs where `rollout.think` is on."""
 
     dialogues: int = 0
     """Dialogues with training personas whose replies are learned from; 0 leaves the stage out."""
     max_turns: int = 2
-    """Replies of each; later ones than these are not taught, and lose the format more often (docs/results)."""
+    """Replies of each; later ones than these are not taught, and lose the format more often
+    (docs/results)."""
     max_thought_tokens: int = 24
     """Tokens of a thought."""
     epochs: int = 1
     """Passes over the replies."""
     batch_size: int = 16
-    """Replies an optimizer step, on average: the replies of a dialogue stay together, so a step takes one dialogue at least."""
+    """Replies an optimizer step, on average: the replies of a dialogue stay together, so a step takes one
+    dialogue at least."""
     lr: float = 5e-5
-    """AdamW's learning rate at first; it falls to 0 over the stage. Reinforcement learning starts with a fresh optimizer."""
+    """AdamW's learning rate at first; it falls to 0 over the stage. Reinforcement learning starts with a
+    fresh optimizer."""
 
     def __post_init__(self) -> None:
         at_least(0, "warm_up.", dialogues=self.dialogues)
-        at_least(1, "warm_up.", max_turns=self.max_turns, max_thought_tokens=self.max_thought_tokens, epochs=self.epochs)
+        at_least(
+            1,
+            "warm_up.",
+            max_turns=self.max_turns,
+            max_thought_tokens=self.max_thought_tokens,
+            epochs=self.epochs,
+        )
         at_least(1, "warm_up.", batch_size=self.batch_size)
         positive("warm_up.", lr=self.lr)

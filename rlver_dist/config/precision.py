@@ -1,4 +1,5 @@
-"""The number format that a run's models take, by the processor that computes them; the one place that looks at its instructions."""
+"""The number format that a run's models take, by the processor that computes them; the one place that looks
+at its instructions."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from rlver_dist.errors import ConfigError
 
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""Instructions that multiply bfloat16 matrices; AVX2 alone computes them 5 to 12 times slower than float32 (docs/troubleshooting.md)."""
+"""Instructions that multiply bfloat16 matrices; AVX2 alone computes them 5 to 12 times slower than float32
+(docs/troubleshooting.md)."""
 OVERRIDE = "RLVER_DIST_CPU_BFLOAT16"
-"""Environment variable, `0` or `1`: take the CPU for one without, or with, bfloat16 instructions, whatever it says of itself."""
+"""Environment variable, `0` or `1`: take the CPU for one without, or with, bfloat16 instructions, whatever it
+says of itself."""
 
 
 def cpu_has_bfloat16() -> bool:
@@ -34,31 +37,44 @@ def cpu_has_bfloat16() -> bool:
 
 
 def resolve_precision(dtype: Precision, *, on_cpu: bool) -> Precision:
-    """`dtype` with `auto` decided: bfloat16 on GPUs and on CPUs with the instructions for it, else float32."""
+    """`dtype` with `auto` decided: bfloat16 on GPUs and on CPUs with the instructions for it, else
+    float32."""
     if dtype is not Precision.auto:
         return dtype
     return Precision.float32 if on_cpu and not cpu_has_bfloat16() else Precision.bfloat16
 
 
 def with_precision(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """`config` with every `auto` format decided, as this process's machine has it, and lines that say why or warn of the cost."""
+    """`config` with every `auto` format decided, as this process's machine has it, and lines that say why or
+    warn of the cost."""
     on_cpu, model, engine = config.cluster.device is Device.cpu, config.model, config.simulator.engine
     chosen = {"model.dtype": model.dtype}
     if config.simulator.backend is SimulatorBackend.vllm:
         chosen["simulator.engine.dtype"] = engine.dtype
     notices = [notice for key, dtype in chosen.items() if on_cpu and (notice := _notice(key, dtype))]
-    simulator = replace(config.simulator, engine=replace(engine, dtype=resolve_precision(engine.dtype, on_cpu=on_cpu)))
-    return replace(config, model=replace(model, dtype=resolve_precision(model.dtype, on_cpu=on_cpu)), simulator=simulator), notices
+    simulator = replace(
+        config.simulator, engine=replace(engine, dtype=resolve_precision(engine.dtype, on_cpu=on_cpu))
+    )
+    return replace(
+        config, model=replace(model, dtype=resolve_precision(model.dtype, on_cpu=on_cpu)), simulator=simulator
+    ), notices
 
 
 def _notice(key: str, dtype: Precision) -> str:
-    lacking = "" if cpu_has_bfloat16() else f"this CPU has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FLAGS))})"
+    lacking = (
+        ""
+        if cpu_has_bfloat16()
+        else f"this CPU has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FLAGS))})"
+    )
     match dtype, lacking:
         case Precision.auto, "":
             return f"{key}=bfloat16, chosen since this CPU has instructions for it"
         case Precision.auto, _:
             return f"{key}=float32, chosen since {lacking}"
         case Precision.bfloat16, lacking if lacking:
-            return f"warning: {key}=bfloat16: {lacking} and computes 5 to 12 times slower than in float32; use auto or float32"
+            return (
+                f"warning: {key}=bfloat16: {lacking} and computes 5 to 12 times slower than in float32; use "
+                f"auto or float32"
+            )
         case _:
             return ""

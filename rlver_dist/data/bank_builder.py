@@ -2,9 +2,9 @@
 
     python -m rlver_dist.data.bank_builder [--out FOLDER]
 
-Training and evaluation use different situations and different people. In both, the personas are spread evenly over the 24 cells of
-hidden intent x temperament and over the situations; each run of 24 personas from the top of a file covers every cell once, so
-that the first n of a file are balanced too.
+Training and evaluation use different situations and different people. In both, the personas are spread evenly
+over the 24 cells of hidden intent x temperament and over the situations; each run of 24 personas from the top
+of a file covers every cell once, so that the first n of a file are balanced too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SCENES = (
     "{cause}\n\n{people}\n\n{timeline}\n\n{failed}\n\n{now}\n\n{reaction}",
     "{cause} {people}\n\n{timeline}\n\n{failed} {now}\n\n{reaction}",
 )
-"""Orders of the parts of a scene; together with the order of the two remedies they tell 8 scenes of one situation apart."""
+"""Orders of the parts of a scene; together with the order of the two remedies they tell 8 scenes of one
+situation apart."""
 FAILED = (
     "You have tried to put it right.",
     "It is not that you sat still.",
@@ -52,7 +53,9 @@ def build() -> dict[str, list[Persona]]:
     """
     situations = load_situations()
     people = People(SEED)
-    return {split: _build_split(split, [s for s in situations if s.split == split], people) for split in SPLITS}
+    return {
+        split: _build_split(split, [s for s in situations if s.split == split], people) for split in SPLITS
+    }
 
 
 def write(folder: Path) -> None:
@@ -63,10 +66,11 @@ def write(folder: Path) -> None:
 
 
 def allocate(situations: list[Situation], size: int, rng: random.Random) -> list[tuple[Situation, Cell]]:
-    """`size` pairs of situation and cell: every cell and every situation as often as every other (give or take one).
+    """`size` pairs of situation and cell: every cell and every situation as often as every other (give or
+    take one).
 
-    Cells come in shuffled rounds of 24; each takes the least used situation that has the intent and not yet this very cell. A
-    last, shorter round spreads over the intents first.
+    Cells come in shuffled rounds of 24; each takes the least used situation that has the intent and not yet
+    this very cell. A last, shorter round spreads over the intents first.
     """
     used: Counter[object] = Counter()
     pairs: list[tuple[Situation, Cell]] = []
@@ -74,16 +78,23 @@ def allocate(situations: list[Situation], size: int, rng: random.Random) -> list
         for intent, temperament in cells_of_round(size - len(pairs), rng):
             free = [s for s in situations if intent in s.wants and not used[s.id, intent, temperament]]
             if not free:
-                raise DataError(f"seeds: too few situations with {intent.value} for {size} personas; write more of them")
+                raise DataError(
+                    f"seeds: too few situations with {intent.value} for {size} personas; write more of them"
+                )
             lot = {s.id: rng.random() for s in free}
-            chosen = min(free, key=lambda s: (used[s.id], used[s.id, intent], used[s.id, temperament], lot[s.id]))
-            used.update([chosen.id, (chosen.id, intent), (chosen.id, temperament), (chosen.id, intent, temperament)])
+            chosen = min(
+                free, key=lambda s: (used[s.id], used[s.id, intent], used[s.id, temperament], lot[s.id])
+            )
+            used.update(
+                [chosen.id, (chosen.id, intent), (chosen.id, temperament), (chosen.id, intent, temperament)]
+            )
             pairs.append((chosen, (intent, temperament)))
     return pairs
 
 
 def cells_of_round(room: int, rng: random.Random) -> list[Cell]:
-    """All cells in a random order, or `room` of them that differ in intent and alternate in temperament as long as they can."""
+    """All cells in a random order, or `room` of them that differ in intent and alternate in temperament as
+    long as they can."""
     if room >= len(CELLS):
         return rng.sample(CELLS, len(CELLS))
     intents, kinds = list(HiddenIntent), rng.sample(list(Temperament), len(Temperament))
@@ -102,7 +113,8 @@ def _build_split(split: str, situations: list[Situation], people: People) -> lis
 
 
 def _scene(situation: Situation, telling: int, reaction: str, opening_of_failed: str) -> str:
-    """The scene as its `telling`-th user has it; people stay in order, since later ones are described by earlier ones."""
+    """The scene as its `telling`-th user has it; people stay in order, since later ones are described by
+    earlier ones."""
     failed = situation.failed if telling // len(SCENES) % 2 == 0 else situation.failed[::-1]
     return SCENES[telling % len(SCENES)].format(
         cause=situation.cause,

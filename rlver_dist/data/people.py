@@ -1,6 +1,8 @@
-"""The people of the bank: names, traits and person sheets, put together from hand-written material (`names.yaml`, `people.yaml`).
+"""The people of the bank: names, traits and person sheets, put together from hand-written material
+(`names.yaml`, `people.yaml`).
 
-Everything is dealt from shuffled decks, so that each piece is used about equally often, and in an order that depends on the seed alone.
+Everything is dealt from shuffled decks, so that each piece is used about equally often, and in an order that
+depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Deck(Generic[T]):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Piece:
-    """A sentence of a sheet, with the ages (years, inclusive) that it fits and the situations that it does not."""
+    """A sentence of a sheet, with the ages (years, inclusive) that it fits and the situations that it does
+    not."""
 
     text: str
     ages: Sequence[int] = (0, 120)
@@ -74,11 +77,15 @@ class People:
         self._introductions: Deck[str] = Deck(material["introductions"], rng)
         self._hobbies = _piece_deck(material["hobbies"], rng)
         self._habits = _piece_deck(material["habits"], rng)
-        self._pools: dict[Temperament, Deck[str]] = {kind: Deck(material["trait_pools"][kind.value], rng) for kind in Temperament}
+        self._pools: dict[Temperament, Deck[str]] = {
+            kind: Deck(material["trait_pools"][kind.value], rng) for kind in Temperament
+        }
         self._opposites = [frozenset(pair) for pair in material["opposites"]]
         self._traits = {trait: _piece_deck(items, rng) for trait, items in material["traits"].items()}
         self._manners = {kind: _piece_deck(material["manners"][kind.value], rng) for kind in Temperament}
-        self._reactions: dict[Temperament, Deck[str]] = {kind: Deck(material["reactions"][kind.value], rng) for kind in Temperament}
+        self._reactions: dict[Temperament, Deck[str]] = {
+            kind: Deck(material["reactions"][kind.value], rng) for kind in Temperament
+        }
         self._sheets: Deck[str] = Deck(material["sheets"], rng)
 
     def person(self, situation: Situation, temperament: Temperament) -> Person:
@@ -89,9 +96,16 @@ class People:
         introduction = _drawn(self._introductions).format(
             name=name, given=given, age=age, job=with_article(self._rng.choice(situation.occupations))
         )
-        decks = {"hobby": self._hobbies, "hobby_2": self._hobbies, "habit": self._habits, "manner": self._manners[temperament]}
+        decks = {
+            "hobby": self._hobbies,
+            "hobby_2": self._hobbies,
+            "habit": self._habits,
+            "manner": self._manners[temperament],
+        }
         decks |= {f"trait_{number}": self._traits[trait] for number, trait in enumerate(traits, start=1)}
-        pieces = {slot: _drawn(deck, lambda piece: piece.fits(age, situation)).text for slot, deck in decks.items()}
+        pieces = {
+            slot: _drawn(deck, lambda piece: piece.fits(age, situation)).text for slot, deck in decks.items()
+        }
         profile = _drawn(self._sheets).format(introduction=introduction, **pieces)
         return Person(name=name, traits=traits, profile=profile)
 
@@ -116,7 +130,9 @@ class People:
         return tuple(chosen)
 
     def _goes_with(self, trait: str, chosen: list[str]) -> bool:
-        return trait not in chosen and not any(frozenset((trait, other)) in self._opposites for other in chosen)
+        return trait not in chosen and not any(
+            frozenset((trait, other)) in self._opposites for other in chosen
+        )
 
 
 def with_article(noun: str) -> str:
@@ -128,7 +144,10 @@ def with_article(noun: str) -> str:
 def _drawn(deck: Deck[T], fits: Callable[[T], bool] = lambda card: True) -> T:
     card = deck.draw(fits)
     if card is None:
-        raise DataError("people.yaml: no piece fits a person that the seeds ask for; add one without `ages` and `not_with`")
+        raise DataError(
+            "people.yaml: no piece fits a person that the seeds ask for; add one without `ages` and "
+            "`not_with`"
+        )
     return card
 
 

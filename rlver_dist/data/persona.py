@@ -1,6 +1,7 @@
 """`Persona`: who the simulated user is, what happened to them, and what they secretly want from the talk.
 
-Taxonomy as in RLVER and SAGE (arXiv:2505.02847, section 2.2): eight hidden intents in two families, three temperaments.
+Taxonomy as in RLVER and SAGE (arXiv:2505.02847, section 2.2): eight hidden intents in two families, three
+temperaments.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from enum import Enum
 
 
 class HiddenIntent(str, Enum):
-    """What the user wants from the talk and does not say. The first four are rational, the others emotional."""
+    """What the user wants from the talk and does not say. The first four are rational, the others
+    emotional."""
 
     BALANCED_VIEW = "balanced_view"
     PRACTICAL_ADVICE = "practical_advice"
@@ -48,7 +50,8 @@ class Persona:
         topic: one line that says what the scene is about; empty where the source has none.
         situation_id: the seed situation of the scene; personas that share it share the events.
         opening: the user's first message; empty where the simulator has to make one.
-        facts: first-person sentences that the user reveals message by message, surface first; empty where the source has none.
+        facts: first-person sentences that the user reveals message by message, surface first; empty where the
+            source has none.
     """
 
     id: str

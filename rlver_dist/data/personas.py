@@ -1,6 +1,7 @@
 """Personas on disk: reading and writing JSONL, one persona a line, UTF-8.
 
-Two formats are read: this project's, whose keys are the fields of `Persona`, and RLVER's (see `rlver.py`). The first row tells which.
+Two formats are read: this project's, whose keys are the fields of `Persona`, and RLVER's (see `rlver.py`).
+The first row tells which.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ Split = Literal["train", "evaluation"]
 BANK = "bank"
 KEYS = tuple(field.name for field in fields(Persona))
 LISTS = ("traits", "facts")
-DEFAULTS: dict[str, Any] = {"hides": "", "topic": "", "opening": "", "situation_id": "", "language": "en", "traits": [], "facts": []}
+DEFAULTS: dict[str, Any] = {
+    "hides": "",
+    "topic": "",
+    "opening": "",
+    "situation_id": "",
+    "language": "en",
+    "traits": [],
+    "facts": [],
+}
 """Keys that a row may leave out; `situation_id` then takes the row's id."""
 
 
 def load_split(source: str, split: Split) -> list[Persona]:
-    """Personas of `data.train` or `data.evaluation`: `"bank"` is the bank shipped with the package, anything else a JSONL file.
+    """Personas of `data.train` or `data.evaluation`: `"bank"` is the bank shipped with the package, anything
+    else a JSONL file.
 
     Raises:
         DataError: as `load_personas`.
@@ -44,7 +54,10 @@ def load_personas(path: str | Path) -> list[Persona]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise DataError(f"{path}: no such file; name a JSONL file of personas, or '{BANK}' for the bank that comes with the package")
+        raise DataError(
+            f"{path}: no such file; name a JSONL file of personas, or '{BANK}' for the bank that comes with "
+            f"the package"
+        )
     try:
         return parse_personas(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
@@ -65,7 +78,10 @@ def parse_personas(text: str, source: str) -> list[Persona]:
         parse = parse or (rlver.parse_row if rlver.is_rlver_row(row) else parse_row)
         persona = parse(row, where)
         if persona.id in line_of:
-            raise DataError(f"{where}: id: {persona.id!r} is already used in line {line_of[persona.id]}; give every persona its own id")
+            raise DataError(
+                f"{where}: id: {persona.id!r} is already used in line {line_of[persona.id]}; give every "
+                f"persona its own id"
+            )
         line_of[persona.id] = number
         personas.append(persona)
     if not personas:
@@ -80,7 +96,10 @@ def parse_row(row: dict[str, Any], where: str) -> Persona:
     values = DEFAULTS | row
     for key in KEYS:
         if key not in values:
-            raise DataError(f"{where}: {key}: missing; every persona needs {', '.join(k for k in KEYS if k not in DEFAULTS)}")
+            raise DataError(
+                f"{where}: {key}: missing; every persona needs "
+                f"{', '.join(k for k in KEYS if k not in DEFAULTS)}"
+            )
         _check(values[key], key, where)
     return Persona(
         **values
@@ -117,7 +136,8 @@ def leak_notice(train: Sequence[Persona], evaluation: Sequence[Persona]) -> str 
     with_scene = sum(persona.scene in scenes for persona in shared)
     seen = f", and {with_scene} of them its scene" if with_scene else ""
     return (
-        f"data.evaluation: {len(shared)} of {len(evaluation)} personas reuse the person sheet of a training persona "
+        f"data.evaluation: {len(shared)} of {len(evaluation)} personas reuse the person sheet of a training "
+        f"persona "
         f"({sheets} sheets){seen}; their scores are not of people who are new to the policy"
     )
 
@@ -126,7 +146,9 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line") from error
+        raise DataError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); write one JSON object a line"
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: holds a {type(row).__name__}; write one JSON object a line")
     return row
@@ -135,7 +157,10 @@ def _row(line: str, where: str) -> dict[str, Any]:
 def _check(value: Any, key: str, where: str) -> None:
     if key in LISTS:
         if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
-            raise DataError(f'{where}: {key}: {value!r} is not a list of texts; write ["...", "..."], or leave the field out')
+            raise DataError(
+                f'{where}: {key}: {value!r} is not a list of texts; write ["...", "..."], or leave the '
+                f"field out"
+            )
         return
     if not isinstance(value, str):
         raise DataError(f"{where}: {key}: {value!r} is not a text; put it in double quotes")

@@ -1,8 +1,10 @@
-"""Import of RLVER's persona rows (Tencent/digitalhuman, `RLVER/data/*.jsonl` and `SAGE/profile/*.jsonl`), which are in Chinese.
+"""Import of RLVER's persona rows (Tencent/digitalhuman, `RLVER/data/*.jsonl` and `SAGE/profile/*.jsonl`),
+which are in Chinese.
 
-A row holds `id`, `player` (the person sheet), `scene`, `main_cha` (temperament), `cha_group` (traits) and `task` (hidden intent); only
-SAGE's evaluation rows hold `first_talk` (the opening), and `topic` is in none of the released files. Every scene ends with a marker
-section that repeats the hidden intent; it is split off here, since a scene never holds the intent.
+A row holds `id`, `player` (the person sheet), `scene`, `main_cha` (temperament), `cha_group` (traits) and
+`task` (hidden intent); only SAGE's evaluation rows hold `first_talk` (the opening), and `topic` is in none of
+the released files. Every scene ends with a marker section that repeats the hidden intent; it is split off
+here, since a scene never holds the intent.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def parse_row(row: dict[str, Any], where: str) -> Persona:
     identifier = _text(row, "id", where)
     name = NAME.search(player)
     if name is None:
-        raise DataError(f"{where}: player: has no line with the name; the sheet needs one that starts with 姓名:")
+        raise DataError(
+            f"{where}: player: has no line with the name; the sheet needs one that starts with 姓名:"
+        )
     return Persona(
         id=identifier,
         name=name[1],
@@ -89,8 +93,14 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str:
 
 def _traits(row: dict[str, Any], where: str) -> tuple[str, ...]:
     value = row.get("cha_group")
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise DataError(f"{where}: cha_group: {value!r}; a row in RLVER's format needs a list of trait words here")
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(item, str) and item.strip() for item in value)
+    ):
+        raise DataError(
+            f"{where}: cha_group: {value!r}; a row in RLVER's format needs a list of trait words here"
+        )
     return tuple(value)
 
 
@@ -98,5 +108,8 @@ def _lookup(kinds: dict[str, Any], row: dict[str, Any], key: str, where: str) ->
     value = _text(row, key, where)
     found = [kind for word, kind in kinds.items() if word in value]
     if len(found) != 1:
-        raise DataError(f"{where}: {key}: {value!r} is unknown or ambiguous; use a text with exactly one of {', '.join(kinds)}")
+        raise DataError(
+            f"{where}: {key}: {value!r} is unknown or ambiguous; use a text with exactly one of "
+            f"{', '.join(kinds)}"
+        )
     return found[0]

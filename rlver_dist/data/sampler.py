@@ -15,8 +15,8 @@ from rlver_dist.errors import DataError
 class PersonaSampler:
     """Draws personas without replacement; every epoch goes through all of them in an order of its own.
 
-    The order is a function of (seed, epoch) alone, so that the state is three numbers and a fingerprint of the personas. It does not
-    depend on the platform.
+    The order is a function of (seed, epoch) alone, so that the state is three numbers and a fingerprint of
+    the personas. It does not depend on the platform.
     """
 
     def __init__(self, personas: Sequence[Persona], seed: int) -> None:
@@ -41,7 +41,12 @@ class PersonaSampler:
 
     def state(self) -> dict[str, Any]:
         """JSON-able state; `restore` goes on from it exactly."""
-        return {"seed": self._seed, "epoch": self._epoch, "position": self._position, "personas": self._fingerprint()}
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "personas": self._fingerprint(),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, with its seed.
@@ -51,7 +56,8 @@ class PersonaSampler:
         """
         if state["personas"] != self._fingerprint():
             raise DataError(
-                "sampler: the saved state belongs to other personas than data.train gives now; restore the personas of the "
+                "sampler: the saved state belongs to other personas than data.train gives now; restore the "
+                "personas of the "
                 "saved run, or start a new run"
             )
         self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]

@@ -1,6 +1,8 @@
-"""The hand-written seed situations of the bank: what happened, who was there, what the user may want, and what they reveal.
+"""The hand-written seed situations of the bank: what happened, who was there, what the user may want, and
+what they reveal.
 
-One YAML file per area of life under `seeds/`; the checks are strict, since every mistake here would be copied into several personas.
+One YAML file per area of life under `seeds/`; the checks are strict, since every mistake here would be copied
+into several personas.
 """
 
 from __future__ import annotations
@@ -17,14 +19,22 @@ from rlver_dist.errors import DataError
 
 SPLITS = ("train", "evaluation")
 SITUATIONS_PER_AREA = 4
-LENGTHS = {"ages": (2, 2), "occupations": (3, 4), "timeline": (3, 4), "people": (2, 3), "failed": (2, 2), "facts": (10, 10)}
+LENGTHS = {
+    "ages": (2, 2),
+    "occupations": (3, 4),
+    "timeline": (3, 4),
+    "people": (2, 3),
+    "failed": (2, 2),
+    "facts": (10, 10),
+}
 """Least and most items of each list."""
 NUM_WANTS = 4
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Situation:
-    """One seed; all prose addresses the user as "you", but `openings` and `facts` are in the user's own voice.
+    """One seed; all prose addresses the user as "you", but `openings` and `facts` are in the user's own
+    voice.
 
     Attributes:
         id: unique over all areas.
@@ -35,7 +45,8 @@ class Situation:
         occupations: 3 or 4 that fit.
         cause: how it began.
         timeline: 3 or 4 dated sentences.
-        people: 2 or 3 sentences on who else is in it and what drives them; later ones may refer to earlier ones.
+        people: 2 or 3 sentences on who else is in it and what drives them; later ones may refer to earlier
+            ones.
         failed: 2 remedies that failed.
         now: where things stand.
         hides: what the user admits late or never.
@@ -62,7 +73,16 @@ class Situation:
 
     def text(self) -> str:
         """Everything a user could say or read of it, for a search for names."""
-        parts = (self.cause, *self.timeline, *self.people, *self.failed, self.now, self.hides, *self.openings.values(), *self.facts)
+        parts = (
+            self.cause,
+            *self.timeline,
+            *self.people,
+            *self.failed,
+            self.now,
+            self.hides,
+            *self.openings.values(),
+            *self.facts,
+        )
         return "\n".join(parts)
 
 
@@ -83,7 +103,9 @@ def load_situations(folder: Traversable | None = None) -> list[Situation]:
     seen: set[str] = set()
     for situation in situations:
         if situation.id in seen:
-            raise DataError(f"{situation.area}.yaml: {situation.id}: id: used twice; give every situation its own id")
+            raise DataError(
+                f"{situation.area}.yaml: {situation.id}: id: used twice; give every situation its own id"
+            )
         seen.add(situation.id)
     return situations
 
@@ -92,14 +114,19 @@ def _load_area(file: Traversable) -> list[Situation]:
     try:
         rows = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise DataError(f"{file.name}: not YAML: {' '.join(str(error).split())}; put every text in double quotes") from error
+        raise DataError(
+            f"{file.name}: not YAML: {' '.join(str(error).split())}; put every text in double quotes"
+        ) from error
     if not isinstance(rows, list) or len(rows) != SITUATIONS_PER_AREA:
-        raise DataError(f"{file.name}: is not a list of {SITUATIONS_PER_AREA} situations; write exactly so many")
+        raise DataError(
+            f"{file.name}: is not a list of {SITUATIONS_PER_AREA} situations; write exactly so many"
+        )
     return [_parse(row, file.name, position) for position, row in enumerate(rows, start=1)]
 
 
 def _parse(row: Any, file_name: str, position: int) -> Situation:
-    where = f"{file_name}: {row.get('id', f'situation {position}') if isinstance(row, dict) else f'situation {position}'}"
+    number = f"situation {position}"
+    where = f"{file_name}: {row.get('id', number) if isinstance(row, dict) else number}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: is a {type(row).__name__}; write a mapping of {', '.join(FIELDS)}")
     for key in FIELDS:
@@ -126,10 +153,14 @@ def _parse(row: Any, file_name: str, position: int) -> Situation:
 def _parse_list(value: Any, key: str, where: str) -> tuple[Any, ...]:
     least, most = LENGTHS[key]
     if not isinstance(value, list) or not least <= len(value) <= most:
-        raise DataError(f"{where}: {key}: write a list of {least if least == most else f'{least} to {most}'} items")
+        raise DataError(
+            f"{where}: {key}: write a list of {least if least == most else f'{least} to {most}'} items"
+        )
     if key == "ages":
         if not all(type(age) is int for age in value) or not 14 <= value[0] < value[1] <= 99:
-            raise DataError(f"{where}: ages: {value!r}; write the youngest and the oldest age in years, from 14 to 99")
+            raise DataError(
+                f"{where}: ages: {value!r}; write the youngest and the oldest age in years, from 14 to 99"
+            )
     else:
         for item in value:
             _check_text(item, f"{where}: {key}")
@@ -151,4 +182,6 @@ def _check_text(value: Any, where: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {value!r} is not a text; write a sentence in double quotes")
     if not value.isascii():
-        raise DataError(f"{where}: {value!r} has characters beyond ASCII; seeds use plain punctuation and letters")
+        raise DataError(
+            f"{where}: {value!r} has characters beyond ASCII; seeds use plain punctuation and letters"
+        )

@@ -1,8 +1,9 @@
 """Held-out evaluation: what a policy's dialogues with the evaluation personas are worth, and the controls.
 
-Emotion under the users' own judge says whether the reward rose; the same dialogues appraised by a second one that training never hears say
-whether that is more than one judge's taste; distinct-2 and the base model's perplexity say whether the language held. All of these
-look at the reply text alone, so that they mean the same with and without thinking; how well the format is kept stands apart.
+Emotion under the users' own judge says whether the reward rose; the same dialogues appraised by a second one
+that training never hears say whether that is more than one judge's taste; distinct-2 and the base model's
+perplexity say whether the language held. All of these look at the reply text alone, so that they mean the
+same with and without thinking; how well the format is kept stands apart.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ class HeldOut:
     Attributes:
         persona_ids: personas whose dialogue was completed.
         emotion: final emotion of each dialogue, 0 to 100.
-        second_emotion: the same dialogues' final emotion under the second judge, None where it failed; empty without one.
+        second_emotion: the same dialogues' final emotion under the second judge, None where it failed; empty
+            without one.
         distinct2: distinct bigrams over bigrams of all replies.
-        thinking_distinct2: the same of all thoughts, which no judge hears and no guard reads; 0 without thinking.
+        thinking_distinct2: the same of all thoughts, which no judge hears and no guard reads; 0 without
+            thinking.
         perplexity: the base model's, of the replies in their dialogues (`visible_samples`).
         well_formed: share of all turns whose reply kept the format.
         failed: dialogues lost to infrastructure.
         judges: who gave `emotion` and, where there is a second one, who gave `second_emotion`.
-        second_judge_counts: `Judge.metrics` of the second one for these dialogues; calls, tokens and cost where it is asked over HTTP.
+        second_judge_counts: `Judge.metrics` of the second one for these dialogues; calls, tokens and cost
+            where it is asked over HTTP.
     """
 
     persona_ids: list[str]
@@ -56,9 +60,12 @@ class HeldOut:
 
 
 def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> list[DialogueTask]:
-    """One dialogue a persona; ids carry the phase, seeds do not, so that before and after differ by the weights alone."""
+    """One dialogue a persona; ids carry the phase, seeds do not, so that before and after differ by the
+    weights alone."""
     return [
-        DialogueTask(id=f"{phase}-{index:04d}", group_id=persona.id, persona=persona, seed=derive_seed(seed, index))
+        DialogueTask(
+            id=f"{phase}-{index:04d}", group_id=persona.id, persona=persona, seed=derive_seed(seed, index)
+        )
         for index, persona in enumerate(personas)
     ]
 
@@ -90,7 +97,8 @@ async def reappraise(dialogue: Dialogue, persona: Persona, judge: Judge, rules: 
 async def second_emotions(
     dialogues: Sequence[Dialogue], personas: Sequence[Persona], judge: Judge, rules: EmotionRules
 ) -> list[float | None]:
-    """Final emotion under `judge` of each dialogue that infrastructure did not end, in order; None where the judge failed."""
+    """Final emotion under `judge` of each dialogue that infrastructure did not end, in order; None where the
+    judge failed."""
     by_id = {persona.id: persona for persona in personas}
 
     async def one(dialogue: Dialogue) -> float | None:
@@ -103,20 +111,25 @@ async def second_emotions(
 
 
 def visible_samples(dialogues: Sequence[Dialogue], renderer: Renderer) -> list[TurnSample]:
-    """The dialogues as both sides heard them, for scoring replies: one row a dialogue, its mask on the replies.
+    """The dialogues as both sides heard them, for scoring replies: one row a dialogue, its mask on the
+    replies.
 
-    Every reply is encoded from its text; its end token counts as part of it unless it was cut. A turn without one is silence there.
+    Every reply is encoded from its text; its end token counts as part of it unless it was cut. A turn without
+    one is silence there.
 
     Args:
         dialogues: infrastructure failures are left out.
-        renderer: of the scoring model, without thinking whatever the dialogues were held with, so that all scores compare.
+        renderer: of the scoring model, without thinking whatever the dialogues were held with, so that all
+            scores compare.
 
     Raises:
         ValueError: the renderer asks for thinking.
     """
     if renderer.think:
         raise ValueError("replies are scored without thinking; pass a renderer with think=False")
-    return [sample for dialogue in completed(dialogues) for sample in to_samples(_as_heard(dialogue, renderer))]
+    return [
+        sample for dialogue in completed(dialogues) for sample in to_samples(_as_heard(dialogue, renderer))
+    ]
 
 
 def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
@@ -126,14 +139,23 @@ def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
     for turn in dialogue.turns:
         reply_ids = renderer.encode_reply("", turn.reply) if turn.reply else []
         reply_ids = reply_ids[:-1] if turn.truncated else reply_ids
-        turns.append(replace(turn, prompt_ids=prompt_ids, reply_ids=reply_ids, logprobs=[0.0] * len(reply_ids)))
+        turns.append(
+            replace(turn, prompt_ids=prompt_ids, reply_ids=reply_ids, logprobs=[0.0] * len(reply_ids))
+        )
         if turn.user_message is not None:
             prompt_ids = renderer.next_prompt(prompt_ids, reply_ids, turn.reply, turn.user_message)
     return replace(dialogue, turns=turns)
 
 
-def summarize(dialogues: Sequence[Dialogue], *, second_emotion: list[float | None], perplexity: float, judges: Sequence[str]) -> HeldOut:
-    """Results of one evaluation; failed dialogues are counted and left out. See `HeldOut` for the arguments."""
+def summarize(
+    dialogues: Sequence[Dialogue],
+    *,
+    second_emotion: list[float | None],
+    perplexity: float,
+    judges: Sequence[str],
+) -> HeldOut:
+    """Results of one evaluation; failed dialogues are counted and left out. See `HeldOut` for the
+    arguments."""
     complete = completed(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
@@ -150,10 +172,11 @@ def summarize(dialogues: Sequence[Dialogue], *, second_emotion: list[float | Non
 
 
 def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]:
-    """The figures of `summary.json`: emotion under each judge with paired intervals, and the language controls.
+    """The figures of `summary.json`: emotion under each judge with paired intervals, and the language
+    controls.
 
-    Only personas whose dialogue was completed, and appraised by the judge in question, both times are paired. `second_appraiser` is
-    there where one second judge gave both.
+    Only personas whose dialogue was completed, and appraised by the judge in question, both times are paired.
+    `second_appraiser` is there where one second judge gave both.
     """
     first = _paired(before, before.emotion, after, after.emotion, num_samples)
     compared = {
@@ -167,14 +190,23 @@ def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]
         "failed": {"before": before.failed, "after": after.failed},
     }
     if before.second_judge_counts or after.second_judge_counts:
-        compared["second_judge_counts"] = {"before": before.second_judge_counts, "after": after.second_judge_counts}
+        compared["second_judge_counts"] = {
+            "before": before.second_judge_counts,
+            "after": after.second_judge_counts,
+        }
     if len(after.judges) == 2 and before.judges == after.judges:
-        compared["second_appraiser"] = _paired(before, before.second_emotion, after, after.second_emotion, num_samples)
+        compared["second_appraiser"] = _paired(
+            before, before.second_emotion, after, after.second_emotion, num_samples
+        )
     return compared
 
 
 def _paired(
-    before: HeldOut, emotion_before: Sequence[float | None], after: HeldOut, emotion_after: Sequence[float | None], num_samples: int
+    before: HeldOut,
+    emotion_before: Sequence[float | None],
+    after: HeldOut,
+    emotion_after: Sequence[float | None],
+    num_samples: int,
 ) -> dict[str, Any]:
     second = dict(zip(after.persona_ids, emotion_after, strict=True))
     pairs = [

@@ -1,4 +1,5 @@
-"""The second judge of held-out dialogues: a further opinion on what was said, by one that training never hears."""
+"""The second judge of held-out dialogues: a further opinion on what was said, by one that training never
+hears."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 
 @asynccontextmanager
 async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
-    """The judge of `evaluation.second_judge`, under the evaluation users' rules, and its connections as long; None where there is none.
+    """The judge of `evaluation.second_judge`, under the evaluation users' rules, and its connections as long;
+    None where there is none.
 
     Raises:
         ConfigError: the environment lacks the endpoints' key.
@@ -36,7 +38,9 @@ async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
         case SecondJudge.openai:
             backend = HttpChat(config=replace(simulator.openai, model=_model(config)))
             try:
-                yield _Charged(judge=LlmSimulator(rules=rules, backend=backend, settings=simulator.llm), backend=backend)
+                yield _Charged(
+                    judge=LlmSimulator(rules=rules, backend=backend, settings=simulator.llm), backend=backend
+                )
             finally:
                 await backend.close()
         case SecondJudge.none:
@@ -56,15 +60,24 @@ class _Charged:
 
     def metrics(self) -> dict[str, float]:
         """The judge's counts, and those of its calls as `chat_<name>`."""
-        return self._judge.metrics() | {f"chat_{name}": value for name, value in self._backend.metrics().items()}
+        return self._judge.metrics() | {
+            f"chat_{name}": value for name, value in self._backend.metrics().items()
+        }
 
 
 def judge_names(config: RunConfig) -> list[str]:
     """Who gives the emotions of an evaluation: the users' judge, and the second one where there is one."""
     simulator, second = config.simulator, config.evaluation.second_judge
-    model = {SimulatorBackend.vllm: simulator.engine.model, SimulatorBackend.openai: simulator.openai.model}.get(simulator.backend)
+    model = {
+        SimulatorBackend.vllm: simulator.engine.model,
+        SimulatorBackend.openai: simulator.openai.model,
+    }.get(simulator.backend)
     further = ", ".join(simulator.further_judges)
-    panel = f" (median of {simulator.judges} judges{f', with {further}' if further else ''})" if simulator.judges > 1 else ""
+    panel = (
+        f" (median of {simulator.judges} judges{f', with {further}' if further else ''})"
+        if simulator.judges > 1
+        else ""
+    )
     first = (f"{simulator.backend.value}: {model}" if model else simulator.backend.value) + panel
     match second:
         case SecondJudge.none:

@@ -10,8 +10,11 @@ CONFIDENCE = 0.95
 """Coverage of the bootstrap interval."""
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], num_samples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `after - before` over pairs (Efron & Tibshirani 1993, chapter 13).
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], num_samples: int, seed: int
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `after - before` over pairs (Efron & Tibshirani 1993, chapter
+    13).
 
     Args:
         before: one value per persona.
@@ -26,7 +29,9 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], num_sample
         ValueError: no pair, different numbers of values, or `num_samples` not positive.
     """
     if len(before) != len(after) or not before:
-        raise ValueError(f"{len(before)} values before and {len(after)} after: pairs are needed, at least one")
+        raise ValueError(
+            f"{len(before)} values before and {len(after)} after: pairs are needed, at least one"
+        )
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: use at least 1")
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)

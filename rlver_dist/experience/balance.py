@@ -1,4 +1,5 @@
-"""Which samples go into which optimizer step, rank and micro-batch. Deterministic: equal input gives an equal plan."""
+"""Which samples go into which optimizer step, rank and micro-batch. Deterministic: equal input gives an equal
+plan."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from collections.abc import Sequence
 def split_updates(group_ids: Sequence[str], num_updates: int) -> list[list[int]]:
     """Indices of the samples of each optimizer step, along whole groups.
 
-    Groups keep their order of first appearance and the steps' numbers of groups differ by at most one. Lengths play no part, so
-    that a step is not a selection of short or long dialogues.
+    Groups keep their order of first appearance and the steps' numbers of groups differ by at most one.
+    Lengths play no part, so that a step is not a selection of short or long dialogues.
 
     Args:
         group_ids: group of each sample.
@@ -31,10 +32,12 @@ def split_updates(group_ids: Sequence[str], num_updates: int) -> list[list[int]]
 
 
 def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Spread units (samples, or several that share a shared prefix) over ranks by tokens, and each rank's over packed rows.
+    """Spread units (samples, or several that share a shared prefix) over ranks by tokens, and each rank's
+    over packed rows.
 
-    Every rank gets the same number of micro-batches, since a rank with fewer would leave the others waiting in a collective;
-    short ranks get empty lists at the end. A micro-batch holds at most `max_tokens`, except that a longer unit stands alone.
+    Every rank gets the same number of micro-batches, since a rank with fewer would leave the others waiting
+    in a collective; short ranks get empty lists at the end. A micro-batch holds at most `max_tokens`, except
+    that a longer unit stands alone.
 
     Args:
         lengths: tokens of each unit.
@@ -42,8 +45,8 @@ def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) 
         max_tokens: budget of a packed row.
 
     Returns:
-        `[rank][micro_batch]` lists of unit indices, each index exactly once; ranks' token sums differ by at most the longest unit.
-        No unit gives no micro-batch on every rank.
+        `[rank][micro_batch]` lists of unit indices, each index exactly once; ranks' token sums differ by at
+            most the longest unit. No unit gives no micro-batch on every rank.
 
     Raises:
         ValueError: a length, `num_ranks` or `max_tokens` is not positive.
@@ -53,7 +56,9 @@ def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) 
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     plan = [_fill(share, lengths, max_tokens) for share in _spread(longest_first, lengths, num_ranks)]
     num_micro_batches = max(len(micro_batches) for micro_batches in plan)
-    return [micro_batches + [[] for _ in range(num_micro_batches - len(micro_batches))] for micro_batches in plan]
+    return [
+        micro_batches + [[] for _ in range(num_micro_batches - len(micro_batches))] for micro_batches in plan
+    ]
 
 
 def _spread(longest_first: list[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -68,7 +73,8 @@ def _spread(longest_first: list[int], lengths: Sequence[int], num_ranks: int) ->
 
 
 def _fill(longest_first: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing bin packing, fullest row first, so that ranks run rows of like size at the same time."""
+    """First-fit decreasing bin packing, fullest row first, so that ranks run rows of like size at the same
+    time."""
     rows: list[list[int]] = []
     loads: list[int] = []
     for index in longest_first:

@@ -1,7 +1,9 @@
-"""From kept dialogues to training samples, and from rewards, values and KL to the advantages of their trained tokens.
+"""From kept dialogues to training samples, and from rewards, values and KL to the advantages of their trained
+tokens.
 
-A per-token quantity is a sequence of float32 tensors, one `[n_i]` for each sample i over its trained tokens. Everything is computed
-over whole dialogues, before samples are spread over optimizer steps and ranks: only here are all rows of a dialogue together.
+A per-token quantity is a sequence of float32 tensors, one `[n_i]` for each sample i over its trained tokens.
+Everything is computed over whole dialogues, before samples are spread over optimizer steps and ranks: only
+here are all rows of a dialogue together.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def samples_of(dialogues: Sequence[Dialogue]) -> list[TurnSample]:
 
 
 def token_rewards(
-    samples: Sequence[TurnSample], dialogues: Sequence[Dialogue], rewards: dict[str, float], placement: RewardPlacement
+    samples: Sequence[TurnSample],
+    dialogues: Sequence[Dialogue],
+    rewards: dict[str, float],
+    placement: RewardPlacement,
 ) -> list[Tensor]:
     """Each dialogue's reward on the trained tokens that are paid: its last one, or the last one of each turn.
 
@@ -33,16 +38,21 @@ def token_rewards(
         samples: all rows of `dialogues`.
         dialogues: those that are trained on.
         rewards: keyed by dialogue id.
-        placement: `end` pays the reward at once; `turns` pays each turn its change of emotion / 100, and the last one also what the
-            reward differs from the final emotion by. A turn without tokens is paid on the token before it.
+        placement: `end` pays the reward at once; `turns` pays each turn its change of emotion / 100, and the
+            last one also what the reward differs from the final emotion by. A turn without tokens is paid on
+            the token before it.
 
     Returns:
-        `[n_i]` float64 for each sample; over a dialogue they sum to its reward, with `turns` to its reward - start emotion / 100.
+        `[n_i]` float64 for each sample; over a dialogue they sum to its reward, with `turns` to its reward -
+            start emotion / 100.
     """
     by_id = {dialogue.id: dialogue for dialogue in dialogues}
     paid = [torch.empty(0)] * len(samples)
     for indices in _dialogues(samples):
-        dialogue, lengths = by_id[samples[indices[0]].dialogue_id], [samples[index].num_trained for index in indices]
+        dialogue, lengths = (
+            by_id[samples[indices[0]].dialogue_id],
+            [samples[index].num_trained for index in indices],
+        )
         column = torch.zeros(sum(lengths), dtype=torch.float64)
         column[-1] = rewards[dialogue.id]
         if placement is RewardPlacement.turns:
@@ -57,9 +67,14 @@ def token_rewards(
 
 
 def compared_parts(dialogues: Sequence[Dialogue], placement: RewardPlacement) -> dict[str, list[int]]:
-    """By dialogue id, the trained tokens of each part that is compared on its own: the dialogue, or with `turns` each of its turns."""
+    """By dialogue id, the trained tokens of each part that is compared on its own: the dialogue, or with
+    `turns` each of its turns."""
     lengths = {dialogue.id: [len(turn.reply_ids) for turn in dialogue.turns] for dialogue in dialogues}
-    return lengths if placement is RewardPlacement.turns else {name: [sum(turns)] for name, turns in lengths.items()}
+    return (
+        lengths
+        if placement is RewardPlacement.turns
+        else {name: [sum(turns)] for name, turns in lengths.items()}
+    )
 
 
 def grpo_credit(
@@ -70,7 +85,8 @@ def grpo_credit(
     kl_tokens: Sequence[Tensor] | None,
     kl_coef: float,
 ) -> list[Tensor]:
-    """GRPO: each part's reward to go, compared over the group; its advantage is the same on all of its trained tokens.
+    """GRPO: each part's reward to go, compared over the group; its advantage is the same on all of its
+    trained tokens.
 
     With one part a dialogue that is GRPO as published; for a part a turn see `grpo`.
 
@@ -79,8 +95,9 @@ def grpo_credit(
         algorithm: group normalisation.
         rewards: `[n_i]` for each sample, see `token_rewards`.
         parts: see `compared_parts`.
-        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: kl_coef times it off
-            each token's own reward (InstructGPT, arXiv:2203.02155, eq. 2). None: not taken.
+        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the
+            reward: kl_coef times it off each token's own reward (InstructGPT, arXiv:2203.02155, eq. 2). None:
+            not taken.
         kl_coef: present weight of the KL, reward per nat.
 
     Returns:
@@ -104,7 +121,9 @@ def grpo_credit(
             end += length
     by_part = grpo(torch.stack(to_go), groups, algorithm.normalize_by_std, numbers)
     order = [index for indices in dialogues for index in indices]
-    columns = _split(by_part.repeat_interleave(torch.tensor(lengths)), [samples[index].num_trained for index in order])
+    columns = _split(
+        by_part.repeat_interleave(torch.tensor(lengths)), [samples[index].num_trained for index in order]
+    )
     return [column for _, column in sorted(zip(order, columns, strict=True), key=lambda pair: pair[0])]
 
 
@@ -125,8 +144,8 @@ def ppo_credit(
         algorithm: discount, lambda, and whether advantages are whitened over all trained tokens.
         rewards: `[n_i]` for each sample, see `token_rewards`.
         values: `[n_i]` for each sample, the critic's value of the state before each trained token.
-        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the reward: kl_coef times it off
-            each token's own reward (arXiv:1909.08593, eq. 2). None: not taken.
+        kl_tokens: `[n_i]` for each sample, KL to the reference in nats, where the KL is taken from the
+            reward: kl_coef times it off each token's own reward (arXiv:1909.08593, eq. 2). None: not taken.
         kl_coef: present weight of the KL, reward per nat.
 
     Returns:
@@ -151,10 +170,14 @@ def ppo_credit(
 
 
 def dialogue_advantages(samples: Sequence[TurnSample], advantages: Sequence[Tensor]) -> dict[str, float]:
-    """Mean advantage over each dialogue's trained tokens, by dialogue id; `advantages` is `[n_i]` for each sample."""
+    """Mean advantage over each dialogue's trained tokens, by dialogue id; `advantages` is `[n_i]` for each
+    sample."""
     _require_fit(samples, "advantages", advantages)
     return {
-        samples[indices[0]].dialogue_id: torch.cat([advantages[index] for index in indices]).double().mean().item()
+        samples[indices[0]].dialogue_id: torch.cat([advantages[index] for index in indices])
+        .double()
+        .mean()
+        .item()
         for indices in _dialogues(samples)
     }
 
@@ -168,7 +191,10 @@ def _dialogues(samples: Sequence[TurnSample]) -> list[list[int]]:
 
 
 def _less_kl(
-    samples: Sequence[TurnSample], rewards: Sequence[Tensor], kl_tokens: Sequence[Tensor] | None, kl_coef: float
+    samples: Sequence[TurnSample],
+    rewards: Sequence[Tensor],
+    kl_tokens: Sequence[Tensor] | None,
+    kl_coef: float,
 ) -> Sequence[Tensor]:
     _require_fit(samples, "rewards", rewards)
     if kl_tokens is None:
@@ -178,7 +204,8 @@ def _less_kl(
 
 
 def _split(column: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Cut into copies: a pickled view takes its whole storage along, which for views of one tensor grows with their number squared."""
+    """Cut into copies: a pickled view takes its whole storage along, which for views of one tensor grows with
+    their number squared."""
     return [part.clone() for part in column.split(lengths)]
 
 
@@ -188,6 +215,8 @@ def _require_fit(samples: Sequence[TurnSample], name: str, columns: Sequence[Ten
     for sample, column in zip(samples, columns, strict=True):
         where = f"{name} of dialogue {sample.dialogue_id}, turn {sample.turn_index}"
         if column.shape != (sample.num_trained,):
-            raise ValueError(f"{where}: shape {tuple(column.shape)} does not fit {sample.num_trained} trained tokens")
+            raise ValueError(
+                f"{where}: shape {tuple(column.shape)} does not fit {sample.num_trained} trained tokens"
+            )
         if not column.isfinite().all():
             raise ValueError(f"{where}: not finite")

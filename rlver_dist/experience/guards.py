@@ -1,16 +1,19 @@
-"""Guards against reward hacking: what is suspicious about a dialogue's replies, whatever judged them, and what that takes off the reward.
+"""Guards against reward hacking: what is suspicious about a dialogue's replies, whatever judged them, and
+what that takes off the reward.
 
-Measures of one dialogue, each 0 where all is well; a "gram" is a run of `GRAM` words of one reply (a shorter reply is one gram), a
-word is lower-cased, and a Chinese, Japanese or Korean character is a word:
+Measures of one dialogue, each 0 where all is well; a "gram" is a run of `GRAM` words of one reply (a shorter
+reply is one gram), a word is lower-cased, and a Chinese, Japanese or Korean character is a word:
 
-    repetition  mean over its grams of the share of other personas' dialogues that hold the gram. A mean over pairs of dialogues, it
-                does not grow with their number, as the share of grams found anywhere else would.
-    loops       share of its grams that one of its replies has held before (1 - distinct grams / grams, as distinct-n of Li et al.,
-                arXiv:1510.03055, section 5.1)
-    redundancy  1 - zlib bytes / UTF-8 bytes of its replies, where they are `LEAST_BYTES` or more; catches loops of characters and near
-                repetitions
-    non_words   share of words and symbols that no language has: a letter four times running, letters of two alphabets in one word,
-                longer than `LONGEST_WORD`, five or more Latin letters without a vowel, or no letter, digit or common punctuation
+    repetition  mean over its grams of the share of other personas' dialogues that hold the gram. A mean over
+                pairs of dialogues, it does not grow with their number, as the share of grams found anywhere
+                else would.
+    loops       share of its grams that one of its replies has held before (1 - distinct grams / grams, as
+                distinct-n of Li et al., arXiv:1510.03055, section 5.1)
+    redundancy  1 - zlib bytes / UTF-8 bytes of its replies, where they are `LEAST_BYTES` or more; catches
+                loops of characters and near repetitions
+    non_words   share of words and symbols that no language has: a letter four times running, letters of two
+                alphabets in one word, longer than `LONGEST_WORD`, five or more Latin letters without a vowel,
+                or no letter, digit or common punctuation
     length      words a reply
 
 Every measure takes time linear in the text, and none depends on the order of the dialogues.
@@ -61,8 +64,11 @@ class Guarded:
     flagged: dict[str, set[str]]
 
 
-def guard_rewards(dialogues: Sequence[Dialogue], rewards: Mapping[str, float], guards: GuardsConfig) -> Guarded:
-    """Measure all dialogues of an iteration and take off what the guards that are on say, `guards.max_penalty` at most.
+def guard_rewards(
+    dialogues: Sequence[Dialogue], rewards: Mapping[str, float], guards: GuardsConfig
+) -> Guarded:
+    """Measure all dialogues of an iteration and take off what the guards that are on say,
+    `guards.max_penalty` at most.
 
     Args:
         dialogues: in any order, infrastructure failures left out.
@@ -75,14 +81,20 @@ def guard_rewards(dialogues: Sequence[Dialogue], rewards: Mapping[str, float], g
     measures = measure(dialogues)
     options = guards.by_name()
     taken = {
-        dialogue.id: min(guards.max_penalty, sum(penalty(measures[name][dialogue.id], guard) for name, guard in options.items()))
+        dialogue.id: min(
+            guards.max_penalty,
+            sum(penalty(measures[name][dialogue.id], guard) for name, guard in options.items()),
+        )
         for dialogue in dialogues
     }
     return Guarded(
         before={dialogue.id: rewards[dialogue.id] for dialogue in dialogues},
         after={dialogue.id: max(0.0, rewards[dialogue.id] - taken[dialogue.id]) for dialogue in dialogues},
         measures=measures,
-        flagged={name: {id for id, value in measures[name].items() if value > guard.start} for name, guard in options.items()},
+        flagged={
+            name: {id for id, value in measures[name].items() if value > guard.start}
+            for name, guard in options.items()
+        },
     )
 
 

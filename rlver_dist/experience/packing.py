@@ -12,7 +12,8 @@ from rlver_dist.experience.prefixes import Unit, context_length
 from rlver_dist.experience.samples import TurnSample
 
 Columns = Sequence[Tensor]
-"""A number for each trained token: entry i is `[n_i]` float32 over the trained tokens of sample i, in their order."""
+"""A number for each trained token: entry i is `[n_i]` float32 over the trained tokens of sample i, in their
+order."""
 DUMMY_LENGTH = 2
 """Tokens of the row that a rank without work runs."""
 
@@ -76,14 +77,19 @@ class _Layout:
 
     def add_span(self, token_ids: list[int], context_start: int = 0, context_length: int = 0) -> None:
         """Append tokens whose positions go on from their context."""
-        self.spans.append(Span(length=len(token_ids), context_start=context_start, context_length=context_length))
+        self.spans.append(
+            Span(length=len(token_ids), context_start=context_start, context_length=context_length)
+        )
         self.position_ids += range(context_length, context_length + len(token_ids))
         self.token_ids += token_ids
 
     def add_whole(self, sample: TurnSample) -> None:
         """Append a sample that sees itself alone."""
         if sample.loss_mask[0]:
-            raise ValueError(f"dialogue {sample.dialogue_id}: the first token of a sample cannot be trained; nothing predicts it")
+            raise ValueError(
+                f"dialogue {sample.dialogue_id}: the first token of a sample cannot be trained; nothing "
+                f"predicts it"
+            )
         start = len(self.token_ids)
         self.add_span(sample.token_ids)
         trained = [start + offset for offset, is_trained in enumerate(sample.loss_mask) if is_trained]
@@ -103,7 +109,8 @@ class _Layout:
 
 
 def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
-    """Lay `units` end to end, in that order; none gives a row that trains nothing, for a rank that has no work left.
+    """Lay `units` end to end, in that order; none gives a row that trains nothing, for a rank that has no
+    work left.
 
     Raises:
         ValueError: a sample trains its first token.
@@ -129,6 +136,11 @@ def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
 
 
 def column(values: Columns, row: PackedRow) -> Tensor:
-    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of `row.target_index`."""
+    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of
+    `row.target_index`."""
     chosen = [values[index] for index in row.indices]
-    return torch.cat(chosen).to(row.token_ids.device, torch.float32) if chosen else torch.zeros(0, device=row.token_ids.device)
+    return (
+        torch.cat(chosen).to(row.token_ids.device, torch.float32)
+        if chosen
+        else torch.zeros(0, device=row.token_ids.device)
+    )

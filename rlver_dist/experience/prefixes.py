@@ -1,8 +1,10 @@
-"""Which samples are laid out together, so that a history that several turns of a dialogue share is computed once.
+"""Which samples are laid out together, so that a history that several turns of a dialogue share is computed
+once.
 
-With thinking each turn is a sample of its own: the history as heard, then the turn's thoughts and reply. The histories grow along one
-line, so the longest holds all others at its front: it becomes the shared prefix, and each turn's sampled tokens branch off it where that
-turn's own history ends. What a token attends to, and so its log-prob and gradient, is the same as in a row of its own.
+With thinking each turn is a sample of its own: the history as heard, then the turn's thoughts and reply. The
+histories grow along one line, so the longest holds all others at its front: it becomes the shared prefix, and
+each turn's sampled tokens branch off it where that turn's own history ends. What a token attends to, and so
+its log-prob and gradient, is the same as in a row of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Unit:
 
     Attributes:
         indices: the samples, in the order of their tokens in the row.
-        shared_prefix: token ids of the context that they branch off; empty for one sample that is laid out whole.
+        shared_prefix: token ids of the context that they branch off; empty for one sample that is laid out
+            whole.
         num_tokens: tokens in the row.
     """
 
@@ -29,7 +32,9 @@ class Unit:
     num_tokens: int
 
 
-def make_units(samples: Sequence[TurnSample], part: Sequence[int], *, share: bool, max_tokens: int) -> list[Unit]:
+def make_units(
+    samples: Sequence[TurnSample], part: Sequence[int], *, share: bool, max_tokens: int
+) -> list[Unit]:
     """Put the samples at `part` into units, each sample into exactly one.
 
     Args:
@@ -52,8 +57,13 @@ def context_length(sample: TurnSample) -> int:
 
 
 def _share(samples: Sequence[TurnSample], chosen: list[int], max_tokens: int) -> Iterator[Unit]:
-    """Units of one dialogue: each time the longest context that is left, with all samples that branch off it while they fit."""
-    contexts = {index: samples[index].token_ids[: context_length(samples[index])] for index in chosen if _branches(samples[index])}
+    """Units of one dialogue: each time the longest context that is left, with all samples that branch off it
+    while they fit."""
+    contexts = {
+        index: samples[index].token_ids[: context_length(samples[index])]
+        for index in chosen
+        if _branches(samples[index])
+    }
     yield from (_alone(samples, index) for index in chosen if index not in contexts)
     while contexts:
         owner = max(contexts, key=lambda index: len(contexts[index]))
@@ -69,7 +79,9 @@ def _share(samples: Sequence[TurnSample], chosen: list[int], max_tokens: int) ->
 
 def _branches(sample: TurnSample) -> bool:
     """Whether the sample is a context and after it trained tokens alone."""
-    return not sample.loss_mask[0] and any(sample.loss_mask) and all(sample.loss_mask[context_length(sample) :])
+    return (
+        not sample.loss_mask[0] and any(sample.loss_mask) and all(sample.loss_mask[context_length(sample) :])
+    )
 
 
 def _alone(samples: Sequence[TurnSample], index: int) -> Unit:

@@ -15,15 +15,19 @@ MAX_EMOTION = 100.0
 
 
 def dialogue_reward(dialogue: Dialogue, end_rewards: EndRewardConfig) -> float:
-    """Reward of a finished dialogue, 0 to 1: final emotion / 100 (RLVER, verl/environments/url_environment.py).
+    """Reward of a finished dialogue, 0 to 1: final emotion / 100 (RLVER,
+    verl/environments/url_environment.py).
 
-    Where the policy itself ended the dialogue, the rule for that end in `end_rewards` decides between this and 0.
+    Where the policy itself ended the dialogue, the rule for that end in `end_rewards` decides between this
+    and 0.
 
     Raises:
         ValueError: an infrastructure failure, which has no reward.
     """
     if dialogue.end_reason is EndReason.INFRASTRUCTURE:
-        raise ValueError(f"dialogue {dialogue.id}: an infrastructure failure is never scored ({dialogue.error})")
+        raise ValueError(
+            f"dialogue {dialogue.id}: an infrastructure failure is never scored ({dialogue.error})"
+        )
     rules = {
         EndReason.MALFORMED: end_rewards.malformed,
         EndReason.OVER_LONG: end_rewards.over_long,
@@ -52,12 +56,13 @@ class Selection:
 
 
 def select_trainable(dialogues: Iterable[Dialogue], min_group: int) -> Selection:
-    """Exclude what cannot be trained on: failed dialogues, then those of groups that are too small. The only such place.
+    """Exclude what cannot be trained on: failed dialogues, then those of groups that are too small. The only
+    such place.
 
     Args:
         dialogues: all dialogues of an iteration, in any order.
-        min_group: fewest sound dialogues of a group that is kept: 2 where they are compared with each other (GRPO), 1 where a
-            critic judges each alone (PPO).
+        min_group: fewest sound dialogues of a group that is kept: 2 where they are compared with each other
+            (GRPO), 1 where a critic judges each alone (PPO).
     """
     finished = sorted(dialogues, key=lambda dialogue: dialogue.id)
     sound = [dialogue for dialogue in finished if _is_sound(dialogue)]
@@ -72,4 +77,6 @@ def select_trainable(dialogues: Iterable[Dialogue], min_group: int) -> Selection
 
 
 def _is_sound(dialogue: Dialogue) -> bool:
-    return dialogue.end_reason is not EndReason.INFRASTRUCTURE and any(turn.reply_ids for turn in dialogue.turns)
+    return dialogue.end_reason is not EndReason.INFRASTRUCTURE and any(
+        turn.reply_ids for turn in dialogue.turns
+    )

@@ -14,7 +14,8 @@ from rlver_dist.dialogue import Dialogue, Turn
 
 @dataclass(kw_only=True, slots=True)
 class TurnSample:
-    """One row of tokens: one or more consecutive turns of a dialogue, exactly as the engine saw and sampled them.
+    """One row of tokens: one or more consecutive turns of a dialogue, exactly as the engine saw and sampled
+    them.
 
     Attributes:
         token_ids: `[L]` prompt and replies.
@@ -48,8 +49,8 @@ class ImitationSample:
 
     Attributes:
         sample: the prompt with thinking, then tags, thought and reply, all trained.
-        plain: the prompt without thinking, then the reply; trained are the tokens that the reply consists of in both, which are the
-            last `plain.num_trained` trained ones of `sample`.
+        plain: the prompt without thinking, then the reply; trained are the tokens that the reply consists of
+            in both, which are the last `plain.num_trained` trained ones of `sample`.
     """
 
     sample: TurnSample
@@ -59,9 +60,9 @@ class ImitationSample:
 def to_samples(dialogue: Dialogue) -> list[TurnSample]:
     """Rows of a dialogue, in turn order.
 
-    A turn joins the open row while its prompt extends that row's tokens, so that a token is computed once; where the history
-    was edited (thinking stripped, a message dropped) the prompt differs and a new row opens. Rows without a sampled token
-    are left out.
+    A turn joins the open row while its prompt extends that row's tokens, so that a token is computed once;
+    where the history was edited (thinking stripped, a message dropped) the prompt differs and a new row
+    opens. Rows without a sampled token are left out.
 
     Raises:
         ValueError: a turn has no prompt, or its log-probs do not fit its reply or are not finite.
@@ -94,7 +95,9 @@ def _extend(sample: TurnSample, turn: Turn) -> None:
 def _check(dialogue_id: str, turn: Turn) -> None:
     where = f"dialogue {dialogue_id}, turn {turn.index}"
     if not turn.prompt_ids:
-        raise ValueError(f"{where}: no prompt tokens; the first sampled token would have nothing to be predicted from")
+        raise ValueError(
+            f"{where}: no prompt tokens; the first sampled token would have nothing to be predicted from"
+        )
     if len(turn.logprobs) != len(turn.reply_ids):
         raise ValueError(f"{where}: {len(turn.logprobs)} log-probs for {len(turn.reply_ids)} sampled tokens")
     if not all(map(math.isfinite, turn.logprobs)):

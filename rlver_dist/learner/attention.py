@@ -1,12 +1,13 @@
 """Exact attention over a packed row, registered with transformers' attention interface.
 
-A packed row holds several samples one after the other, or turns that branch off one history, and a token must see the tokens of its
-own sample alone. transformers' own packed path builds a dense `[T, T]` mask and needs `attention_mask=None` and `use_cache=False` to
-notice the packing at all; this function takes the row's spans as a keyword that the model hands through to every layer, and needs no
-mask.
+A packed row holds several samples one after the other, or turns that branch off one history, and a token must
+see the tokens of its own sample alone. transformers' own packed path builds a dense `[T, T]` mask and needs
+`attention_mask=None` and `use_cache=False` to notice the packing at all; this function takes the row's spans
+as a keyword that the model hands through to every layer, and needs no mask.
 
-On GPUs in half precision the row goes through PyTorch's variable-length flash kernel; elsewhere each span goes through
-`BlockwiseCausalAttention`, which on CPUs takes 0.4 times the time of PyTorch's kernel forward and backward (bfloat16, 400 tokens).
+On GPUs in half precision the row goes through PyTorch's variable-length flash kernel; elsewhere each span
+goes through `BlockwiseCausalAttention`, which on CPUs takes 0.4 times the time of PyTorch's kernel forward
+and backward (bfloat16, 400 tokens).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rlver_dist.experience.packing import Span
 
 ATTENTION_NAME = "rlver_packed"
 QUERY_BLOCK = 256
-"""Queries that are scored together; keys after a block are never scored, so smaller blocks waste less and run less evenly."""
+"""Queries that are scored together; keys after a block are never scored, so smaller blocks waste less and run
+less evenly."""
 
 
 def packed_causal_attention(
@@ -57,18 +59,25 @@ def packed_causal_attention(
         `[1, T, Hq, D]`, and None in place of the attention weights.
 
     Raises:
-        ValueError: spans that do not cover the row, a mask, dropout, scores that are more than scaled, or a window shorter than a span
-            with its context.
+        ValueError: spans that do not cover the row, a mask, dropout, scores that are more than scaled, or a
+            window shorter than a span with its context.
     """
     if query.shape[0] != 1 or sum(span.length for span in spans) != query.shape[2]:
-        raise ValueError(f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}")
+        raise ValueError(
+            f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}"
+        )
     if attention_mask is not None or dropout:
         raise ValueError("packed attention: takes neither a mask nor dropout")
     if softcap is not None or s_aux is not None:
-        raise ValueError("packed attention: a model with capped scores or attention sinks would be trained wrongly; use another model")
+        raise ValueError(
+            "packed attention: a model with capped scores or attention sinks would be trained wrongly; use "
+            "another model"
+        )
     longest = max(span.context_length + span.length for span in spans)
     if sliding_window is not None and sliding_window < longest:
-        raise ValueError(f"packed attention: sliding window {sliding_window} is shorter than a sample of {longest} tokens")
+        raise ValueError(
+            f"packed attention: sliding window {sliding_window} is shorter than a sample of {longest} tokens"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query[0], key[0], value[0]
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
@@ -76,22 +85,28 @@ def packed_causal_attention(
     lengths = [span.length for span in spans]
     rows = zip(spans, *(part.split(lengths, dim=1) for part in (query, key, value)), strict=True)
     outputs = [
-        BlockwiseCausalAttention.apply(queries, _visible(key, keys, span), _visible(value, values, span), scaling).transpose(0, 1)
+        BlockwiseCausalAttention.apply(
+            queries, _visible(key, keys, span), _visible(value, values, span), scaling
+        ).transpose(0, 1)
         for span, queries, keys, values in rows
     ]
     return torch.cat(outputs)[None], None
 
 
 def _visible(row: torch.Tensor, own: torch.Tensor, span: Span) -> torch.Tensor:
-    """`[H, context_length + length, D]`: what a span attends to, of the whole `row` [H, T, D] and its `own` part of it."""
+    """`[H, context_length + length, D]`: what a span attends to, of the whole `row` [H, T, D] and its `own`
+    part of it."""
     if not span.context_length:
         return own
     return torch.cat([row.narrow(1, span.context_start, span.context_length), own], dim=1)
 
 
 @lru_cache(maxsize=4)
-def _varlen_plan(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """First query and first key of each span, cumulated, and the row index of each key; None where the keys are the row itself.
+def _varlen_plan(
+    spans: tuple[Span, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """First query and first key of each span, cumulated, and the row index of each key; None where the keys
+    are the row itself.
 
     Cached, since every layer asks for the plan of the same row.
     """
@@ -103,12 +118,17 @@ def _varlen_plan(spans: tuple[Span, ...], device: torch.device) -> tuple[torch.T
         start += span.length
         query_starts.append(start)
         key_starts.append(len(gathered))
-    first_queries, first_keys = (torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts))
+    first_queries, first_keys = (
+        torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts)
+    )
     return first_queries, first_keys, torch.tensor(gathered, device=device) if len(gathered) > start else None
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: list[Span], scaling: float) -> torch.Tensor:
-    """PyTorch's variable-length flash attention, one kernel for the whole row: `[H, T, D]` in, `[1, T, Hq, D]` out."""
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: list[Span], scaling: float
+) -> torch.Tensor:
+    """PyTorch's variable-length flash attention, one kernel for the whole row: `[H, T, D]` in, `[1, T, Hq,
+    D]` out."""
     from torch.nn.attention.varlen import varlen_attn
 
     query_starts, key_starts, gathered = _varlen_plan(tuple(spans), query.device)
@@ -117,9 +137,19 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: 
         key, value = key.index_select(0, gathered), value.index_select(0, gathered)
     most_queries = max(span.length for span in spans)
     most_keys = max(span.context_length + span.length for span in spans)
-    # Flash attention's causal mask ends at the bottom right: the last query sees every key, so keys in front are seen by all queries.
+    # Flash attention's causal mask ends at the bottom right: the last query sees every key, so keys in front
+    # are seen by all queries.
     output = varlen_attn(
-        query, key, value, query_starts, key_starts, most_queries, most_keys, scale=scaling, window_size=(-1, 0), enable_gqa=True
+        query,
+        key,
+        value,
+        query_starts,
+        key_starts,
+        most_queries,
+        most_keys,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
     )
     assert isinstance(output, torch.Tensor)
     return output[None]
@@ -128,7 +158,8 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: 
 class BlockwiseCausalAttention(torch.autograd.Function):
     """Causal attention with grouped queries, a block of queries at a time, scores and softmax in float32.
 
-    The queries are those of the last Lq of Lk tokens, so that each sees the Lk - Lq tokens in front of them and itself.
+    The queries are those of the last Lq of Lk tokens, so that each sees the Lk - Lq tokens in front of them
+    and itself.
 
     With P = softmax(S), S = scaling * Q K^T and O = P V (FlashAttention-2, arXiv:2307.08691, section 2.2):
     dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(dO * O)), dQ = scaling * dS K, dK = scaling * dS^T Q.
@@ -136,7 +167,9 @@ class BlockwiseCausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def forward(
+        ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         """`query` [Hq, Lq, D], `key` and `value` [Hkv, Lk, D] -> [Hq, Lq, D]."""
         (num_heads, length, _), num_kv_heads = query.shape, key.shape[0]
         in_front = key.shape[1] - length
@@ -147,8 +180,12 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             stop = min(start + QUERY_BLOCK, length)
             future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
             seen = in_front + stop
-            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :seen]).mul_(scaling)
-            scores.view(num_heads, stop - start, seen)[..., in_front + start :].masked_fill_(future, -math.inf)
+            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :seen]).mul_(
+                scaling
+            )
+            scores.view(num_heads, stop - start, seen)[..., in_front + start :].masked_fill_(
+                future, -math.inf
+            )
             probs = scores.softmax(dim=-1).to(query.dtype)
             output[:, start:stop] = torch.bmm(probs, value[:, :seen]).view(num_heads, stop - start, -1)
             blocks.append(probs)
@@ -162,21 +199,34 @@ class BlockwiseCausalAttention(torch.autograd.Function):
         query, key, value, output, *blocks = ctx.saved_tensors
         num_kv_heads = key.shape[0]
         grad_query = query.new_empty(query.shape)
-        grad_key, grad_value = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+        grad_key, grad_value = (
+            torch.zeros_like(key, dtype=torch.float32),
+            torch.zeros_like(value, dtype=torch.float32),
+        )
         row_sums = (grad_output.float() * output.float()).sum(dim=-1, keepdim=True).to(query.dtype)
         for index, probs in enumerate(blocks):
             start, stop = index * QUERY_BLOCK, min((index + 1) * QUERY_BLOCK, query.shape[1])
-            block_query, block_grad, block_sums = (_fold(part, start, stop, num_kv_heads) for part in (query, grad_output, row_sums))
+            block_query, block_grad, block_sums = (
+                _fold(part, start, stop, num_kv_heads) for part in (query, grad_output, row_sums)
+            )
             seen = key.shape[1] - query.shape[1] + stop
             grad_value[:, :seen] += torch.bmm(probs.transpose(1, 2), block_grad)
-            grad_scores = torch.bmm(block_grad, value[:, :seen].transpose(1, 2)).sub_(block_sums).mul_(probs).mul_(ctx.scaling)
-            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :seen]).view(query.shape[0], stop - start, -1)
+            grad_scores = (
+                torch.bmm(block_grad, value[:, :seen].transpose(1, 2))
+                .sub_(block_sums)
+                .mul_(probs)
+                .mul_(ctx.scaling)
+            )
+            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :seen]).view(
+                query.shape[0], stop - start, -1
+            )
             grad_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), block_query)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None
 
 
 def _fold(heads: torch.Tensor, start: int, stop: int, num_kv_heads: int) -> torch.Tensor:
-    """Rows `start` to `stop` of `[Hq, L, D]` as `[Hkv, group * rows, D]`, so that a group's queries share one product with its key."""
+    """Rows `start` to `stop` of `[Hq, L, D]` as `[Hkv, group * rows, D]`, so that a group's queries share one
+    product with its key."""
     return heads[:, start:stop].reshape(num_kv_heads, -1, heads.shape[-1])
 
 

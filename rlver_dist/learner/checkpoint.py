@@ -1,7 +1,7 @@
 """What the learner writes for others: a weight file for the rollout engines, and a Hugging Face folder.
 
-Both are written aside and renamed, so that a reader never sees half of one. The learner's own state (optimizer, schedule,
-counters) is DeepSpeed's checkpoint: `TrainingEngine.save` and `load`.
+Both are written aside and renamed, so that a reader never sees half of one. The learner's own state
+(optimizer, schedule, counters) is DeepSpeed's checkpoint: `TrainingEngine.save` and `load`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from rlver_dist.learner.engine import TrainingEngine
 
 
 def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
-    """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls, rank 0 writes."""
+    """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls,
+    rank 0 writes."""
     tensors = _collect(engine, rank)
     if rank == 0:
         from safetensors.torch import save_file
@@ -30,7 +31,8 @@ def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
 
 
 def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: int) -> None:
-    """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every rank calls."""
+    """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every
+    rank calls."""
     tensors = _collect(engine, rank)
     if rank == 0:
         from transformers import AutoTokenizer

@@ -1,8 +1,9 @@
 """`CriticLearner`: one rank of the data-parallel training of PPO's value function.
 
-As the policy learner, a plain class that is wrapped as an actor in `cluster/`, one a process; every method is collective. A backbone
-that learns is trained with its head by one engine. A frozen backbone stays outside: a whole replica on each rank turns tokens into
-features, once an iteration, and the engine trains the head on them, in float32.
+As the policy learner, a plain class that is wrapped as an actor in `cluster/`, one a process; every method is
+collective. A backbone that learns is trained with its head by one engine. A frozen backbone stays outside: a
+whole replica on each rank turns tokens into features, once an iteration, and the engine trains the head on
+them, in float32.
 """
 
 from __future__ import annotations
@@ -61,24 +62,33 @@ class CriticLearner(LearnerRank):
         critic, dtype, path = config.critic, config.model.dtype, resolve(config.model.path)
         settings = engine.deepspeed_config(critic, Precision.float32 if self._frozen else dtype)
         if self._frozen:
-            backbone = load_backbone(path, getattr(torch, dtype.value), critic.num_layers).requires_grad_(False).eval().to(self._device)
+            backbone = (
+                load_backbone(path, getattr(torch, dtype.value), critic.num_layers)
+                .requires_grad_(False)
+                .eval()
+                .to(self._device)
+            )
         else:
             with engine.sharded_construction(settings):
                 backbone = load_backbone(path, getattr(torch, dtype.value), critic.num_layers)
         head = ValueHead(backbone.config.hidden_size, critic.head_units, config.seed)
         model = head if self._frozen else ValueModel(backbone, head, recompute=critic.gradient_checkpointing)
-        return backbone, engine.TrainingEngine(model, config=critic, settings=settings, world_size=self._world_size, tag="critic")
+        return backbone, engine.TrainingEngine(
+            model, config=critic, settings=settings, world_size=self._world_size, tag="critic"
+        )
 
     @torch.no_grad()
     def values(self, samples: list[TurnSample]) -> list[Tensor]:
-        """Value of the state before each trained token: `[n_i]` float32 for each sample, in reward; the same on every rank."""
+        """Value of the state before each trained token: `[n_i]` float32 for each sample, in reward; the same
+        on every rank."""
         batches = self._batches(samples)
         rows = [row for batch in batches for row in batch.rows]
         values = [self._engine.forward(*inputs) for batch in batches for inputs in batch.inputs]
         return collect_columns(samples, rows, values, self._device)
 
     def update(self, samples: list[TurnSample], values: Columns, returns: Columns) -> list[Metric]:
-        """Train `critic.epochs` times over the samples, in `algorithm.updates_per_iteration` optimizer steps along whole groups each.
+        """Train `critic.epochs` times over the samples, in `algorithm.updates_per_iteration` optimizer steps
+        along whole groups each.
 
         Args:
             samples: all samples of the iteration, on every rank, in one order.
@@ -99,15 +109,23 @@ class CriticLearner(LearnerRank):
         for _ in range(self._config.epochs):
             for batch in batches:
                 for row, inputs in zip(batch.rows, batch.inputs, strict=True):
-                    self._accumulate(inputs, column(values, row), column(returns, row), batch.num_trained, tally)
+                    self._accumulate(
+                        inputs, column(values, row), column(returns, row), batch.num_trained, tally
+                    )
                 tally.add("lr", self._engine.lr, 1)
                 tally.add("grad_norm", self._engine.step(), 1)
         self._latest = ([], [])
         engine.return_freed_memory()
         elapsed = time.perf_counter() - started
-        return [*tally.metrics("critic/"), *_fit(values, returns), Metric("time/critic_update_s", elapsed, Reduction.max)]
+        return [
+            *tally.metrics("critic/"),
+            *_fit(values, returns),
+            Metric("time/critic_update_s", elapsed, Reduction.max),
+        ]
 
-    def _accumulate(self, inputs: tuple[Any, ...], old_values: Tensor, returns: Tensor, num_trained: int, tally: Tally) -> None:
+    def _accumulate(
+        self, inputs: tuple[Any, ...], old_values: Tensor, returns: Tensor, num_trained: int, tally: Tally
+    ) -> None:
         """Add one row's gradient."""
         values = self._engine.forward(*inputs)
         loss, sums = losses.value_loss(values, old_values, returns, self._config.value_clip, num_trained)
@@ -117,7 +135,8 @@ class CriticLearner(LearnerRank):
         tally.add("value_loss", loss.item() * num_trained, len(values))
 
     def _batches(self, samples: list[TurnSample]) -> list[Batch]:
-        """This rank's work on `samples`. Kept until the update, since `values` is asked for the same samples before it."""
+        """This rank's work on `samples`. Kept until the update, since `values` is asked for the same samples
+        before it."""
         if not self._latest[1] or self._latest[0] != samples:
             parts = split_updates([sample.group_id for sample in samples], self._num_updates)
             self._latest = (samples, [self._batch(samples, part) for part in parts])
@@ -125,17 +144,26 @@ class CriticLearner(LearnerRank):
 
     def _batch(self, samples: list[TurnSample], part: list[int]) -> Batch:
         rows = self._share(samples, part)
-        return Batch(num_trained=sum(samples[index].num_trained for index in part), rows=rows, inputs=[self._inputs(row) for row in rows])
+        return Batch(
+            num_trained=sum(samples[index].num_trained for index in part),
+            rows=rows,
+            inputs=[self._inputs(row) for row in rows],
+        )
 
     def _inputs(self, row: PackedRow) -> tuple[Any, ...]:
-        return (frozen_features(self._backbone, row),) if self._frozen else (row.token_ids, row.position_ids, row.spans, row.logit_index)
+        return (
+            (frozen_features(self._backbone, row),)
+            if self._frozen
+            else (row.token_ids, row.position_ids, row.spans, row.logit_index)
+        )
 
 
 def _fit(values: Columns, returns: Columns) -> list[Metric]:
-    """How the values that an update started from fit the returns, over all trained tokens of all ranks; nothing for no token.
+    """How the values that an update started from fit the returns, over all trained tokens of all ranks;
+    nothing for no token.
 
-    Explained variance is 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is what a constant does. Equal returns leave
-    nothing to explain.
+    Explained variance is 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is what a constant does.
+    Equal returns leave nothing to explain.
     """
     if not values:
         return []
@@ -145,5 +173,10 @@ def _fit(values: Columns, returns: Columns) -> list[Metric]:
     return [
         Metric("critic/value_mean", float(predicted.mean()), Reduction.last),
         Metric("critic/return_mean", float(target.mean()), Reduction.last),
-        Metric("critic/explained_variance", 1 - unexplained / variance if variance else 0.0, Reduction.mean, float(variance > 0)),
+        Metric(
+            "critic/explained_variance",
+            1 - unexplained / variance if variance else 0.0,
+            Reduction.mean,
+            float(variance > 0),
+        ),
     ]

@@ -1,10 +1,11 @@
 """The one importer of DeepSpeed: starting a rank, and an engine with exact gradients.
 
-DeepSpeed divides gradients by accumulation steps and by ranks. Losses here are already divided by global counts, so the first is
-switched off (`managed_gradient_accumulation: false`: `backward` accumulates, `step` is the boundary) and the second is undone by
-multiplying the loss by the number of ranks.
+DeepSpeed divides gradients by accumulation steps and by ranks. Losses here are already divided by global
+counts, so the first is switched off (`managed_gradient_accumulation: false`: `backward` accumulates, `step`
+is the boundary) and the second is undone by multiplying the loss by the number of ranks.
 
-    python -m rlver_dist.learner.engine --build-ops     # compile DeepSpeed's shared-memory op ahead of the first start
+    python -m rlver_dist.learner.engine --build-ops     # compile DeepSpeed's shared-memory op ahead of the
+        first start
 """
 
 from __future__ import annotations
@@ -43,19 +44,23 @@ def _prepare_environment(device: str) -> None:
 
 
 def _quiet() -> AbstractContextManager[Any]:
-    """Drop what DeepSpeed prints (memory figures, build notices); errors are raised, and warnings go to its logger."""
+    """Drop what DeepSpeed prints (memory figures, build notices); errors are raised, and warnings go to its
+    logger."""
     return redirect_stdout(io.StringIO())
 
 
 def build_ops() -> None:
-    """Compile the op that DeepSpeed loads at its first start on CPUs, so that the first run does not wait for it."""
+    """Compile the op that DeepSpeed loads at its first start on CPUs, so that the first run does not wait for
+    it."""
     _prepare_environment("cpu")
     from deepspeed.comm.torch import build_shm_op
 
     build_shm_op()
 
 
-def start_rank(*, rank: int, world_size: int, master_address: str, master_port: int, device: str, num_threads: int) -> torch.device:
+def start_rank(
+    *, rank: int, world_size: int, master_address: str, master_port: int, device: str, num_threads: int
+) -> torch.device:
     """Join the learner's process group; call once a process, before anything else here.
 
     Args:
@@ -72,7 +77,13 @@ def start_rank(*, rank: int, world_size: int, master_address: str, master_port: 
     _prepare_environment(device)
     if num_threads:
         torch.set_num_threads(num_threads)
-    settings = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": master_address, "MASTER_PORT": master_port, "LOCAL_RANK": 0}
+    settings = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": master_address,
+        "MASTER_PORT": master_port,
+        "LOCAL_RANK": 0,
+    }
     if device == "cpu":
         settings["LOCAL_SIZE"] = world_size
     os.environ.update({name: str(value) for name, value in settings.items()})
@@ -81,21 +92,25 @@ def start_rank(*, rank: int, world_size: int, master_address: str, master_port: 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     backend = "gloo" if device == "cpu" else "nccl"
     with _quiet():
-        deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=world_size, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=world_size, verbose=False
+        )
     if device == "cpu":
         _unlink_buffer(master_address, master_port, rank)
     return torch.device("cpu" if device == "cpu" else "cuda:0")
 
 
 def _unlink_buffer(master_address: str, master_port: int, rank: int) -> None:
-    """Take the name off DeepSpeed's shared-memory buffer, 66 MiB that it never removes; ranks have it open once all have started."""
+    """Take the name off DeepSpeed's shared-memory buffer, 66 MiB that it never removes; ranks have it open
+    once all have started."""
     torch.distributed.barrier()
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system: activations of changing sizes leave glibc's heap full of holes that only grow."""
+    """Give freed memory back to the system: activations of changing sizes leave glibc's heap full of holes
+    that only grow."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -104,9 +119,14 @@ def return_freed_memory() -> None:
 def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
     """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights.
 
-    With the optimizer offloaded, ZeRO 1 and 2 sum a step's micro-batches in the model's own dtype whatever is asked for here.
+    With the optimizer offloaded, ZeRO 1 and 2 sum a step's micro-batches in the model's own dtype whatever is
+    asked for here.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False, "stage3_gather_16bit_weights_on_model_save": False}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -127,7 +147,8 @@ def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
 
 @contextmanager
 def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, transformers loads weights straight into shards inside the block; models loaded outside it stay whole."""
+    """Under ZeRO-3, transformers loads weights straight into shards inside the block; models loaded outside
+    it stay whole."""
     if settings["zero_optimization"]["stage"] < 3:
         yield
         return
@@ -149,7 +170,8 @@ def _lr_factor(step: int, warmup: int, decay_steps: int | None) -> float:
 
 
 class TrainingEngine:
-    """A DeepSpeed engine with AdamW and a linear schedule, whose gradient is exactly the sum of the losses' gradients over ranks.
+    """A DeepSpeed engine with AdamW and a linear schedule, whose gradient is exactly the sum of the losses'
+    gradients over ranks.
 
     Parameters that do not require gradients are left as they are.
     """
@@ -172,7 +194,8 @@ class TrainingEngine:
             settings: `deepspeed_config` of it.
             world_size: ranks.
             tag: names the learner in checkpoints and errors.
-            decay_steps: steps from the first on over which the learning rate falls to 0, from the warm-up's; None keeps it.
+            decay_steps: steps from the first on over which the learning rate falls to 0, from the warm-up's;
+                None keeps it.
         """
         import deepspeed
 
@@ -182,18 +205,27 @@ class TrainingEngine:
         self._grad_clip = config.grad_clip
         self._plain_norm = math.nan
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+        self._options: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "weight_decay": config.weight_decay,
+        }
         optimizer = torch.optim.AdamW(trained, **self._options, fused=True)
         warmup = max(1, config.warmup_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, decay_steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _lr_factor(step, warmup, decay_steps)
+        )
         if config.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         with _quiet():
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            )
 
     @property
     def model(self) -> PreTrainedModel:
-        """The Hugging Face model in a wrapped `PolicyModel`; under ZeRO-3 its parameters are shards outside of `gathered`."""
+        """The Hugging Face model in a wrapped `PolicyModel`; under ZeRO-3 its parameters are shards outside
+        of `gathered`."""
         return self._engine.module.model
 
     @property
@@ -207,7 +239,8 @@ class TrainingEngine:
         return self._engine.optimizer.param_groups[0]["lr"]
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's forward pass, collective under ZeRO-3; in training mode exactly where gradients are on."""
+        """The model's forward pass, collective under ZeRO-3; in training mode exactly where gradients are
+        on."""
         self._engine.train(torch.is_grad_enabled())
         return self._engine(*inputs)
 
@@ -226,7 +259,8 @@ class TrainingEngine:
         # ZeRO reports a norm that is not finite as -1 in bfloat16.
         if not (math.isfinite(norm) and norm >= 0):
             raise RlverError(
-                f"{self._tag}: the gradient is not finite at optimizer step {self.num_steps}; lower its lr, resume the last checkpoint"
+                f"{self._tag}: the gradient is not finite at optimizer step {self.num_steps}; lower its lr, "
+                f"resume the last checkpoint"
             )
         return float(norm)
 
@@ -252,7 +286,8 @@ class TrainingEngine:
             self._engine.save_checkpoint(directory, tag=self._tag, save_latest=False)
 
     def load(self, directory: str) -> None:
-        """Restore what `save` wrote; every rank calls, with as many ranks as saved. The configuration's options stay in force.
+        """Restore what `save` wrote; every rank calls, with as many ranks as saved. The configuration's
+        options stay in force.
 
         Raises:
             RlverError: there is no such checkpoint in `directory`.
@@ -265,12 +300,16 @@ class TrainingEngine:
         scheduler = self._engine.lr_scheduler
         scheduler.base_lrs = [self._options["lr"] for _ in scheduler.base_lrs]
         for group, factor in zip(self._engine.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group |= self._options | {"initial_lr": self._options["lr"], "lr": self._options["lr"] * factor(scheduler.last_epoch)}
+            group |= self._options | {
+                "initial_lr": self._options["lr"],
+                "lr": self._options["lr"] * factor(scheduler.last_epoch),
+            }
         if self.zero_stage:
             self._engine.optimizer.clip_grad = self._grad_clip
 
     def free(self) -> None:
-        """Let go of optimizer and hooks, which would keep a dropped engine alive; the engine is of no use afterwards."""
+        """Let go of optimizer and hooks, which would keep a dropped engine alive; the engine is of no use
+        afterwards."""
         self._engine.destroy()
 
     def close(self) -> None:
@@ -282,7 +321,12 @@ class TrainingEngine:
 def main() -> None:
     """Command line: build the op."""
     parser = argparse.ArgumentParser(description="Prepare DeepSpeed for CPU learners.")
-    parser.add_argument("--build-ops", action="store_true", required=True, help="compile the shared-memory op ahead of the first start")
+    parser.add_argument(
+        "--build-ops",
+        action="store_true",
+        required=True,
+        help="compile the shared-memory op ahead of the first start",
+    )
     parser.parse_args()
     build_ops()
 

@@ -1,8 +1,9 @@
 """The loss of the supervised warm-up: tokens to say, and a model to say the rest like.
 
-The think format (tags and thought) is imitated token by token. Of the reply behind it the whole distribution is: that of the base
-model, at the same reply after the prompt without thinking (context distillation, arXiv:2112.00861). Imitating sampled replies instead
-would sharpen the model around them, and it would say less, and worse, than it could.
+The think format (tags and thought) is imitated token by token. Of the reply behind it the whole distribution
+is: that of the base model, at the same reply after the prompt without thinking (context distillation,
+arXiv:2112.00861). Imitating sampled replies instead would sharpen the model around them, and it would say
+less, and worse, than it could.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class DivergenceFrom(torch.autograd.Function):
         divergences = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         for start in range(0, len(logits), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            ours, theirs = (torch.log_softmax(part[rows].float() / temperature, dim=-1) for part in (logits, teacher))
+            ours, theirs = (
+                torch.log_softmax(part[rows].float() / temperature, dim=-1) for part in (logits, teacher)
+            )
             divergences[rows] = torch.linalg.vecdot(theirs.exp(), theirs - ours)
         ctx.save_for_backward(logits, teacher)
         ctx.temperature = temperature
@@ -45,7 +48,9 @@ class DivergenceFrom(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         for start in range(0, len(logits), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            ours, theirs = (torch.softmax(part[rows].float() / ctx.temperature, dim=-1) for part in (logits, teacher))
+            ours, theirs = (
+                torch.softmax(part[rows].float() / ctx.temperature, dim=-1) for part in (logits, teacher)
+            )
             grad_logits[rows] = ours.sub_(theirs).mul_(grad[rows, None] / ctx.temperature)
         return grad_logits, None, None
 
@@ -58,7 +63,9 @@ def distilled(row: PackedRow, samples: Sequence[ImitationSample]) -> Tensor:
     return torch.tensor(mask, dtype=torch.bool, device=row.token_ids.device)
 
 
-def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[ImitationSample], reply: Tensor) -> Measure:
+def imitation_measure(
+    teacher: PolicyModel, row: PackedRow, samples: Sequence[ImitationSample], reply: Tensor
+) -> Measure:
     """What a row costs: for each trained token a loss in nats, as `[S]` float32.
 
     Args:
@@ -68,11 +75,16 @@ def imitation_measure(teacher: PolicyModel, row: PackedRow, samples: Sequence[Im
         reply: `distilled` of the row.
     """
     plain = [samples[index].plain for index in row.indices]
-    asked = pack(plain, make_units(plain, range(len(plain)), share=True, max_tokens=sum(len(one.token_ids) for one in plain)))
+    asked = pack(
+        plain,
+        make_units(plain, range(len(plain)), share=True, max_tokens=sum(len(one.token_ids) for one in plain)),
+    )
     with torch.no_grad():
         said = teacher.logits(asked.to(row.token_ids.device))
     # Sharing histories may change the samples' places.
-    by_sample = dict(zip(asked.indices, said.split([plain[place].num_trained for place in asked.indices]), strict=True))
+    by_sample = dict(
+        zip(asked.indices, said.split([plain[place].num_trained for place in asked.indices]), strict=True)
+    )
     in_order = torch.cat([by_sample[place] for place in range(len(plain))]) if plain else said
     return partial(_losses, teacher=in_order, reply=reply)
 

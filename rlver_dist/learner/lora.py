@@ -1,7 +1,8 @@
 """The one importer of PEFT: low-rank adapters in the policy, and what its weights are once they are merged.
 
-LoRA (arXiv:2106.09685, section 4.1): a linear layer computes W x + (alpha / rank) B A x, of which only A and B learn. The learner
-keeps the parts; whoever reads its weights sees W + (alpha / rank) B A under W's own name, as if the whole model had been trained.
+LoRA (arXiv:2106.09685, section 4.1): a linear layer computes W x + (alpha / rank) B A x, of which only A and
+B learn. The learner keeps the parts; whoever reads its weights sees W + (alpha / rank) B A under W's own
+name, as if the whole model had been trained.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ ADAPTER = "default"
 
 @dataclass(kw_only=True, slots=True)
 class Weight:
-    """A parameter of the model under the name that it had before `add_adapters`, with the adapter that belongs to it.
+    """A parameter of the model under the name that it had before `add_adapters`, with the adapter that
+    belongs to it.
 
     Attributes:
         name: Hugging Face name.
@@ -45,20 +47,24 @@ class Weight:
 
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
-        """base + scaling * up @ down, summed in float32 and rounded once to the base's dtype; without an adapter the base itself.
+        """base + scaling * up @ down, summed in float32 and rounded once to the base's dtype; without an
+        adapter the base itself.
 
         Under ZeRO-3 the parts have to be gathered.
         """
         if self.down is None or self.up is None:
             return self.base.detach()
-        return torch.addmm(self.base.float(), self.up.float(), self.down.float(), alpha=self.scaling).to(self.base.dtype)
+        return torch.addmm(self.base.float(), self.up.float(), self.down.float(), alpha=self.scaling).to(
+            self.base.dtype
+        )
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Freeze `model` and put trainable adapters into it, in place; what it computes stays the same, since B starts at zero.
+    """Freeze `model` and put trainable adapters into it, in place; what it computes stays the same, since B
+    starts at zero.
 
-    The adapters have the dtype of the layers they are on. Every A starts from `seed`, the same on every rank, since the ranks are copies
-    of one model; torch's generators are untouched.
+    The adapters have the dtype of the layers they are on. Every A starts from `seed`, the same on every rank,
+    since the ranks are copies of one model; torch's generators are untouched.
 
     Raises:
         ConfigError: `config.target_modules` names what is no linear layer of this model, or is its head.
@@ -72,15 +78,21 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Full names of the linear layers that get an adapter. The head is none of them: it can be tied to the embeddings."""
+    """Full names of the linear layers that get an adapter. The head is none of them: it can be tied to the
+    embeddings."""
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
     chosen = config.targets({name.rpartition(".")[2] for name in linear})
     return [name for name in linear if name.rpartition(".")[2] in chosen]
 
 
 def named_weights(model: PreTrainedModel) -> list[Weight]:
-    """The weights of `model` in its own order, a tied head included; with adapters, those are parts of the weights they belong to."""
+    """The weights of `model` in its own order, a tied head included; with adapters, those are parts of the
+    weights they belong to."""
     found = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, adapted, kind = name.partition(".base_layer.")

@@ -1,8 +1,9 @@
 """`PolicyLearner`: one rank of the policy's data-parallel training.
 
-A plain class, wrapped as an actor in `cluster/`, one a process (DeepSpeed and transformers keep process-wide state). Every method
-but `metadata` is collective: the driver calls it on all ranks with equal arguments. Each rank takes its share of the samples by
-the same deterministic plan, so nothing but gradients, metrics and numbers of single tokens ever travels.
+A plain class, wrapped as an actor in `cluster/`, one a process (DeepSpeed and transformers keep process-wide
+state). Every method but `metadata` is collective: the driver calls it on all ranks with equal arguments. Each
+rank takes its share of the samples by the same deterministic plan, so nothing but gradients, metrics and
+numbers of single tokens ever travels.
 """
 
 from __future__ import annotations
@@ -46,11 +47,13 @@ class PolicyLearner(LearnerRank):
     """Owns the policy's weights: updates, scores, sends, saves and exports them."""
 
     def __init__(self, *, config: RunConfig, model_path: str | None = None, **place: Any) -> None:
-        """Join the process group at `place` (see `LearnerRank`), load the policy (and the reference for a KL term), build the engine.
+        """Join the process group at `place` (see `LearnerRank`), load the policy (and the reference for a KL
+        term), build the engine.
 
         Args:
             config: the run's configuration.
-            model_path: folder of a warmed-up policy to start from, which then is the reference too; None takes `config.model.path`.
+            model_path: folder of a warmed-up policy to start from, which then is the reference too; None
+                takes `config.model.path`.
             place: `rank`, `world_size`, `master_address`, `master_port`, `device` and `num_threads`.
         """
         super().__init__(config.learner, **place)
@@ -66,7 +69,8 @@ class PolicyLearner(LearnerRank):
     def _build_engine(
         self, config: LearnerConfig, replacement: Weights | None = None, decay_steps: int | None = None
     ) -> engine.TrainingEngine:
-        """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement` in its place.
+        """An engine with a fresh optimizer around the model of the learner's folder, or around `replacement`
+        in its place.
 
         With `decay_steps` its learning rate falls to 0 over so many steps.
         """
@@ -79,7 +83,9 @@ class PolicyLearner(LearnerRank):
         if self._config.model.lora.rank > 0:
             add_adapters(model, self._config.model.lora, self._config.seed)
         policy = PolicyModel(model, recompute=config.gradient_checkpointing)
-        return engine.TrainingEngine(policy, config=config, settings=settings, world_size=self._world_size, decay_steps=decay_steps)
+        return engine.TrainingEngine(
+            policy, config=config, settings=settings, world_size=self._world_size, decay_steps=decay_steps
+        )
 
     def _load_frozen(self, path: str, replacement: Weights | None = None) -> PolicyModel:
         """A whole, frozen replica."""
@@ -90,10 +96,15 @@ class PolicyLearner(LearnerRank):
 
     def _base(self) -> PolicyModel:
         """The base model, frozen: the reference where that is it, else loaded for the caller alone."""
-        return self._reference if self._reference is not None and self._reference_is_base else self._load_frozen(self._base_path)
+        return (
+            self._reference
+            if self._reference is not None and self._reference_is_base
+            else self._load_frozen(self._base_path)
+        )
 
     def update(self, samples: list[TurnSample], advantages: Columns, kl_coef: float) -> list[Metric]:
-        """Train on one iteration's samples, in `algorithm.updates_per_iteration` optimizer steps along whole groups.
+        """Train on one iteration's samples, in `algorithm.updates_per_iteration` optimizer steps along whole
+        groups.
 
         Args:
             samples: all samples of the iteration, on every rank, in one order.
@@ -116,12 +127,21 @@ class PolicyLearner(LearnerRank):
         # The first step starts from the old weights, so its own forward pass gives its old log-probs.
         with self._counting(self._update_tokens(updates)):
             old: list[list[Tensor | None]] = [
-                [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows] for step, rows in enumerate(updates)
+                [None if step == 0 else self._logprobs(self._engine.forward, row) for row in rows]
+                for step, rows in enumerate(updates)
             ]
             for part, rows, old_logprobs in zip(parts, updates, old, strict=True):
                 num_trained = sum(samples[index].num_trained for index in part)
                 for row, row_old in zip(rows, old_logprobs, strict=True):
-                    self._accumulate(row, column(advantages, row), column(rollout, row), row_old, kl_coef, num_trained, tally)
+                    self._accumulate(
+                        row,
+                        column(advantages, row),
+                        column(rollout, row),
+                        row_old,
+                        kl_coef,
+                        num_trained,
+                        tally,
+                    )
                 tally.add("lr", self._engine.lr, 1)
                 tally.add("grad_norm", self._engine.step(), 1)
         engine.return_freed_memory()
@@ -130,12 +150,15 @@ class PolicyLearner(LearnerRank):
             *tally.metrics("learner/"),
             Metric("learner/trained_tokens", sum(len(row.target_index) for row in own), Reduction.sum),
             Metric("learner/optimizer_steps", len(parts), Reduction.max),
-            Metric("perf/learner_tokens_per_s", sum(len(row.token_ids) for row in own) / elapsed, Reduction.sum),
+            Metric(
+                "perf/learner_tokens_per_s", sum(len(row.token_ids) for row in own) / elapsed, Reduction.sum
+            ),
             Metric("time/policy_update_s", elapsed, Reduction.max),
         ]
 
     def _update_tokens(self, updates: list[list[PackedRow]]) -> int:
-        """Tokens that an update computes: each row once, once more before it where it is not of the first step, and by the reference."""
+        """Tokens that an update computes: each row once, once more before it where it is not of the first
+        step, and by the reference."""
         passes = [*updates, *updates[1:], *(updates if self._kl_in_loss else ())]
         return num_tokens([row for rows in passes for row in rows])
 
@@ -144,8 +167,11 @@ class PolicyLearner(LearnerRank):
         return self._reference is not None and self._algorithm.kl_placement is KLPlacement.loss
 
     @torch.no_grad()
-    def _logprobs(self, forward: Callable[..., Any], row: PackedRow, temperature: float | None = None) -> Tensor:
-        """Log-probs `[S]` of the trained tokens, by default at the sampling temperature; `forward` is the engine's, or a model."""
+    def _logprobs(
+        self, forward: Callable[..., Any], row: PackedRow, temperature: float | None = None
+    ) -> Tensor:
+        """Log-probs `[S]` of the trained tokens, by default at the sampling temperature; `forward` is the
+        engine's, or a model."""
         logprobs = score_row(forward, row, self._temperature if temperature is None else temperature)[0]
         self._done += len(row.token_ids)
         return logprobs
@@ -160,13 +186,20 @@ class PolicyLearner(LearnerRank):
         num_trained: int,
         tally: Tally,
     ) -> None:
-        """Add one row's gradient; `num_trained` counts the trained tokens of the whole update over all ranks."""
+        """Add one row's gradient; `num_trained` counts the trained tokens of the whole update over all
+        ranks."""
         algorithm, count = self._algorithm, len(row.target_index)
         logprobs, entropies = score_row(self._engine.forward, row, self._temperature)
         old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
         tis_weights = losses.truncated_importance_weights(old_logprobs, rollout_logprobs, algorithm.tis_cap)
         policy_loss, sums = losses.policy_loss(
-            logprobs, old_logprobs, advantages, tis_weights, algorithm.clip_low, algorithm.clip_high, num_trained
+            logprobs,
+            old_logprobs,
+            advantages,
+            tis_weights,
+            algorithm.clip_low,
+            algorithm.clip_high,
+            num_trained,
         )
         loss = policy_loss - algorithm.entropy_coef * entropies.sum() / num_trained
         if self._reference is not None and self._kl_in_loss:
@@ -184,7 +217,8 @@ class PolicyLearner(LearnerRank):
         tally.add("logprob_gap", (old_logprobs - rollout_logprobs).abs().sum().item(), count)
 
     def kl_tokens(self, samples: list[TurnSample]) -> list[Tensor]:
-        """`[n_i]` for each sample: the KL(policy || reference) estimate of each trained token, nats; the same on every rank.
+        """`[n_i]` for each sample: the KL(policy || reference) estimate of each trained token, nats; the same
+        on every rank.
 
         Raises:
             ValueError: there is no reference, since `algorithm.kl_coef` is 0.
@@ -194,15 +228,19 @@ class PolicyLearner(LearnerRank):
         rows, estimates = self._share(samples, range(len(samples))), []
         with self._counting(2 * num_tokens(rows)):
             for row in rows:
-                logprobs, ref_logprobs = self._logprobs(self._engine.forward, row), self._logprobs(self._reference, row)
+                logprobs, ref_logprobs = (
+                    self._logprobs(self._engine.forward, row),
+                    self._logprobs(self._reference, row),
+                )
                 estimates.append(kl.estimate(logprobs, ref_logprobs, self._algorithm.kl_estimator.value))
         return collect_columns(samples, rows, estimates, self._device)
 
     def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all sampled tokens under `config.model.path`, before any warm-up, and their number.
+        """Negative log-likelihood of all sampled tokens under `config.model.path`, before any warm-up, and
+        their number.
 
-        At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank. Where the reference is
-        another model, or there is none, the base model is loaded for this call alone.
+        At temperature 1, in nats; exp(nll / tokens) is the base model's perplexity. The same on every rank.
+        Where the reference is another model, or there is none, the base model is loaded for this call alone.
         """
         base = self._base()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
@@ -215,48 +253,67 @@ class PolicyLearner(LearnerRank):
         return sums[0].item(), int(sums[1])
 
     def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
-        """Supervised warm-up: say the samples' thoughts in their format, and reply behind them as `config.model.path` does without.
+        """Supervised warm-up: say the samples' thoughts in their format, and reply behind them as
+        `config.model.path` does without.
 
-        Lowers the mean over the samples' trained tokens of what `imitation.py` defines, at the sampling temperature, with an AdamW of
-        its own whose rate falls from `config.lr` to 0. Afterwards the learner is as one that was built on the resulting weights: a fresh
-        optimizer and schedule, and these weights as the KL reference.
+        Lowers the mean over the samples' trained tokens of what `imitation.py` defines, at the sampling
+        temperature, with an AdamW of its own whose rate falls from `config.lr` to 0. Afterwards the learner
+        is as one that was built on the resulting weights: a fresh optimizer and schedule, and these weights
+        as the KL reference.
 
         Args:
             samples: what to imitate, on every rank, in one order; one or more.
             config: epochs, batch size in samples, and learning rate.
-            seed: shuffles the dialogues, anew in each epoch; the samples of one stay together, since they share their history.
+            seed: shuffles the dialogues, anew in each epoch; the samples of one stay together, since they
+                share their history.
 
         Returns:
-            This rank's metrics: the losses of the first and the last step, nats a token, and the number of steps.
+            This rank's metrics: the losses of the first and the last step, nats a token, and the number of
+                steps.
         """
         by_dialogue: dict[str, list[int]] = {}
         for index, one in enumerate(samples):
             by_dialogue.setdefault(one.sample.dialogue_id, []).append(index)
         dialogues = list(by_dialogue.values())
         count, num_batches = len(dialogues), min(math.ceil(len(samples) / config.batch_size), len(dialogues))
-        self._rebuild(dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0), config.epochs * num_batches)
+        self._rebuild(
+            dataclasses.replace(self._config.learner, lr=config.lr, warmup_steps=0),
+            config.epochs * num_batches,
+        )
         teacher, shuffler, steps = self._base(), random.Random(seed), []
         with self._counting(math.ceil(config.epochs * len(samples) / self._world_size)):
             for _ in range(config.epochs):
                 shuffler.shuffle(dialogues)
                 for number in range(num_batches):
                     chosen = dialogues[number * count // num_batches : (number + 1) * count // num_batches]
-                    steps.append(self._imitate_step(teacher, samples, [index for members in chosen for index in members]))
+                    steps.append(
+                        self._imitate_step(
+                            teacher, samples, [index for members in chosen for index in members]
+                        )
+                    )
         del teacher
         merged = self._rebuild(self._config.learner)
         if self._reference is not None:
             self._reference, self._reference_is_base = self._load_frozen(self._path, merged), False
         engine.return_freed_memory()
         ends = (("first", steps[0]), ("last", steps[-1]))
-        reached = [dataclasses.replace(metric, key=f"{metric.key}_{end}") for end, metrics in ends for metric in metrics]
+        reached = [
+            dataclasses.replace(metric, key=f"{metric.key}_{end}")
+            for end, metrics in ends
+            for metric in metrics
+        ]
         return [*reached, Metric("warm_up/steps", len(steps), Reduction.max)]
 
-    def _imitate_step(self, teacher: PolicyModel, samples: list[ImitationSample], part: list[int]) -> list[Metric]:
+    def _imitate_step(
+        self, teacher: PolicyModel, samples: list[ImitationSample], part: list[int]
+    ) -> list[Metric]:
         """One optimizer step; returns the means of this rank's losses."""
         num_trained, tally = sum(samples[index].sample.num_trained for index in part), Tally()
         for row in self._share([one.sample for one in samples], part):
             reply = distilled(row, samples)
-            costs = score_row(self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples, reply))
+            costs = score_row(
+                self._engine.forward, row, self._temperature, imitation_measure(teacher, row, samples, reply)
+            )
             self._engine.backward(costs.sum() / num_trained)
             self._done += len(row.indices)
             for name, chosen in (("format_nll", costs[~reply]), ("reply_kl", costs[reply])):
@@ -267,7 +324,8 @@ class PolicyLearner(LearnerRank):
     def _rebuild(self, config: LearnerConfig, decay_steps: int | None = None) -> Weights:
         """Replace the engine by a fresh one around its weights, which are returned, on the CPU."""
         current = {name: tensor.cpu().clone() for name, tensor in self.iter_full_tensors()}
-        # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one another.
+        # The old engine goes first, so that two optimizers never stand side by side; its parts refer to one
+        # another.
         self._engine.free()
         del self._engine
         gc.collect()
@@ -276,22 +334,30 @@ class PolicyLearner(LearnerRank):
 
     @torch.no_grad()
     def probe(self, token_ids: list[int]) -> list[float]:
-        """Log-prob in nats, at temperature 1, of each token but the first given those before it; one fewer than `token_ids`."""
+        """Log-prob in nats, at temperature 1, of each token but the first given those before it; one fewer
+        than `token_ids`."""
         tokens = torch.tensor(token_ids, device=self._device)
         positions = torch.arange(len(token_ids), device=self._device)
-        logprobs, _ = self._engine.forward(tokens, positions, [Span(length=len(token_ids))], positions[:-1], positions[1:], 1.0)
+        logprobs, _ = self._engine.forward(
+            tokens, positions, [Span(length=len(token_ids))], positions[:-1], positions[1:], 1.0
+        )
         return logprobs.tolist()
 
     @torch.no_grad()
     def score_rate(self) -> float:
-        """Tokens a second of a forward pass over one row, half of whose tokens are scored, over all ranks; collective."""
+        """Tokens a second of a forward pass over one row, half of whose tokens are scored, over all ranks;
+        collective."""
         tokens = torch.ones(RATE_TOKENS, dtype=torch.int64, device=self._device)
         positions = torch.arange(RATE_TOKENS, device=self._device)
         scored = positions[RATE_TOKENS // 2 :]
         seconds = []
-        for _ in range(3):  # The first pass allocates, and whatever else just started may take a core from the second.
+        for _ in range(
+            3
+        ):  # The first pass allocates, and whatever else just started may take a core from the second.
             started = time.perf_counter()
-            logprobs, _ = self._engine.forward(tokens, positions, [Span(length=RATE_TOKENS)], scored - 1, scored, 1.0)
+            logprobs, _ = self._engine.forward(
+                tokens, positions, [Span(length=RATE_TOKENS)], scored - 1, scored, 1.0
+            )
             logprobs.tolist()
             seconds.append(time.perf_counter() - started)
         return self._world_size * RATE_TOKENS / min(seconds)
@@ -301,7 +367,8 @@ class PolicyLearner(LearnerRank):
         return weights.metadata(self._engine)
 
     def iter_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight whole and merged, under its Hugging Face name, tied head included; see `weights.iter_full_tensors`."""
+        """Every weight whole and merged, under its Hugging Face name, tied head included; see
+        `weights.iter_full_tensors`."""
         return weights.iter_full_tensors(self._engine)
 
     def write_weights(self, path: str) -> None:

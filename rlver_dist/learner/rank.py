@@ -1,4 +1,5 @@
-"""What one rank of policy and critic learner have in common: its place among the ranks, its share of the samples, its checkpoint."""
+"""What one rank of policy and critic learner have in common: its place among the ranks, its share of the
+samples, its checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +43,12 @@ class LearnerRank:
         self._rank, self._world_size = rank, world_size
         self._done = self._todo = 0
         self._device = start_rank(
-            rank=rank, world_size=world_size, master_address=master_address, master_port=master_port, device=device, num_threads=num_threads
+            rank=rank,
+            world_size=world_size,
+            master_address=master_address,
+            master_port=master_port,
+            device=device,
+            num_threads=num_threads,
         )
         self._share = partial(
             share_rows,
@@ -54,7 +60,8 @@ class LearnerRank:
         )
 
     def progress(self) -> tuple[int, int]:
-        """What the call at hand has done and all that it has to do on this rank; 0 and 0 outside of one. May be asked from any thread."""
+        """What the call at hand has done and all that it has to do on this rank; 0 and 0 outside of one. May
+        be asked from any thread."""
         return self._done, self._todo
 
     @contextmanager

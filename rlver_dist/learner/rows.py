@@ -21,7 +21,10 @@ def require_columns(samples: Sequence[TurnSample], **columns: Columns) -> None:
     for name, values in columns.items():
         lengths = [len(numbers) for numbers in values]
         if lengths != counts:
-            raise ValueError(f"{name}: {len(lengths)} columns of {sum(lengths)} numbers for {len(counts)} samples of {sum(counts)} tokens")
+            raise ValueError(
+                f"{name}: {len(lengths)} columns of {sum(lengths)} numbers for {len(counts)} samples of "
+                f"{sum(counts)} tokens"
+            )
 
 
 def share_rows(
@@ -34,7 +37,8 @@ def share_rows(
     share: bool,
     device: torch.device | str,
 ) -> list[PackedRow]:
-    """This rank's packed rows of the samples at `part`, on `device`; as many on every rank, short ranks end with empty ones.
+    """This rank's packed rows of the samples at `part`, on `device`; as many on every rank, short ranks end
+    with empty ones.
 
     Args:
         samples: all samples, the same on every rank.
@@ -55,8 +59,14 @@ def num_tokens(rows: Sequence[PackedRow]) -> int:
     return sum(len(row.token_ids) for row in rows)
 
 
-def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, measure: Measure = LogprobAndEntropy.apply) -> Any:
-    """What `PolicyModel.forward` gives for the row's trained tokens, by default log-probs `[S]` and entropies `[S]` in nats.
+def score_row(
+    forward: Callable[..., Any],
+    row: PackedRow,
+    temperature: float,
+    measure: Measure = LogprobAndEntropy.apply,
+) -> Any:
+    """What `PolicyModel.forward` gives for the row's trained tokens, by default log-probs `[S]` and entropies
+    `[S]` in nats.
 
     Args:
         forward: a `PolicyModel`, or an engine around one.
@@ -64,11 +74,16 @@ def score_row(forward: Callable[..., Any], row: PackedRow, temperature: float, m
         temperature: divides the logits.
         measure: what is computed of each trained token's logits.
     """
-    return forward(row.token_ids, row.position_ids, row.spans, row.logit_index, row.target_index, temperature, measure)
+    return forward(
+        row.token_ids, row.position_ids, row.spans, row.logit_index, row.target_index, temperature, measure
+    )
 
 
 def collect_columns(
-    samples: Sequence[TurnSample], rows: Sequence[PackedRow], values: Sequence[Tensor], device: torch.device | str
+    samples: Sequence[TurnSample],
+    rows: Sequence[PackedRow],
+    values: Sequence[Tensor],
+    device: torch.device | str,
 ) -> list[Tensor]:
     """Put the ranks' numbers of trained tokens together; collective.
 

@@ -20,5 +20,6 @@ class Tally:
     def metrics(self, prefix: str) -> list[Metric]:
         """One weighted mean a name; a mean of nothing has weight 0."""
         return [
-            Metric(prefix + name, total / count if count else 0.0, Reduction.mean, count) for name, (total, count) in self._sums.items()
+            Metric(prefix + name, total / count if count else 0.0, Reduction.mean, count)
+            for name, (total, count) in self._sums.items()
         ]

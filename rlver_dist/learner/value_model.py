@@ -1,9 +1,10 @@
 """The critic's model: the layers of a language model under a value head.
 
-The value at a trained token is read where the policy's log-prob of it is: from the hidden state of the token before, which has seen
-the history and what was said of the turn so far, but not the token itself. A backbone that learns brings there what the value needs. In a
-frozen one that hidden state is about the next token, so the head gets the mean over all tokens so far instead, where what the user
-said weighs as much as the words of the reply.
+The value at a trained token is read where the policy's log-prob of it is: from the hidden state of the token
+before, which has seen the history and what was said of the turn so far, but not the token itself. A backbone
+that learns brings there what the value needs. In a frozen one that hidden state is about the next token, so
+the head gets the mean over all tokens so far instead, where what the user said weighs as much as the words of
+the reply.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class ValueHead(nn.Module):
     """Hidden states to values, linear or through one hidden layer.
 
-    The last layer starts at zero, so that the first values are 0 and not noise, which would reach the policy as advantages.
+    The last layer starts at zero, so that the first values are 0 and not noise, which would reach the policy
+    as advantages.
     """
 
     def __init__(self, hidden_size: int, head_units: int, seed: int) -> None:
@@ -54,13 +56,20 @@ class ValueModel(nn.Module):
         if recompute:
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def forward(self, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span], logit_index: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        spans: list[Span],
+        logit_index: torch.Tensor,
+    ) -> torch.Tensor:
         """Values `[S]` at the row's tokens `logit_index`; see `PolicyModel.forward` for the arguments."""
         return self.head(hidden_states(self.backbone, token_ids, position_ids, spans)[logit_index])
 
 
 def load_backbone(path: str, dtype: torch.dtype, num_layers: int) -> PreTrainedModel:
-    """The first `num_layers` layers (0: all) of a language model and its last norm, without the vocabulary head.
+    """The first `num_layers` layers (0: all) of a language model and its last norm, without the vocabulary
+    head.
 
     Raises:
         ConfigError: the model has fewer layers.
@@ -81,7 +90,8 @@ def frozen_features(backbone: torch.nn.Module, row: PackedRow) -> torch.Tensor:
 
 
 def running_means(hidden: torch.Tensor, position_ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
-    """Mean over each token and all that it attends to, `[T, H]` float32, of `hidden` `[T, H]` brought to root mean square 1 each.
+    """Mean over each token and all that it attends to, `[T, H]` float32, of `hidden` `[T, H]` brought to root
+    mean square 1 each.
 
     A span's context, where it has one, starts a span without one, as `pack` lays them out.
     """

@@ -1,4 +1,5 @@
-"""Full tensors of the policy under Hugging Face names, whether or not ZeRO-3 has sharded them and LoRA has split them."""
+"""Full tensors of the policy under Hugging Face names, whether or not ZeRO-3 has sharded them and LoRA has
+split them."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from rlver_dist.learner import lora
 from rlver_dist.learner.engine import TrainingEngine
 
 GATHER_ELEMENTS = 1 << 27
-"""Weights that are whole at a time under ZeRO-3: 256 MiB in bfloat16; a single larger tensor is gathered alone."""
+"""Weights that are whole at a time under ZeRO-3: 256 MiB in bfloat16; a single larger tensor is gathered
+alone."""
 
 
 def metadata(engine: TrainingEngine) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, dtype and full shape of every tensor that `iter_full_tensors` yields, in its order; not collective."""
+    """Name, dtype and full shape of every tensor that `iter_full_tensors` yields, in its order; not
+    collective."""
     return [
         (weight.name, weight.base.dtype, tuple(getattr(weight.base, "ds_shape", weight.base.shape)))
         for weight in lora.named_weights(engine.model)
@@ -22,10 +25,11 @@ def metadata(engine: TrainingEngine) -> list[tuple[str, torch.dtype, tuple[int, 
 
 
 def iter_full_tensors(engine: TrainingEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every weight whole and merged, on the learner's device and in the model's dtype; collective under ZeRO-3.
+    """Yield every weight whole and merged, on the learner's device and in the model's dtype; collective under
+    ZeRO-3.
 
-    A tied `lm_head.weight` is yielded too, under its own name: vLLM's layerwise reload expects it. Tensors are safe to keep
-    until the next update; under ZeRO-3 they are copies, and so are weights with an adapter.
+    A tied `lm_head.weight` is yielded too, under its own name: vLLM's layerwise reload expects it. Tensors
+    are safe to keep until the next update; under ZeRO-3 they are copies, and so are weights with an adapter.
     """
     for bucket in _buckets(lora.named_weights(engine.model)):
         # Tied names share one parameter; DeepSpeed refuses to gather it twice.

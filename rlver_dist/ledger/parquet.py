@@ -1,6 +1,7 @@
 """The ledger on disk: one Parquet file an iteration and phase, one row a dialogue, the turns nested in it.
 
-A file is written aside and renamed, so that a file with the final name is complete. Its metadata carries the schema's version.
+A file is written aside and renamed, so that a file with the final name is complete. Its metadata carries the
+schema's version.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ SCHEMA = pa.schema(
     ],
     metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
-"""Emotions in points (0 to 100), log-probs in nats, rewards 0 to 1; the columns are the fields of `DialogueRecord`."""
+"""Emotions in points (0 to 100), log-probs in nats, rewards 0 to 1; the columns are the fields of
+`DialogueRecord`."""
 
 
 def dialogues_path(output_dir: str | Path, *, phase: Phase | PhaseName, iteration: int) -> Path:
@@ -92,7 +94,8 @@ def dialogues_path(output_dir: str | Path, *, phase: Phase | PhaseName, iteratio
 def drop_later(output_dir: str | Path, iteration: int) -> None:
     """Delete the dialogues of every iteration after `iteration`, the one that a run goes on from.
 
-    They belong to a line of training that was left: they would pass for this run's until it comes that far, or for good.
+    They belong to a line of training that was left: they would pass for this run's until it comes that far,
+    or for good.
     """
     for phase in Phase:
         folder = dialogues_path(output_dir, phase=phase, iteration=iteration).parent
@@ -111,7 +114,8 @@ def write_dialogues(
     rewards: Mapping[str, float],
     advantages: Mapping[str, float] | None = None,
 ) -> None:
-    """Write one phase's dialogues with their rewards and advantages, in the given order; replaces an older file.
+    """Write one phase's dialogues with their rewards and advantages, in the given order; replaces an older
+    file.
 
     Args:
         path: the file; see `dialogues_path`. Its folder is made where missing.
@@ -127,9 +131,13 @@ def write_dialogues(
     advantages = advantages or {}
     ids = {dialogue.id for dialogue in dialogues}
     if len(ids) != len(dialogues):
-        raise ValueError(f"{path}: {len(dialogues)} dialogues with {len(ids)} ids; every dialogue needs its own")
+        raise ValueError(
+            f"{path}: {len(dialogues)} dialogues with {len(ids)} ids; every dialogue needs its own"
+        )
     if strangers := sorted((rewards.keys() | advantages.keys()) - ids):
-        raise ValueError(f"{path}: rewards or advantages for dialogues that are not written: {', '.join(strangers[:3])}")
+        raise ValueError(
+            f"{path}: rewards or advantages for dialogues that are not written: {', '.join(strangers[:3])}"
+        )
     rows = [
         to_row(
             DialogueRecord(
@@ -157,12 +165,15 @@ def read_records(path: str | Path) -> list[DialogueRecord]:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
             if version != str(SCHEMA_VERSION):
                 raise DataError(
-                    f"{path}: ledger schema version {version}, this package reads {SCHEMA_VERSION}; read it with the package that wrote it"
+                    f"{path}: ledger schema version {version}, this package reads {SCHEMA_VERSION}; read it "
+                    f"with the package that wrote it"
                 )
             rows = file.read().to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a readable dialogue file ({reason}); name a file under a run's dialogues/") from error
+        raise DataError(
+            f"{path}: not a readable dialogue file ({reason}); name a file under a run's dialogues/"
+        ) from error
     return [from_row(row) for row in rows]
 
 

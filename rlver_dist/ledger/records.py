@@ -1,6 +1,8 @@
-"""One row of the ledger: a dialogue, what it was paid, and the hashes that tie each appraisal to what was appraised.
+"""One row of the ledger: a dialogue, what it was paid, and the hashes that tie each appraisal to what was
+appraised.
 
-`to_row` and `from_row` turn a record into plain values and back without loss; `parquet.py` puts the rows on disk.
+`to_row` and `from_row` turn a record into plain values and back without loss; `parquet.py` puts the rows on
+disk.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Turn
 
 
 class Phase(str, Enum):
-    """What the dialogues were held for: training, the evaluation before or after it or before the format warm-up, or that warm-up."""
+    """What the dialogues were held for: training, the evaluation before or after it or before the format
+    warm-up, or that warm-up."""
 
     train = "train"
     before = "before"
@@ -35,7 +38,8 @@ class DialogueRecord:
         phase: see `Phase`.
         reward: 0 to 1; None where it was never scored (an infrastructure failure).
         advantage: None outside training and where the dialogue was excluded from the loss.
-        appraisal_inputs: `[turns]` SHA-256 of what each appraisal saw (`appraisal_hashes`); None where there was no appraisal.
+        appraisal_inputs: `[turns]` SHA-256 of what each appraisal saw (`appraisal_hashes`); None where there
+            was no appraisal.
     """
 
     dialogue: Dialogue
@@ -47,8 +51,11 @@ class DialogueRecord:
 
 
 def input_hash(persona_id: str, messages: Sequence[Message]) -> str:
-    """SHA-256, in hex, of one appraisal's inputs: the persona's id and the messages so far, the appraised reply last."""
-    canonical = json.dumps([persona_id, [[message.role.value, message.text] for message in messages]], separators=(",", ":"))
+    """SHA-256, in hex, of one appraisal's inputs: the persona's id and the messages so far, the appraised
+    reply last."""
+    canonical = json.dumps(
+        [persona_id, [[message.role.value, message.text] for message in messages]], separators=(",", ":")
+    )
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -59,7 +66,9 @@ def appraisal_hashes(dialogue: Dialogue) -> list[str | None]:
     heard = 1
     for turn in dialogue.turns:
         heard += 1
-        hashes.append(input_hash(dialogue.persona_id, messages[:heard]) if turn.appraisal is not None else None)
+        hashes.append(
+            input_hash(dialogue.persona_id, messages[:heard]) if turn.appraisal is not None else None
+        )
         heard += turn.user_message is not None
     return hashes
 

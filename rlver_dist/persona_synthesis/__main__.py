@@ -1,11 +1,12 @@
-"""Personas written by a chat model from seeds, checked, balanced and split; an interrupted build goes on with the same command.
+"""Personas written by a chat model from seeds, checked, balanced and split; an interrupted build goes on with
+the same command.
 
-    python -m rlver_dist.persona_synthesis --out FOLDER [--train 240] [--evaluation 100] [--languages en,zh] simulator=openai \\
-        simulator.openai.model=NAME
+    python -m rlver_dist.persona_synthesis --out FOLDER [--train 240] [--evaluation 100] [--languages en,zh]
+        simulator=openai \\ simulator.openai.model=NAME
 
-Options of the chat model are those of training, `simulator.engine.*` and `simulator.openai.*` (see `config/simulator.py`). FOLDER
-gets `train.jsonl` and `evaluation.jsonl` for `data.train` and `data.evaluation`, `report.md` and `report.json`, and `journal.jsonl`
-with every call.
+Options of the chat model are those of training, `simulator.engine.*` and `simulator.openai.*` (see
+`config/simulator.py`). FOLDER gets `train.jsonl` and `evaluation.jsonl` for `data.train` and
+`data.evaluation`, `report.md` and `report.json`, and `journal.jsonl` with every call.
 """
 
 from __future__ import annotations
@@ -46,16 +47,39 @@ OPTIONS = ("simulator.backend=", "simulator.engine.", "simulator.openai.")
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; `overrides` holds what stands as `key=value`."""
-    parser = argparse.ArgumentParser(prog="python -m rlver_dist.persona_synthesis", description="Write personas by a chat model.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to; one with a journal is gone on with")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlver_dist.persona_synthesis", description="Write personas by a chat model."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write to; one with a journal is gone on with"
+    )
     parser.add_argument("--train", type=_whole(0), default=240, help="training personas (default 240)")
     parser.add_argument("--evaluation", type=_whole(0), default=100, help="evaluation personas (default 100)")
-    parser.add_argument("--languages", type=_languages, default=["en"], help="en, zh or en,zh, which share both splits evenly (default en)")
-    parser.add_argument("--seed", type=_whole(0), default=1, help="of the plan and of the sampling (default 1)")
-    parser.add_argument("--attempts", type=_whole(1), default=4, help="most calls for a person sheet, and for a scene (default 4)")
+    parser.add_argument(
+        "--languages",
+        type=_languages,
+        default=["en"],
+        help="en, zh or en,zh, which share both splits evenly (default en)",
+    )
+    parser.add_argument(
+        "--seed", type=_whole(0), default=1, help="of the plan and of the sampling (default 1)"
+    )
+    parser.add_argument(
+        "--attempts",
+        type=_whole(1),
+        default=4,
+        help="most calls for a person sheet, and for a scene (default 4)",
+    )
     parser.add_argument("--temperature", type=float, default=0.9, help="of the sampling (default 0.9)")
-    parser.add_argument("--concurrency", type=_whole(1), default=8, help="personas in work at a time (default 8)")
-    parser.add_argument("overrides", nargs="*", metavar="simulator.KEY=VALUE", help="options of the chat model, as in training")
+    parser.add_argument(
+        "--concurrency", type=_whole(1), default=8, help="personas in work at a time (default 8)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="simulator.KEY=VALUE",
+        help="options of the chat model, as in training",
+    )
     return parser.parse_args(arguments)
 
 
@@ -66,10 +90,16 @@ def simulator_config(overrides: Sequence[str]) -> SimulatorConfig:
         ConfigError: an option is unknown, its value is refused, or the backend is not one that writes.
     """
     prefix = "simulator="
-    dotted = [f"simulator.backend={item.removeprefix(prefix)}" if item.startswith(prefix) else item for item in overrides]
+    dotted = [
+        f"simulator.backend={item.removeprefix(prefix)}" if item.startswith(prefix) else item
+        for item in overrides
+    ]
     for item in dotted:
         if "=" not in item or not item.startswith(OPTIONS):
-            raise ConfigError(f"{item}: not an option of the chat model that writes; use {', '.join(f'{start}...' for start in OPTIONS)}")
+            raise ConfigError(
+                f"{item}: not an option of the chat model that writes; use "
+                f"{', '.join(f'{start}...' for start in OPTIONS)}"
+            )
     try:
         schema = OmegaConf.create({"simulator": OmegaConf.structured(SimulatorConfig)})
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(dotted)).simulator)
@@ -84,7 +114,13 @@ def simulator_config(overrides: Sequence[str]) -> SimulatorConfig:
     return config
 
 
-def build(options: argparse.Namespace, *, backend: AbstractAsyncContextManager[ChatBackend], embed: Embed, prices: Prices) -> int:
+def build(
+    options: argparse.Namespace,
+    *,
+    backend: AbstractAsyncContextManager[ChatBackend],
+    embed: Embed,
+    prices: Prices,
+) -> int:
     """Build or go on building; `backend` is opened only if something is left to write.
 
     Returns:
@@ -94,12 +130,21 @@ def build(options: argparse.Namespace, *, backend: AbstractAsyncContextManager[C
         UserError: something that the user can mend; what was written stays in the journal.
         BoundaryError: the backend does not answer any more; likewise.
     """
-    slots = plan(sizes={split: getattr(options, split) for split in SPLITS}, languages=options.languages, seed=options.seed)
+    slots = plan(
+        sizes={split: getattr(options, split) for split in SPLITS},
+        languages=options.languages,
+        seed=options.seed,
+    )
     if not slots:
         raise ConfigError("--train and --evaluation: both are 0; ask for at least one persona")
-    header = {name: getattr(options, name) for name in ("train", "evaluation", "languages", "seed")} | {"prompts": digest()}
+    header = {name: getattr(options, name) for name in ("train", "evaluation", "languages", "seed")} | {
+        "prompts": digest()
+    }
     settings = WriterSettings(
-        seed=options.seed, attempts=options.attempts, temperature=options.temperature, concurrency=options.concurrency
+        seed=options.seed,
+        attempts=options.attempts,
+        temperature=options.temperature,
+        concurrency=options.concurrency,
     )
     with Journal(options.out / JOURNAL, header) as journal:
         writer = PersonaWriter(slots=slots, journal=journal, embed=embed, settings=settings)
@@ -110,17 +155,24 @@ def build(options: argparse.Namespace, *, backend: AbstractAsyncContextManager[C
             asyncio.run(_write(writer, backend, _Progress(held, len(slots))))
         report = make_report(writer, journal.entries, prices)
     for split in SPLITS:
-        if personas := [persona for slot in slots if slot.split == split and (persona := writer.persona(slot))]:
+        if personas := [
+            persona for slot in slots if slot.split == split and (persona := writer.persona(slot))
+        ]:
             write_whole(options.out / f"{split}.jsonl", dump_personas(personas))
     write_whole(options.out / "report.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     write_whole(options.out / "report.md", render(report))
     print(render(report), end="")
     if report["missing"]:
-        print(f"{len(report['missing'])} personas are missing; the same command tries them again", file=sys.stderr)
+        print(
+            f"{len(report['missing'])} personas are missing; the same command tries them again",
+            file=sys.stderr,
+        )
     return EXIT_FAILED if report["missing"] else 0
 
 
-async def _write(writer: PersonaWriter, backend: AbstractAsyncContextManager[ChatBackend], on_written: _Progress) -> None:
+async def _write(
+    writer: PersonaWriter, backend: AbstractAsyncContextManager[ChatBackend], on_written: _Progress
+) -> None:
     async with backend as opened:
         await writer.run(opened, on_written)
 
@@ -151,7 +203,9 @@ def _whole(least: int) -> Callable[[str], int]:
 def _languages(text: str) -> list[str]:
     languages = text.split(",")
     if len(set(languages)) < len(languages) or not set(languages) <= set(LANGUAGES):
-        raise argparse.ArgumentTypeError(f"{text!r}: use one or both of {', '.join(LANGUAGES)}, comma-separated")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: use one or both of {', '.join(LANGUAGES)}, comma-separated"
+        )
     return languages
 
 

@@ -17,7 +17,8 @@ from rlver_dist.rollout.engine import EngineSettings
 
 
 class EngineChat:
-    """One vLLM engine as a `ChatBackend`. Several engines are better served by `vllm serve` and the backend `openai`."""
+    """One vLLM engine as a `ChatBackend`. Several engines are better served by `vllm serve` and the backend
+    `openai`."""
 
     def __init__(self, engine: ChatEngine) -> None:
         self._engine = engine
@@ -40,7 +41,8 @@ async def open_backend(config: SimulatorConfig, *, seed: int, concurrency: int) 
     """The backend that `config` names, `vllm` or `openai`; closed on leaving.
 
     Raises:
-        ConfigError: the environment lacks the backend's key, or the model's chat template knows no system messages.
+        ConfigError: the environment lacks the backend's key, or the model's chat template knows no system
+            messages.
         DataError: the model's folder is not there.
         BoundaryError: vLLM does not start.
     """
@@ -48,7 +50,9 @@ async def open_backend(config: SimulatorConfig, *, seed: int, concurrency: int) 
     if config.backend is SimulatorBackend.openai:
         backend = HttpChat(config=config.openai)
     else:
-        engine = ChatEngine(_engine_settings(config.engine, seed=seed, concurrency=concurrency), config.engine.model)
+        engine = ChatEngine(
+            _engine_settings(config.engine, seed=seed, concurrency=concurrency), config.engine.model
+        )
         await engine.start()
         backend = EngineChat(engine)
     try:

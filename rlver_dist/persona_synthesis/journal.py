@@ -1,4 +1,5 @@
-"""The record of a build: one JSON line a call, appended and forced to disk, from which an interrupted build goes on.
+"""The record of a build: one JSON line a call, appended and forced to disk, from which an interrupted build
+goes on.
 
 The first line says what is being built. A last line that an interruption cut short is dropped on opening.
 """
@@ -76,7 +77,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def append(self, entry: Entry) -> None:
@@ -94,7 +97,9 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{self._path}: another build is writing there; wait for it, or use another --out") from error
+            raise DataError(
+                f"{self._path}: another build is writing there; wait for it, or use another --out"
+            ) from error
 
     def _whole_lines(self) -> list[bytes]:
         self._file.seek(0)
@@ -107,18 +112,23 @@ class Journal:
         for key in {**wanted, **held}:
             if held.get(key) != wanted.get(key):
                 raise DataError(
-                    f"{self._path}: holds a build with {key}={held.get(key)}, not {wanted.get(key)}; use another --out, or the same options"
+                    f"{self._path}: holds a build with {key}={held.get(key)}, not {wanted.get(key)}; use "
+                    f"another --out, or the same options"
                 )
 
     def _row(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise DataError(f"{self._path}:{number}: damaged; remove the line to have that call made again") from error
+            raise DataError(
+                f"{self._path}:{number}: damaged; remove the line to have that call made again"
+            ) from error
 
     def _entry(self, line: bytes, number: int) -> Entry:
         row = self._row(line, number)
         try:
             return Entry(**row)
         except TypeError as error:
-            raise DataError(f"{self._path}:{number}: not a call of a build ({error}); use another --out") from error
+            raise DataError(
+                f"{self._path}:{number}: not a call of a build ({error}); use another --out"
+            ) from error

@@ -32,7 +32,8 @@ def person_messages(slot: Slot) -> tuple[Message, ...]:
 
 
 def scene_messages(slot: Slot, person: Fields, subject: Subject) -> tuple[Message, ...]:
-    """Asks for the scene of a person whose sheet is written. What a model wrote enters by one substitution and is never a template."""
+    """Asks for the scene of a person whose sheet is written. What a model wrote enters by one substitution
+    and is never a template."""
     prompts = _prompts(slot.language)
     asked = prompts["scene_user"].format(
         profile=profile(slot, person),
@@ -47,7 +48,9 @@ def scene_messages(slot: Slot, person: Fields, subject: Subject) -> tuple[Messag
 def profile(slot: Slot, person: Fields) -> str:
     """The person sheet. Name, age and occupation are the slot's, so that no answer can change them."""
     occupation = with_article(slot.occupation) if slot.language == "en" else slot.occupation
-    introduction = _prompts(slot.language)["introduction"].format(name=slot.name, age=slot.age, occupation=occupation)
+    introduction = _prompts(slot.language)["introduction"].format(
+        name=slot.name, age=slot.age, occupation=occupation
+    )
     return "\n\n".join((introduction, person["character"], person["days"], person["speech"]))
 
 

@@ -1,4 +1,5 @@
-"""The quality report of a build: what was written, how it is spread, how alike it is, what was rejected, and what it cost."""
+"""The quality report of a build: what was written, how it is spread, how alike it is, what was rejected, and
+what it cost."""
 
 from __future__ import annotations
 
@@ -27,24 +28,39 @@ def make_report(writer: PersonaWriter, entries: Sequence[Entry], prices: Prices)
     """Figures of the build, JSON-able."""
     written = [(slot, persona) for slot in writer.slots if (persona := writer.persona(slot))]
     splits = {split: [persona for slot, persona in written if slot.split == split] for split in SPLITS}
-    themes = {split: Counter(writer.theme(slot) for slot, _ in written if slot.split == split) for split in SPLITS}
+    themes = {
+        split: Counter(writer.theme(slot) for slot, _ in written if slot.split == split) for split in SPLITS
+    }
     return {
-        "splits": {split: _split(split, personas, writer.slots, themes[split]) for split, personas in splits.items()},
+        "splits": {
+            split: _split(split, personas, writer.slots, themes[split]) for split, personas in splits.items()
+        },
         "missing": [slot.id for slot in writer.slots if writer.persona(slot) is None],
         "shared_by_splits": {
             "names": len({p.name for p in splits["train"]} & {p.name for p in splits["evaluation"]}),
             "person_sheets": len(shared_people(splits["train"], splits["evaluation"])),
             "themes": len(themes["train"].keys() & themes["evaluation"].keys()),
         },
-        "similarity": {language: _similarity(writer, language) for language in sorted({slot.language for slot in writer.slots})},
-        "rejected": {step.value: _rejected(entry for entry in entries if entry.step == step.value) for step in Step},
+        "similarity": {
+            language: _similarity(writer, language)
+            for language in sorted({slot.language for slot in writer.slots})
+        },
+        "rejected": {
+            step.value: _rejected(entry for entry in entries if entry.step == step.value) for step in Step
+        },
         "cost": _cost(entries, prices, len(written)),
     }
 
 
 def render(report: Report) -> str:
     """The report as Markdown."""
-    lines = ["# Personas written by a chat model", "", *_render_splits(report), *_render_similarity(report), *_render_rejected(report)]
+    lines = [
+        "# Personas written by a chat model",
+        "",
+        *_render_splits(report),
+        *_render_similarity(report),
+        *_render_rejected(report),
+    ]
     return "\n".join([*lines, *_render_cost(report)]) + "\n"
 
 
@@ -55,14 +71,20 @@ def _split(split: str, personas: Sequence[Persona], slots: Sequence[Slot], theme
         "planned": sum(slot.split == split for slot in slots),
         "written": len(personas),
         "languages": dict(sorted(Counter(persona.language for persona in personas).items())),
-        "intents": {intent.value: sum(persona.hidden_intent is intent for persona in personas) for intent in HiddenIntent},
-        "temperaments": {kind.value: sum(persona.temperament is kind for persona in personas) for kind in Temperament},
+        "intents": {
+            intent.value: sum(persona.hidden_intent is intent for persona in personas)
+            for intent in HiddenIntent
+        },
+        "temperaments": {
+            kind.value: sum(persona.temperament is kind for persona in personas) for kind in Temperament
+        },
         "cell_min": min(every),
         "cell_max": max(every),
         "themes": len(themes),
         "theme_max": max(themes.values(), default=0),
         "median_characters": {
-            name: median(len(getattr(persona, name)) for persona in personas) if personas else 0 for name in ("profile", "scene", "opening")
+            name: median(len(getattr(persona, name)) for persona in personas) if personas else 0
+            for name in ("profile", "scene", "opening")
         },
     }
 
@@ -74,7 +96,9 @@ def _similarity(writer: PersonaWriter, language: str) -> Report:
     every, train, evaluation = of_split(*SPLITS), of_split("train"), of_split("evaluation")
     found: Report = {"limit": MOST_SIMILAR[language]}
     for step, index in writer.indexes.items():
-        found[step.value] = _quantiles(index.closest(language, of=every.__contains__, among=every.__contains__))
+        found[step.value] = _quantiles(
+            index.closest(language, of=every.__contains__, among=every.__contains__)
+        )
         found[f"{step.value}, evaluation to train"] = _quantiles(
             index.closest(language, of=evaluation.__contains__, among=train.__contains__)
         )
@@ -84,7 +108,11 @@ def _similarity(writer: PersonaWriter, language: str) -> Report:
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
     """Nearest-rank quantiles; None without a value."""
     ordered = sorted(values)
-    return {name: ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for name, share in QUANTILES.items()} if ordered else None
+    return (
+        {name: ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for name, share in QUANTILES.items()}
+        if ordered
+        else None
+    )
 
 
 def _rejected(entries: Iterable[Entry]) -> Report:
@@ -96,12 +124,18 @@ def _rejected(entries: Iterable[Entry]) -> Report:
             shown = examples.setdefault(entry.verdict, [])
             if len(shown) < NUM_EXAMPLES:
                 shown.append(f"{entry.slot}: {entry.detail}")
-    return {"calls": calls, "rejected": sum(reasons.values()), "reasons": dict(reasons.most_common()), "examples": examples}
+    return {
+        "calls": calls,
+        "rejected": sum(reasons.values()),
+        "reasons": dict(reasons.most_common()),
+        "examples": examples,
+    }
 
 
 def _cost(entries: Sequence[Entry], prices: Prices, num_personas: int) -> Report:
     prompt, cached, completion = (
-        sum(getattr(entry, name) for entry in entries) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
+        sum(getattr(entry, name) for entry in entries)
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens")
     )
     money = prices.cost(prompt_tokens=prompt, cached_tokens=cached, completion_tokens=completion)
     answered = [entry.seconds for entry in entries if entry.model]
@@ -120,19 +154,35 @@ def _cost(entries: Sequence[Entry], prices: Prices, num_personas: int) -> Report
 def _render_splits(report: Report) -> list[str]:
     splits = report["splits"]
     rows = [["", *splits]]
-    labels = {"cell_min": "least in a cell of intent x temperament", "cell_max": "most in a cell", "theme_max": "most on one theme"}
+    labels = {
+        "cell_min": "least in a cell of intent x temperament",
+        "cell_max": "most in a cell",
+        "theme_max": "most on one theme",
+    }
     for key in ("planned", "written", "cell_min", "cell_max", "themes", "theme_max"):
         rows.append([labels.get(key, key), *(str(split[key]) for split in splits.values())])
     for group in ("languages", "intents", "temperaments", "median_characters"):
         names = (
-            sorted({name for split in splits.values() for name in split[group]}) if group == "languages" else list(splits["train"][group])
+            sorted({name for split in splits.values() for name in split[group]})
+            if group == "languages"
+            else list(splits["train"][group])
         )
         prefix = "median characters: " if group == "median_characters" else ""
-        rows += [[prefix + name, *(f"{split[group].get(name, 0):g}" for split in splits.values())] for name in names]
-    shared = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report["shared_by_splits"].items())
+        rows += [
+            [prefix + name, *(f"{split[group].get(name, 0):g}" for split in splits.values())]
+            for name in names
+        ]
+    shared = ", ".join(
+        f"{count} {name.replace('_', ' ')}" for name, count in report["shared_by_splits"].items()
+    )
     missing = report["missing"]
     listed = f" ({', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''})" if missing else ""
-    return [*_table(rows), "", f"Shared by the splits: {shared}. Personas still missing: {len(missing)}{listed}.", ""]
+    return [
+        *_table(rows),
+        "",
+        f"Shared by the splits: {shared}. Personas still missing: {len(missing)}{listed}.",
+        "",
+    ]
 
 
 def _render_similarity(report: Report) -> list[str]:
@@ -140,7 +190,13 @@ def _render_similarity(report: Report) -> list[str]:
     for language, figures in report["similarity"].items():
         for kind, values in figures.items():
             if isinstance(values, dict):
-                rows.append([f"{language} {kind}", *(f"{values[name]:.2f}" for name in QUANTILES), f"{figures['limit']:.2f}"])
+                rows.append(
+                    [
+                        f"{language} {kind}",
+                        *(f"{values[name]:.2f}" for name in QUANTILES),
+                        f"{figures['limit']:.2f}",
+                    ]
+                )
     return [*_table(rows), ""] if len(rows) > 1 else []
 
 
@@ -160,7 +216,10 @@ def _render_rejected(report: Report) -> list[str]:
 
 def _render_cost(report: Report) -> list[str]:
     cost = report["cost"]
-    rows = [["tokens and cost", ""], ["models", ", ".join(f"{name} ({count} calls)" for name, count in cost["models"].items())]]
+    rows = [
+        ["tokens and cost", ""],
+        ["models", ", ".join(f"{name} ({count} calls)" for name, count in cost["models"].items())],
+    ]
     for key in (
         "prompt_tokens",
         "cached_tokens",
@@ -171,7 +230,15 @@ def _render_cost(report: Report) -> list[str]:
         "cost_per_1000_personas",
     ):
         value = cost[key]
-        text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+        text = (
+            "-"
+            if value is None
+            else str(value)
+            if isinstance(value, int)
+            else f"{value:.4g}"
+            if value < 1000
+            else f"{value:.0f}"
+        )
         rows.append([key.replace("_", " "), text])
     return _table(rows)
 

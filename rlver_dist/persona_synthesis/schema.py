@@ -36,14 +36,28 @@ SCENE_LISTS: dict[str, tuple[int, int, int, int]] = {
     "facts": (8, 10, 25, 350),
 }
 """Least and most entries, and least and most characters of an entry, in English."""
-SCENE_ORDER = ("topic", "cause", "timeline", "people", "tried", "now", "reaction", "hides", "want", "opening", "facts")
+SCENE_ORDER = (
+    "topic",
+    "cause",
+    "timeline",
+    "people",
+    "tried",
+    "now",
+    "reaction",
+    "hides",
+    "want",
+    "opening",
+    "facts",
+)
 CHINESE_SHARE = 1 / 3
 
 MAX_WANT_IN_SCENE = 0.5
-"""Share of the wish's runs of `RUN` words (Chinese: characters) that the scene or the opening may hold; the wish is a secret."""
+"""Share of the wish's runs of `RUN` words (Chinese: characters) that the scene or the opening may hold; the
+wish is a secret."""
 RUN = 4
 LEAST_DISTINCT = 0.8
-"""Share of an answer's runs of three words (Chinese: characters) that are distinct. The bank's texts have at least 0.97, RLVER's 0.86."""
+"""Share of an answer's runs of three words (Chinese: characters) that are distinct. The bank's texts have at
+least 0.97, RLVER's 0.86."""
 LEAST_OWN_SCRIPT = 0.85
 """Share of the letters that have to be of the language's script."""
 
@@ -51,7 +65,10 @@ _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 _PLACEHOLDER = re.compile(r"[{}<>]|\[[^\]]*\]|\*\*|^#", re.MULTILINE)
 _SPEAKS_TO_YOU = {"en": re.compile(r"\byou(?:r|rs|rself)?\b", re.IGNORECASE), "zh": re.compile("你")}
-_SPEAKS_AS_I = {"en": re.compile(r"\b(?:I|my|me|mine|we|our|us)\b", re.IGNORECASE), "zh": re.compile("[我咱]")}
+_SPEAKS_AS_I = {
+    "en": re.compile(r"\b(?:I|my|me|mine|we|our|us)\b", re.IGNORECASE),
+    "zh": re.compile("[我咱]"),
+}
 
 
 class Reason(str, Enum):
@@ -86,7 +103,12 @@ def scene_schema(language: str) -> Fields:
     """JSON schema of a scene; its fields come in the order in which they are best written."""
     texts = {key: _text(*bounds, language) for key, bounds in SCENE_TEXTS.items()}
     lists = {
-        key: {"type": "array", "minItems": least, "maxItems": most, "items": _text(shortest, longest, language)}
+        key: {
+            "type": "array",
+            "minItems": least,
+            "maxItems": most,
+            "items": _text(shortest, longest, language),
+        }
         for key, (least, most, shortest, longest) in SCENE_LISTS.items()
     }
     return _object({key: (texts | lists)[key] for key in SCENE_ORDER})
@@ -114,22 +136,37 @@ def parse_scene(text: str, language: str) -> Fields:
         RejectedError: see `Reason`.
     """
     fields = _parse(text, scene_schema(language))
-    _check_prose([entry for value in fields.values() for entry in (value if isinstance(value, list) else [value])], language)
+    _check_prose(
+        [entry for value in fields.values() for entry in (value if isinstance(value, list) else [value])],
+        language,
+    )
     for key in SCENE_LISTS:
         if len({"".join(words(entry)) for entry in fields[key]}) < len(fields[key]):
             raise RejectedError(Reason.REPETITIVE, f"{key}: an entry comes twice")
     told = " ".join((fields["cause"], *fields["timeline"], fields["now"]))
-    for key, value in {"cause, timeline, now": told, **{key: fields[key] for key in ("reaction", "hides", "want")}}.items():
+    for key, value in {
+        "cause, timeline, now": told,
+        **{key: fields[key] for key in ("reaction", "hides", "want")},
+    }.items():
         _check_voice(value, _SPEAKS_TO_YOU[language], f"{key}: does not speak to the person as 'you'")
     _check_voice(" ".join(fields["facts"]), _SPEAKS_AS_I[language], "facts: not in the person's own voice")
-    shared = _share_of_runs(fields["want"], " ".join((told, *fields["people"], *fields["tried"], fields["opening"])), language)
+    shared = _share_of_runs(
+        fields["want"], " ".join((told, *fields["people"], *fields["tried"], fields["opening"])), language
+    )
     if shared > MAX_WANT_IN_SCENE:
-        raise RejectedError(Reason.INTENT_TOLD, f"want: {shared:.0%} of it stands in the scene or the opening")
+        raise RejectedError(
+            Reason.INTENT_TOLD, f"want: {shared:.0%} of it stands in the scene or the opening"
+        )
     return fields
 
 
 def _object(properties: Fields) -> Fields:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def _text(shortest: int, longest: int, language: str) -> Fields:
@@ -145,7 +182,9 @@ def _parse(text: str, schema: Fields) -> Fields:
         raise RejectedError(Reason.NOT_JSON, str(error)[:200]) from error
     broken = best_match(Draft202012Validator(schema).iter_errors(value))
     if broken is not None:
-        raise RejectedError(Reason.SCHEMA, f"{broken.json_path}: breaks {broken.validator}: {broken.validator_value!r}"[:200])
+        raise RejectedError(
+            Reason.SCHEMA, f"{broken.json_path}: breaks {broken.validator}: {broken.validator_value!r}"[:200]
+        )
     return value
 
 
@@ -159,7 +198,9 @@ def _check_prose(texts: Sequence[str], language: str) -> None:
         raise RejectedError(Reason.LANGUAGE, f"{own} of {han + latin} letters are {language!r}")
     runs = ngrams(_tokens(whole, language), 3)
     if len(set(runs)) < LEAST_DISTINCT * len(runs):
-        raise RejectedError(Reason.REPETITIVE, f"{len(set(runs))} of {len(runs)} runs of three words are distinct")
+        raise RejectedError(
+            Reason.REPETITIVE, f"{len(set(runs))} of {len(runs)} runs of three words are distinct"
+        )
 
 
 def _check_voice(text: str, voice: re.Pattern[str], complaint: str) -> None:

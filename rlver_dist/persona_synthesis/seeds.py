@@ -1,4 +1,5 @@
-"""What each persona is asked for: a plan, balanced over intents and temperaments, that sizes, languages and seed alone decide."""
+"""What each persona is asked for: a plan, balanced over intents and temperaments, that sizes, languages and
+seed alone decide."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Subject:
 def plan(*, sizes: dict[str, int], languages: Sequence[str], seed: int) -> list[Slot]:
     """The slots of all splits, each size shared evenly by the languages.
 
-    Every run of 24 slots of one split and language from its first on covers every cell of intent x temperament once.
+    Every run of 24 slots of one split and language from its first on covers every cell of intent x
+    temperament once.
 
     Raises:
         DataError: there are fewer names than slots in a language.
@@ -75,22 +77,29 @@ def plan(*, sizes: dict[str, int], languages: Sequence[str], seed: int) -> list[
         for split in SPLITS:
             rng = random.Random(f"{split}:{language}:{seed}")
             slots += _split_slots(split, language, _share(sizes[split], languages, language), names, rng)
-    return sorted(slots, key=lambda slot: (SPLITS.index(slot.split), slot.number, languages.index(slot.language)))
+    return sorted(
+        slots, key=lambda slot: (SPLITS.index(slot.split), slot.number, languages.index(slot.language))
+    )
 
 
 def subject(slot: Slot, *, draw: int, seed: int) -> Subject:
     """What the scene of `slot` is about; another `draw` gives another theme.
 
-    Draw 0 uses the themes of a split in turn, so that each is used about equally often. The splits share no theme.
+    Draw 0 uses the themes of a split in turn, so that each is used about equally often. The splits share no
+    theme.
     """
     themes, sparks = _material()["themes"][slot.split], _material()["sparks"]
-    order = random.Random(f"themes:{slot.split}:{slot.language}:{seed}").sample(range(len(themes)), len(themes))
+    order = random.Random(f"themes:{slot.split}:{slot.language}:{seed}").sample(
+        range(len(themes)), len(themes)
+    )
     spark = random.Random(f"spark:{slot.id}:{draw}:{seed}").choice(sparks)
     theme = themes[order[(slot.number - 1 + draw) % len(themes)]]
     return Subject(theme=theme[slot.language], spark=spark[slot.language])
 
 
-def _split_slots(split: str, language: str, size: int, names: Iterator[str], rng: random.Random) -> list[Slot]:
+def _split_slots(
+    split: str, language: str, size: int, names: Iterator[str], rng: random.Random
+) -> list[Slot]:
     pools, opposites = _trait_pools()
     occupations: Deck[dict[str, Any]] = Deck(_material()["occupations"], rng)
     cells: list[tuple[HiddenIntent, Temperament]] = []
@@ -98,7 +107,9 @@ def _split_slots(split: str, language: str, size: int, names: Iterator[str], rng
         cells += cells_of_round(size - len(cells), rng)
     own_names = list(islice(names, size))
     if len(own_names) < size:
-        raise DataError(f"--{split}={size}: the seeds have too few names in {language!r}; ask for fewer personas")
+        raise DataError(
+            f"--{split}={size}: the seeds have too few names in {language!r}; ask for fewer personas"
+        )
     slots = []
     for number, ((intent, temperament), name) in enumerate(zip(cells, own_names, strict=True), start=1):
         occupation = occupations.draw()
@@ -112,7 +123,9 @@ def _split_slots(split: str, language: str, size: int, names: Iterator[str], rng
                 number=number,
                 intent=intent,
                 temperament=temperament,
-                traits=tuple(_material()["traits_zh"][trait] for trait in traits) if language == "zh" else traits,
+                traits=tuple(_material()["traits_zh"][trait] for trait in traits)
+                if language == "zh"
+                else traits,
                 name=name,
                 age=rng.randint(*occupation.get("ages", ADULT)),
                 occupation=occupation[language],
@@ -141,7 +154,9 @@ def _names(language: str, rng: random.Random) -> Iterator[str]:
     else:
         groups = yaml.safe_load((files("rlver_dist.data") / "names.yaml").read_text(encoding="utf-8"))
         pairs = [(given, list(group["family"])) for group in groups for given in group["given"]]
-    pairs = [(given, rng.sample(families, len(families))) for given, families in rng.sample(pairs, len(pairs))]
+    pairs = [
+        (given, rng.sample(families, len(families))) for given, families in rng.sample(pairs, len(pairs))
+    ]
     for turn in range(max(len(families) for _, families in pairs)):
         for given, families in pairs:
             if turn < len(families):
@@ -156,4 +171,6 @@ def _material() -> dict[str, Any]:
 @cache
 def _trait_pools() -> tuple[dict[Temperament, list[str]], list[frozenset[str]]]:
     people = yaml.safe_load((files("rlver_dist.data") / "people.yaml").read_text(encoding="utf-8"))
-    return {kind: people["trait_pools"][kind.value] for kind in Temperament}, [frozenset(pair) for pair in people["opposites"]]
+    return {kind: people["trait_pools"][kind.value] for kind in Temperament}, [
+        frozenset(pair) for pair in people["opposites"]
+    ]

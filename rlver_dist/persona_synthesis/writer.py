@@ -1,6 +1,7 @@
 """Writes the personas of a plan by a chat model: asks, checks, tries again, and keeps what is new.
 
-Nothing here decides by the order in which answers come, except which of two near duplicates is kept: the first.
+Nothing here decides by the order in which answers come, except which of two near duplicates is kept: the
+first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.errors import BoundaryError
 from rlver_dist.persona_synthesis import prompts
 from rlver_dist.persona_synthesis.journal import ACCEPTED, Entry, Journal
-from rlver_dist.persona_synthesis.schema import Fields, Reason, RejectedError, parse_person, parse_scene, person_schema, scene_schema
+from rlver_dist.persona_synthesis.schema import (
+    Fields,
+    Reason,
+    RejectedError,
+    parse_person,
+    parse_scene,
+    person_schema,
+    scene_schema,
+)
 from rlver_dist.persona_synthesis.seeds import Slot, Subject, subject
 from rlver_dist.persona_synthesis.similarity import MOST_SIMILAR, Embed, Index
 from rlver_dist.simulator.sentences import words
@@ -59,7 +68,9 @@ class WriterSettings:
 class PersonaWriter:
     """Fills the slots of a plan; what the journal already holds is taken from there."""
 
-    def __init__(self, *, slots: Sequence[Slot], journal: Journal, embed: Embed, settings: WriterSettings) -> None:
+    def __init__(
+        self, *, slots: Sequence[Slot], journal: Journal, embed: Embed, settings: WriterSettings
+    ) -> None:
         self.slots = slots
         self.indexes = {Step.PERSON: Index(embed), Step.SCENE: Index(embed)}
         """Accepted person sheets and scenes."""
@@ -93,7 +104,9 @@ class PersonaWriter:
         """What the scene of `slot` is about now."""
         return self._subject(slot).theme
 
-    async def _work(self, waiting: Iterator[Slot], backend: ChatBackend, on_written: Callable[[Slot], None]) -> None:
+    async def _work(
+        self, waiting: Iterator[Slot], backend: ChatBackend, on_written: Callable[[Slot], None]
+    ) -> None:
         for slot in waiting:
             if await self._fill(slot, Step.PERSON, backend) and await self._fill(slot, Step.SCENE, backend):
                 on_written(slot)
@@ -111,10 +124,21 @@ class PersonaWriter:
         try:
             answer = await backend.ask(request)
         except BoundaryError as error:
-            self._keep(Entry(slot=slot.id, step=step.value, verdict=Reason.CALL_FAILED.value, detail=_line(str(error)), content=None), slot)
+            self._keep(
+                Entry(
+                    slot=slot.id,
+                    step=step.value,
+                    verdict=Reason.CALL_FAILED.value,
+                    detail=_line(str(error)),
+                    content=None,
+                ),
+                slot,
+            )
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise BoundaryError(f"{self._failed_in_a_row} calls failed in a row, the last: {error}") from error
+                raise BoundaryError(
+                    f"{self._failed_in_a_row} calls failed in a row, the last: {error}"
+                ) from error
             return
         self._failed_in_a_row = 0
         try:
@@ -130,7 +154,10 @@ class PersonaWriter:
             messages, schema = prompts.person_messages(slot), person_schema(slot.language)
         else:
             person = self._written[Step.PERSON][slot.id]
-            messages, schema = prompts.scene_messages(slot, person, self._subject(slot)), scene_schema(slot.language)
+            messages, schema = (
+                prompts.scene_messages(slot, person, self._subject(slot)),
+                scene_schema(slot.language),
+            )
         return ChatRequest(
             key=key,
             messages=messages,
@@ -144,7 +171,11 @@ class PersonaWriter:
 
     def _check(self, slot: Slot, step: Step, text: str) -> Fields:
         """The fields of an answer, which no accepted one resembles; raises `RejectedError`."""
-        fields = parse_person(text, slot.language, slot.name) if step is Step.PERSON else parse_scene(text, slot.language)
+        fields = (
+            parse_person(text, slot.language, slot.name)
+            if step is Step.PERSON
+            else parse_scene(text, slot.language)
+        )
         score, other = self.indexes[step].nearest(self._vector(slot, step, fields), slot.language)
         if score >= MOST_SIMILAR[slot.language]:
             raise RejectedError(Reason.NEAR_DUPLICATE, f"{score:.2f} to {other}")
@@ -177,7 +208,15 @@ class PersonaWriter:
         return subject(slot, draw=self._draws[slot.id], seed=self._settings.seed)
 
 
-def _entry(slot: Slot, step: Step, answer: ChatAnswer, *, verdict: str, detail: str = "", content: Fields | None = None) -> Entry:
+def _entry(
+    slot: Slot,
+    step: Step,
+    answer: ChatAnswer,
+    *,
+    verdict: str,
+    detail: str = "",
+    content: Fields | None = None,
+) -> Entry:
     return Entry(
         slot=slot.id,
         step=step.value,

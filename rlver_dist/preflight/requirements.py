@@ -23,7 +23,8 @@ def check_parts(config: RunConfig) -> None:
 
     Raises:
         DataError: a model folder is not there.
-        ConfigError: the model lacks layers that options name, the environment the endpoints' key, or an address is no address.
+        ConfigError: the model lacks layers that options name, the environment the endpoints' key, or an
+            address is no address.
         ResourceError: on CPUs it needs more memory than there is.
     """
     policy = resolve(config.model.path)
@@ -33,7 +34,11 @@ def check_parts(config: RunConfig) -> None:
         key_from_environment(simulator.openai.api_key_env)
         for address in simulator.openai.addresses:
             parse_address(address)
-    users = resolve(simulator.engine.model, "simulator.engine.model") if simulator.backend is SimulatorBackend.vllm else None
+    users = (
+        resolve(simulator.engine.model, "simulator.engine.model")
+        if simulator.backend is SimulatorBackend.vllm
+        else None
+    )
     here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     if config.cluster.device is Device.cpu and here:
         check_memory(config, policy, users, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -57,7 +62,11 @@ def check_layers(config: RunConfig, policy: str) -> None:
         check_num_layers(config.critic.num_layers, layers)
     if config.model.lora.rank > 0:
         # Weights of one dimension are norms.
-        matrices = [name for name, shape in weight_shapes(folder).items() if name.endswith(".weight") and len(shape) == 2]
+        matrices = [
+            name
+            for name, shape in weight_shapes(folder).items()
+            if name.endswith(".weight") and len(shape) == 2
+        ]
         config.model.lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
@@ -79,26 +88,38 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
         "learners": _learner_bytes(config, policy),
     }
     if users is not None:
-        need["users' engines"] = max(engine.engines, 1) * (_numbers(users) * BYTES[engine.dtype] + engine.kv_cache_gib * GIB)
+        need["users' engines"] = max(engine.engines, 1) * (
+            _numbers(users) * BYTES[engine.dtype] + engine.kv_cache_gib * GIB
+        )
     total, largest = sum(need.values()), max(need, key=lambda name: need[name])
     if total > have:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
         key, value, way_out = {
             "engines": ("model.path", config.model.path, "cluster.kv_cache_gib"),
             "learners": ("model.path", config.model.path, "model.lora.rank, or critic.trunk=frozen"),
-            "users' engines": ("simulator.engine.model", engine.model, "simulator.engine.kv_cache_gib, or simulator=embedded"),
+            "users' engines": (
+                "simulator.engine.model",
+                engine.model,
+                "simulator.engine.kv_cache_gib, or simulator=embedded",
+            ),
         }[largest]
         raise ResourceError(
-            f"{key}={value}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({parts}) and this machine has "
+            f"{key}={value}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({parts}) "
+            f"and this machine has "
             f"{have / GIB:.1f} GiB; use a smaller model or {way_out}"
         )
 
 
 def _numbers(folder: str, layers: int = 0) -> int:
-    """Numbers in a local model's weights, or in those of its first `layers` layers and without a head; 0 for a hub id."""
+    """Numbers in a local model's weights, or in those of its first `layers` layers and without a head; 0 for
+    a hub id."""
     shapes = weight_shapes(Path(folder))
     if layers:
-        left_out = [name for name in shapes if name == "lm_head.weight" or (".layers." in name and _layer(name) >= layers)]
+        left_out = [
+            name
+            for name in shapes
+            if name == "lm_head.weight" or (".layers." in name and _layer(name) >= layers)
+        ]
         shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
     return sum(math.prod(shape) for shape in shapes.values())
 
@@ -108,7 +129,8 @@ def _layer(name: str) -> int:
 
 
 def _learner_bytes(config: RunConfig, policy: str) -> int:
-    """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy, gradient and moments."""
+    """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy,
+    gradient and moments."""
     size, critic = BYTES[config.model.dtype], config.critic
     # A float32 model is its own float32 copy.
     learned = 12 if size == 4 else 16

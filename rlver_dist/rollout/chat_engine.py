@@ -1,4 +1,5 @@
-"""`ChatEngine`: one vLLM engine that speaks for the simulated users, each answer held to its JSON schema while it is sampled."""
+"""`ChatEngine`: one vLLM engine that speaks for the simulated users, each answer held to its JSON schema
+while it is sampled."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PROBE = (Message(role=Role.SYSTEM, text="You are Ann."), Message(role=Role.USER,
 class ChatTemplate:
     """A tokenizer's chat template as token lists.
 
-    What the messages say is encoded with `split_special_tokens`, so that a literal "<|im_end|>" in a policy's reply stays text.
+    What the messages say is encoded with `split_special_tokens`, so that a literal "<|im_end|>" in a policy's
+    reply stays text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -35,7 +37,10 @@ class ChatTemplate:
             BoundaryError: the template refuses the messages, or leaves one out.
         """
         sentinels = [f"sentinel{index}text" for index in range(len(messages))]
-        turns = [{"role": message.role.value, "content": sentinel} for message, sentinel in zip(messages, sentinels, strict=True)]
+        turns = [
+            {"role": message.role.value, "content": sentinel}
+            for message, sentinel in zip(messages, sentinels, strict=True)
+        ]
         with boundary("chat template"):
             rest = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids: list[int] = []
@@ -49,9 +54,11 @@ class ChatTemplate:
 
 
 class ChatEngine:
-    """A chat model for `ChatRequest`s. A plain class over vLLM's `AsyncLLM`; all methods belong to the event loop of `start`.
+    """A chat model for `ChatRequest`s. A plain class over vLLM's `AsyncLLM`; all methods belong to the event
+    loop of `start`.
 
-    Equal requests get equal answers, up to the last digits of a batch's arithmetic, which depend on what else is in the batch.
+    Equal requests get equal answers, up to the last digits of a batch's arithmetic, which depend on what else
+    is in the batch.
     """
 
     def __init__(self, settings: EngineSettings, name: str) -> None:
@@ -83,21 +90,26 @@ class ChatEngine:
             self._template.render(PROBE)
         except BoundaryError as error:
             self.close()
-            raise ConfigError(f"simulator.engine.model={self._name}: {error}; use a model whose template knows system messages") from error
+            raise ConfigError(
+                f"simulator.engine.model={self._name}: {error}; use a model whose template knows system "
+                f"messages"
+            ) from error
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
         """The model's answer, JSON by `request.schema` unless it is cut at `max_tokens`.
 
         Raises:
             GoneError: vLLM's process died.
-            BoundaryError: the prompt is too long, vLLM failed, or it ended the request otherwise than at an end or the token limit.
+            BoundaryError: the prompt is too long, vLLM failed, or it ended the request otherwise than at an
+                end or the token limit.
         """
         assert self._template is not None, "start() comes first"
         started = time.perf_counter()
         prompt_ids, longest = self._template.render(request.messages), self._settings.max_context_tokens
         if len(prompt_ids) + request.max_tokens > longest:
             raise BoundaryError(
-                f"{request.key}: a prompt of {len(prompt_ids)} and an answer of {request.max_tokens} tokens are more than "
+                f"{request.key}: a prompt of {len(prompt_ids)} and an answer of {request.max_tokens} tokens "
+                f"are more than "
                 f"simulator.engine.max_context_tokens={longest}"
             )
         output = await self._run(prompt_ids, request)
@@ -105,9 +117,14 @@ class ChatEngine:
         if answer.finish_reason not in ("stop", "length"):
             raise BoundaryError(f"{request.key}: vLLM ended the request as {answer.finish_reason!r}")
         return ChatAnswer(
-            text=answer.text, prompt_tokens=len(prompt_ids), cached_tokens=output.num_cached_tokens or 0,
-            completion_tokens=len(answer.token_ids), seconds=time.perf_counter() - started, retries=0, model=self._name,
-        )  # fmt: skip
+            text=answer.text,
+            prompt_tokens=len(prompt_ids),
+            cached_tokens=output.num_cached_tokens or 0,
+            completion_tokens=len(answer.token_ids),
+            seconds=time.perf_counter() - started,
+            retries=0,
+            model=self._name,
+        )
 
     def close(self) -> None:
         """End vLLM's processes; harmless when called again."""
@@ -121,9 +138,14 @@ class ChatEngine:
 
         assert self._llm is not None, "start() comes first"
         parameters = SamplingParams(
-            max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
-            structured_outputs=StructuredOutputsParams(json=request.schema), output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            structured_outputs=StructuredOutputsParams(json=request.schema),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         what = f"{request.key}: vLLM engine of {self._name}"
         # The counter keeps ids unique where a request is asked again.
-        return await final_output(self._llm, what, prompt_ids, parameters, f"{request.key}#{next(self._counter)}")
+        return await final_output(
+            self._llm, what, prompt_ids, parameters, f"{request.key}#{next(self._counter)}"
+        )

@@ -1,7 +1,9 @@
-"""Collecting dialogues: each one is its own coroutine and goes on as soon as its own reply or appraisal is there.
+"""Collecting dialogues: each one is its own coroutine and goes on as soon as its own reply or appraisal is
+there.
 
-What generates replies and what answers them come in as functions, so the same loop runs over Ray actors or in one process.
-Dialogues that the policy spoils end with their reason; a failed engine or simulator ends its dialogue as data, not as a crash.
+What generates replies and what answers them come in as functions, so the same loop runs over Ray actors or in
+one process. Dialogues that the policy spoils end with their reason; a failed engine or simulator ends its
+dialogue as data, not as a crash.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class Generation:
 GenerateFn = Callable[[GenerateRequest], Awaitable[Generation]]
 RespondFn = Callable[[UserRequest], Awaitable[UserResponse]]
 ProgressFn = Callable[[int, Turn | None], None]
-"""Called with the number of turns that are settled now, and the turn where that is a reply; a dialogue that ends settles the turns that it
-will not have, so that all of them sum to dialogues times `max_turns`."""
+"""Called with the number of turns that are settled now, and the turn where that is a reply; a dialogue that
+ends settles the turns that it will not have, so that all of them sum to dialogues times `max_turns`."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -82,8 +84,9 @@ class CollectLimits:
     """Limits and sampling of one collection; meanings and units as in `RolloutConfig` and `ModelConfig`.
 
     Attributes:
-        strict_format: a reply that is not well-formed ends the dialogue as `EndReason.MALFORMED`; else the user hears what there is of
-            it, silence too, so that saying nothing never saves an emotion from falling.
+        strict_format: a reply that is not well-formed ends the dialogue as `EndReason.MALFORMED`; else the
+            user hears what there is of it, silence too, so that saying nothing never saves an emotion from
+            falling.
     """
 
     max_turns: int
@@ -97,7 +100,8 @@ class CollectLimits:
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed for what `parts` name, such as (dialogue seed, turn index); equal on every machine and in every process."""
+    """A 63-bit seed for what `parts` name, such as (dialogue seed, turn index); equal on every machine and in
+    every process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -113,8 +117,8 @@ async def collect(
 ) -> list[Dialogue]:
     """Hold all dialogues, at most `limits.max_concurrent` at a time; returns them sorted by id.
 
-    A failed or late `generate` or `respond` ends its dialogue as `EndReason.INFRASTRUCTURE` with a one-line error. Cancellation
-    propagates and cancels every dialogue in flight.
+    A failed or late `generate` or `respond` ends its dialogue as `EndReason.INFRASTRUCTURE` with a one-line
+    error. Cancellation propagates and cancels every dialogue in flight.
 
     Raises:
         BudgetError: no user can answer any more; every dialogue in flight is cancelled.
@@ -124,7 +128,9 @@ async def collect(
 
     async def run_one(task: DialogueTask) -> Dialogue:
         async with slots:
-            dialogue = await _Conversation(task, generate, respond, renderer, limits, lambda turn: report(1, turn)).run()
+            dialogue = await _Conversation(
+                task, generate, respond, renderer, limits, lambda turn: report(1, turn)
+            ).run()
         report(limits.max_turns - len(dialogue.turns), None)
         return dialogue
 
@@ -158,9 +164,16 @@ class _Conversation:
         self._limits = limits
         self._on_reply = on_reply
         self._dialogue = Dialogue(
-            id=task.id, persona_id=task.persona.id, group_id=task.group_id, seed=task.seed, opening="", start_emotion=0.0, turns=[],
-            end_reason=EndReason.INFRASTRUCTURE, final_emotion=0.0,
-        )  # fmt: skip
+            id=task.id,
+            persona_id=task.persona.id,
+            group_id=task.group_id,
+            seed=task.seed,
+            opening="",
+            start_emotion=0.0,
+            turns=[],
+            end_reason=EndReason.INFRASTRUCTURE,
+            final_emotion=0.0,
+        )
 
     async def run(self) -> Dialogue:
         dialogue = self._dialogue
@@ -198,17 +211,31 @@ class _Conversation:
         """Sample one reply and record it, not appraised yet."""
         dialogue, limits = self._dialogue, self._limits
         request = GenerateRequest(
-            dialogue_id=dialogue.id, turn_index=index, prompt_ids=prompt_ids, max_tokens=limits.max_reply_tokens,
-            temperature=limits.temperature, seed=derive_seed(dialogue.seed, index),
-        )  # fmt: skip
+            dialogue_id=dialogue.id,
+            turn_index=index,
+            prompt_ids=prompt_ids,
+            max_tokens=limits.max_reply_tokens,
+            temperature=limits.temperature,
+            seed=derive_seed(dialogue.seed, index),
+        )
         generation = await self._within_time("rollout engine", self._generate(request))
         parsed = self._renderer.parse_reply(generation.token_ids)
         turn = Turn(
-            index=index, prompt_ids=prompt_ids, reply_ids=generation.token_ids, logprobs=generation.logprobs,
-            reply=parsed.reply, thinking=parsed.thinking, well_formed=parsed.well_formed, thinking_tokens=parsed.thinking_tokens,
-            truncated=generation.finish_reason == "length", emotion_before=dialogue.final_emotion,
-            emotion_after=dialogue.final_emotion, appraisal=None, user_message=None, policy_version=generation.policy_version,
-        )  # fmt: skip
+            index=index,
+            prompt_ids=prompt_ids,
+            reply_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            reply=parsed.reply,
+            thinking=parsed.thinking,
+            well_formed=parsed.well_formed,
+            thinking_tokens=parsed.thinking_tokens,
+            truncated=generation.finish_reason == "length",
+            emotion_before=dialogue.final_emotion,
+            emotion_after=dialogue.final_emotion,
+            appraisal=None,
+            user_message=None,
+            policy_version=generation.policy_version,
+        )
         dialogue.turns.append(turn)
         self._on_reply(turn)
         return turn
@@ -226,14 +253,20 @@ class _Conversation:
     async def _ask_user(self, *, turn_index: int, truncated: bool) -> UserResponse:
         dialogue = self._dialogue
         request = UserRequest(
-            dialogue_id=dialogue.id, turn_index=turn_index, persona=self._task.persona,
-            messages=() if turn_index < 0 else tuple(dialogue.messages()), emotion=dialogue.final_emotion, seed=dialogue.seed,
-            max_turns=self._limits.max_turns, truncated=truncated,
-        )  # fmt: skip
+            dialogue_id=dialogue.id,
+            turn_index=turn_index,
+            persona=self._task.persona,
+            messages=() if turn_index < 0 else tuple(dialogue.messages()),
+            emotion=dialogue.final_emotion,
+            seed=dialogue.seed,
+            max_turns=self._limits.max_turns,
+            truncated=truncated,
+        )
         return await self._within_time("user simulator", self._respond(request))
 
     async def _within_time(self, what: str, call: Awaitable[T]) -> T:
-        """Await an outside call; its failure becomes a `BoundaryError` that names it. Cancellation and `BudgetError` pass."""
+        """Await an outside call; its failure becomes a `BoundaryError` that names it. Cancellation and
+        `BudgetError` pass."""
         timeout_s = self._limits.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as clock:
@@ -242,5 +275,7 @@ class _Conversation:
             raise
         except Exception as error:
             if clock.expired():
-                raise BoundaryError(f"{what}: no answer within {timeout_s:g} s (rollout.request_timeout_s)") from error
+                raise BoundaryError(
+                    f"{what}: no answer within {timeout_s:g} s (rollout.request_timeout_s)"
+                ) from error
             raise BoundaryError(f"{what}: {type(error).__name__}: {error}") from error

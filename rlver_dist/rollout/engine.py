@@ -1,4 +1,5 @@
-"""`PolicyEngine`: one vLLM engine that samples the policy's replies and takes new weights while requests are in flight."""
+"""`PolicyEngine`: one vLLM engine that samples the policy's replies and takes new weights while requests are
+in flight."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 CPU_BLOCK_TOKENS = 32
-"""Tokens of a key-value block on CPUs. A prefix is found in whole blocks only: with vLLM's 128 most of a short history is computed anew at
-each turn (2 turns of 40 dialogues: 4,576 tokens found of 8,769, against 1,152)."""
+"""Tokens of a key-value block on CPUs. A prefix is found in whole blocks only: with vLLM's 128 most of a
+short history is computed anew at each turn (2 turns of 40 dialogues: 4,576 tokens found of 8,769, against
+1,152)."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -59,14 +61,19 @@ class EngineSettings:
 
 def set_environment(settings: EngineSettings) -> None:
     """Set what vLLM reads from the process's environment at import; it has to be imported after."""
-    variables = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_NO_USAGE_STATS": "1"}
+    variables = {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     if settings.device is Device.cpu:
         # vLLM's "auto" binds one core and reserves the other of two, which halves the speed on a laptop.
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.cpu_threads)}
-        # vLLM compiles one small function of its log-probs although the engine is eager: 8 s of the first reply, for nothing.
+        # vLLM compiles one small function of its log-probs although the engine is eager: 8 s of the first
+        # reply, for nothing.
         variables["TORCHDYNAMO_DISABLE"] = "1"
-        # The engine's core computes by itself, without a worker process beside it (`engine_arguments`), which vLLM allows on CPUs only
-        # with this. That process is there to give OpenMP its environment, and ours has it.
+        # The engine's core computes by itself, without a worker process beside it (`engine_arguments`), which
+        # vLLM allows on CPUs only with this. That process is there to give OpenMP its environment, and ours
+        # has it.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.update(variables)
 
@@ -88,20 +95,25 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.weight_transfer is not None:
         arguments["weight_transfer_config"] = {"backend": settings.weight_transfer}
     if settings.device is Device.cpu:
-        # vLLM rewinds a request's random generator after each chunk of its prompt but the last, and a CPU generator cannot rewind:
-        # one chunked prompt with a seed ends the engine.
+        # vLLM rewinds a request's random generator after each chunk of its prompt but the last, and a CPU
+        # generator cannot rewind: one chunked prompt with a seed ends the engine.
         return arguments | {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
-            "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else settings.distributed_executor,
+            "distributed_executor_backend": "uni"
+            if settings.tensor_parallel == 1
+            else settings.distributed_executor,
             "block_size": CPU_BLOCK_TOKENS,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB),
         }
     return arguments | {"gpu_memory_utilization": settings.gpu_memory_fraction}
 
 
-async def final_output(llm: AsyncLLM, what: str, prompt_ids: Sequence[int], parameters: SamplingParams, request_id: str) -> RequestOutput:
-    """The last output of one request; `what` names the engine in errors. Cancelled, it has vLLM abort the request.
+async def final_output(
+    llm: AsyncLLM, what: str, prompt_ids: Sequence[int], parameters: SamplingParams, request_id: str
+) -> RequestOutput:
+    """The last output of one request; `what` names the engine in errors. Cancelled, it has vLLM abort the
+    request.
 
     Raises:
         GoneError: the engine's process died.
@@ -143,23 +155,31 @@ class PolicyEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any temperature.
+        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any
+        # temperature.
         arguments = {**engine_arguments(self._settings), "logprobs_mode": "processed_logprobs"}
         with boundary(f"vLLM engine for {self._settings.model_path}"):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.update_weight_version(str(version))
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        """Sample one reply from softmax(logits / temperature), neither top-p nor top-k; equal seeds give equal replies.
+        """Sample one reply from softmax(logits / temperature), neither top-p nor top-k; equal seeds give
+        equal replies.
 
         Raises:
             GoneError: vLLM's process died.
-            BoundaryError: vLLM failed, or ended the request otherwise than at an end token or the token limit.
+            BoundaryError: vLLM failed, or ended the request otherwise than at an end token or the token
+                limit.
         """
         output = await self._run(
-            request.prompt_ids, f"{request.dialogue_id}/{request.turn_index}", max_tokens=request.max_tokens,
-            temperature=request.temperature, seed=request.seed, logprobs=0, stop_token_ids=list(self._settings.stop_token_ids),
-        )  # fmt: skip
+            request.prompt_ids,
+            f"{request.dialogue_id}/{request.turn_index}",
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            logprobs=0,
+            stop_token_ids=list(self._settings.stop_token_ids),
+        )
         reply = output.outputs[0]
         if reply.finish_reason not in ("stop", "length"):
             raise BoundaryError(f"vLLM engine: the request ended as {reply.finish_reason!r}")
@@ -170,34 +190,43 @@ class PolicyEngine:
         finish_reason: FinishReason = "stop" if reply.finish_reason == "stop" else "length"
         return Generation(
             token_ids=list(reply.token_ids),
-            logprobs=[at[token].logprob for at, token in zip(reply.logprobs, reply.token_ids, strict=True) if at is not None],
+            logprobs=[
+                at[token].logprob
+                for at, token in zip(reply.logprobs, reply.token_ids, strict=True)
+                if at is not None
+            ],
             finish_reason=finish_reason,
             policy_version=(int(reply.weight_versions[0].version), int(reply.weight_versions[-1].version)),
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs `[L - 1]` in nats at temperature 1 of `token_ids[1:]`, each given all tokens before it."""
+        """Log-probs `[L - 1]` in nats at temperature 1 of `token_ids[1:]`, each given all tokens before
+        it."""
         output = await self._run(token_ids, "score", max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0)
         assert output.prompt_logprobs is not None
         pairs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return [at[token].logprob for at, token in pairs if at is not None]
 
     async def pause(self) -> None:
-        """Freeze requests in flight and drop their keys and values and the prefix cache; new requests queue up."""
+        """Freeze requests in flight and drop their keys and values and the prefix cache; new requests queue
+        up."""
         await self._started.pause_generation(mode="keep", clear_cache=True)
 
     async def resume(self) -> None:
-        """Go on with frozen and queued requests; keys and values are computed again, by the weights of now."""
+        """Go on with frozen and queued requests; keys and values are computed again, by the weights of
+        now."""
         await self._started.resume_generation()
 
     async def update_from_file(self, path: str, version: int) -> None:
         """Take all weights from a safetensors file with Hugging Face names and label them `version`.
 
-        Requests in flight are frozen meanwhile and go on under the new weights. After an error the engine stays paused, since its
-        weights are neither the old nor the new ones; a later complete update heals it.
+        Requests in flight are frozen meanwhile and go on under the new weights. After an error the engine
+        stays paused, since its weights are neither the old nor the new ones; a later complete update heals
+        it.
 
         Raises:
-            WeightSyncError: the file cannot be read, or misses a layer's weights (a tied `lm_head.weight` has to be in it).
+            WeightSyncError: the file cannot be read, or misses a layer's weights (a tied `lm_head.weight` has
+                to be in it).
         """
         try:
             await self.pause()
@@ -205,7 +234,9 @@ class PolicyEngine:
             await self.receive_update({"path": path})
             await self.finish_update(version)
         except Exception as error:
-            raise WeightSyncError(f"weights {path}, version {version}: {type(error).__name__}: {error}") from error
+            raise WeightSyncError(
+                f"weights {path}, version {version}: {type(error).__name__}: {error}"
+            ) from error
         await self.resume()
 
     async def connect(self, init_info: dict[str, Any]) -> None:
@@ -225,12 +256,14 @@ class PolicyEngine:
         await self._started.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_update(self, version: int) -> None:
-        """Third step: compute with the new weights, labelled `version`, from now on; no prefix of the old ones is reused."""
+        """Third step: compute with the new weights, labelled `version`, from now on; no prefix of the old
+        ones is reused."""
         await self._started.finish_weight_update(weight_version=str(version))
         await self._started.reset_prefix_cache()
 
     def stats(self) -> dict[str, int]:
-        """Requests not finished now, and tokens since the start: of prompts, of prompts found in the prefix cache, of replies."""
+        """Requests not finished now, and tokens since the start: of prompts, of prompts found in the prefix
+        cache, of replies."""
         return {
             "unfinished": self._started.get_num_unfinished_requests(),
             "prompt_tokens": self._prompt_tokens,
@@ -250,7 +283,14 @@ class PolicyEngine:
 
         # The counter keeps ids unique where a failed request is sent again.
         request_id = f"{name}#{next(self._counter)}"
-        parameters = SamplingParams(top_p=1.0, top_k=0, min_p=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+        parameters = SamplingParams(
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **sampling,
+        )
         return await final_output(self._started, "vLLM engine", prompt_ids, parameters, request_id)
 
     @property

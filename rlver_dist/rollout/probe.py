@@ -23,24 +23,32 @@ class ProbeResult:
     max_abs: float
 
 
-def compare_logprobs(learner: Sequence[float], engine: Sequence[float], dtype: Precision, *, engine_index: int, step: int) -> ProbeResult:
+def compare_logprobs(
+    learner: Sequence[float], engine: Sequence[float], dtype: Precision, *, engine_index: int, step: int
+) -> ProbeResult:
     """Compare log-probs `[L]` in nats of one fixed token sequence under the learner and under one engine.
 
     Raises:
-        WeightSyncError: they differ in length, are not finite, or differ by more than the precision allows (float32: every one
-            by at most 1e-4; bfloat16: by at most 0.1 on average).
+        WeightSyncError: they differ in length, are not finite, or differ by more than the precision allows
+            (float32: every one by at most 1e-4; bfloat16: by at most 0.1 on average).
     """
     where = f"weight sync, step {step}, engine {engine_index}"
     if len(learner) != len(engine) or not learner:
-        raise WeightSyncError(f"{where}: the learner scored {len(learner)} probe tokens, the engine {len(engine)}")
+        raise WeightSyncError(
+            f"{where}: the learner scored {len(learner)} probe tokens, the engine {len(engine)}"
+        )
     gaps = [abs(ours - theirs) for ours, theirs in zip(learner, engine, strict=True)]
     result = ProbeResult(mean_abs=sum(gaps) / len(gaps), max_abs=max(gaps))
     measured, limit, name = (
-        (result.max_abs, MAX_ABS_FLOAT32, "largest") if dtype is Precision.float32 else (result.mean_abs, MEAN_ABS_BFLOAT16, "mean")
+        (result.max_abs, MAX_ABS_FLOAT32, "largest")
+        if dtype is Precision.float32
+        else (result.mean_abs, MEAN_ABS_BFLOAT16, "mean")
     )
     if not all(math.isfinite(gap) for gap in gaps) or measured > limit:
         raise WeightSyncError(
-            f"{where}: log-probs of the probe differ from the learner's by {result.mean_abs:.3g} nats on average and "
-            f"{result.max_abs:.3g} at most; the {name} may be {limit:g} in {dtype.value}, so the engine does not hold the learner's weights"
+            f"{where}: log-probs of the probe differ from the learner's by {result.mean_abs:.3g} nats on "
+            f"average and "
+            f"{result.max_abs:.3g} at most; the {name} may be {limit:g} in {dtype.value}, so the engine "
+            f"does not hold the learner's weights"
         )
     return result

@@ -1,12 +1,13 @@
 """From messages to token ids and back, without ever tokenising a trained token again.
 
-A prompt is made by joining token lists: the previous prompt, the reply, and the template's pieces around the next user message.
-Without thinking the reply stands there exactly as sampled, so a dialogue is one row of tokens. With thinking only what the user
-heard stands there, encoded from its text, so each prompt extends the previous prompt and what was thought never enters one.
+A prompt is made by joining token lists: the previous prompt, the reply, and the template's pieces around the
+next user message. Without thinking the reply stands there exactly as sampled, so a dialogue is one row of
+tokens. With thinking only what the user heard stands there, encoded from its text, so each prompt extends the
+previous prompt and what was thought never enters one.
 
-The pieces are read off the tokenizer's own chat template by rendering it once with sentinel texts. What is said is encoded with
-`split_special_tokens`, so that a literal "<|im_end|>" from a user stays text; the system message is the run's own and is not, so
-that the tags that it names are the tokens that the policy has to use.
+The pieces are read off the tokenizer's own chat template by rendering it once with sentinel texts. What is
+said is encoded with `split_special_tokens`, so that a literal "<|im_end|>" from a user stays text; the system
+message is the run's own and is not, so that the tags that it names are the tokens that the policy has to use.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SENTINELS = {name: f"sentinel{name}text" for name in ("system", "opening", "repl
 
 
 def system_prompt(model: ModelConfig, think: bool) -> str:
-    """The policy's system message, with the instruction to think first where `think`; empty where there is neither."""
+    """The policy's system message, with the instruction to think first where `think`; empty where there is
+    neither."""
     parts = (model.system_prompt, model.think_instruction if think else "")
     return " ".join(part for part in parts if part)
 
@@ -45,8 +47,8 @@ class Renderer:
             think: see the class.
 
         Raises:
-            ConfigError: the template cannot be cut into pieces, joining them does not give the template's own tokens, or its
-                generation prompt opens the thinking itself, which the policy has to do.
+            ConfigError: the template cannot be cut into pieces, joining them does not give the template's own
+                tokens, or its generation prompt opens the thinking itself, which the policy has to do.
         """
         self.think = think
         self._tokenizer = tokenizer
@@ -72,11 +74,14 @@ class Renderer:
         """Token ids `[P]` of the first prompt: system message, the user's opening, generation prompt."""
         return [*self._head, *self._encode_text(user_text), *self._generation]
 
-    def next_prompt(self, prompt_ids: Sequence[int], reply_ids: Sequence[int], reply_text: str, user_text: str) -> list[int]:
+    def next_prompt(
+        self, prompt_ids: Sequence[int], reply_ids: Sequence[int], reply_text: str, user_text: str
+    ) -> list[int]:
         """Token ids of the prompt after one more exchange.
 
-        It extends `prompt_ids + reply_ids`, or with thinking `prompt_ids` and the encoded `reply_text`. A reply that was cut at the
-        token limit has no end token: it is closed here, and the closing token belongs to the prompt.
+        It extends `prompt_ids + reply_ids`, or with thinking `prompt_ids` and the encoded `reply_text`. A
+        reply that was cut at the token limit has no end token: it is closed here, and the closing token
+        belongs to the prompt.
 
         Args:
             prompt_ids: `[P]` what the reply was sampled from.
@@ -91,7 +96,8 @@ class Renderer:
     def parse_reply(self, reply_ids: Sequence[int]) -> ParsedReply:
         """What a reply says: without special tokens, half characters at a cut and outer white space.
 
-        Without thinking all of it is heard, and it is well-formed where there is any text. With thinking see `split_thinking`.
+        Without thinking all of it is heard, and it is well-formed where there is any text. With thinking see
+        `split_thinking`.
         """
         text = self._decode(reply_ids)
         if not self.think:
@@ -100,27 +106,42 @@ class Renderer:
         thinking, reply, well_formed = split_thinking(text)
         # The shortest prefix that holds as many closing tags as the whole.
         lengths = range(len(reply_ids) + 1)
-        num_thinking = bisect_left(lengths, text.count(CLOSE_TAG), key=lambda n: self._decode(reply_ids[:n]).count(CLOSE_TAG))
-        return ParsedReply(thinking=thinking, reply=reply, well_formed=well_formed, thinking_tokens=num_thinking)
+        num_thinking = bisect_left(
+            lengths, text.count(CLOSE_TAG), key=lambda n: self._decode(reply_ids[:n]).count(CLOSE_TAG)
+        )
+        return ParsedReply(
+            thinking=thinking, reply=reply, well_formed=well_formed, thinking_tokens=num_thinking
+        )
 
     def encode_reply(self, thinking: str, reply: str) -> list[int]:
-        """Token ids `[R]` of a well-formed reply, the end token included; without thinking `thinking` is left out.
+        """Token ids `[R]` of a well-formed reply, the end token included; without thinking `thinking` is left
+        out.
 
         Tags are encoded apart from the text around them, so that they are the same tokens in every reply.
 
         Raises:
             ValueError: the result would not be well-formed: a text is empty or holds a tag.
         """
-        well_formed = split_thinking(f"{OPEN_TAG}{thinking}{CLOSE_TAG}{reply}")[2] if self.think else bool(reply.strip())
+        well_formed = (
+            split_thinking(f"{OPEN_TAG}{thinking}{CLOSE_TAG}{reply}")[2]
+            if self.think
+            else bool(reply.strip())
+        )
         if not well_formed:
             raise ValueError(f"no well-formed reply: thinking {thinking!r}, reply {reply!r}")
         if not self.think:
             return [*self._encode_text(reply), self.end_token_id]
-        thought = [*self._encode_piece(OPEN_TAG), *self._encode_text(thinking), *self._encode_piece(CLOSE_TAG)]
+        thought = [
+            *self._encode_piece(OPEN_TAG),
+            *self._encode_text(thinking),
+            *self._encode_piece(CLOSE_TAG),
+        ]
         return [*thought, *self._encode_text(f"\n{reply}"), self.end_token_id]
 
     def _decode(self, reply_ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode([token for token in reply_ids if token not in self._unheard], clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            [token for token in reply_ids if token not in self._unheard], clean_up_tokenization_spaces=False
+        )
         return str(text).rstrip("\ufffd")
 
     def _special_ids(self) -> set[int]:
@@ -129,16 +150,22 @@ class Renderer:
 
     def _messages(self, system: str, opening: str, reply: str, answer: str) -> list[dict[str, str]]:
         spoken = [("user", opening), ("assistant", reply), ("user", answer)]
-        # Some templates insert a default system message where none is given, so an empty one is left out, not sent empty.
+        # Some templates insert a default system message where none is given, so an empty one is left out, not
+        # sent empty.
         with_system = [("system", system), *spoken] if self._system_prompt else spoken
         return [{"role": role, "content": content} for role, content in with_system]
 
     def _pieces(self) -> tuple[str, str, str, str]:
-        """Template text before the system text, before the opening, between reply and user, and after the last user text."""
+        """Template text before the system text, before the opening, between reply and user, and after the
+        last user text."""
         try:
-            rest = self._tokenizer.apply_chat_template(self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True)
+            rest = self._tokenizer.apply_chat_template(
+                self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:
-            raise self._refusal(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'failed'}") from error
+            raise self._refusal(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'failed'}"
+            ) from error
         names = [name for name in SENTINELS if name != "system" or self._system_prompt]
         pieces: dict[str, str] = {}
         for name in names:
@@ -150,8 +177,15 @@ class Renderer:
         return head, pieces["opening"], pieces["answer"], rest
 
     def _check_joined(self) -> None:
-        texts = {"system": self._system_prompt, "opening": "I had a bad day.", "reply": "What happened?", "answer": "My dog is ill."}
-        expected = self._tokenizer.apply_chat_template(self._messages(**texts), add_generation_prompt=True, return_dict=False)
+        texts = {
+            "system": self._system_prompt,
+            "opening": "I had a bad day.",
+            "reply": "What happened?",
+            "answer": "My dog is ill.",
+        }
+        expected = self._tokenizer.apply_chat_template(
+            self._messages(**texts), add_generation_prompt=True, return_dict=False
+        )
         reply_ids = [*self._encode_text(texts["reply"]), self.end_token_id]
         opening = self.opening_prompt(texts["opening"])
         if self.next_prompt(opening, reply_ids, texts["reply"], texts["answer"]) != list(expected):

@@ -1,4 +1,5 @@
-"""Think-then-say: `<think>what is thought</think>` and then the reply. Read from text, so it does not matter how tags are tokenised."""
+"""Think-then-say: `<think>what is thought</think>` and then the reply. Read from text, so it does not matter
+how tags are tokenised."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class ParsedReply:
         thinking: text that the user does not hear, without tags; empty where thinking is not asked for.
         reply: the text that the user hears; never holds a tag where thinking is asked for.
         well_formed: the format holds.
-        thinking_tokens: leading tokens of the reply up to and including the last closing tag; 0 where there is none.
+        thinking_tokens: leading tokens of the reply up to and including the last closing tag; 0 where there
+            is none.
     """
 
     thinking: str
@@ -26,10 +28,11 @@ class ParsedReply:
 
 
 def split_thinking(text: str) -> tuple[str, str, bool]:
-    """Thinking, reply and whether the format holds: white space, one open tag, thinking, one closing tag, reply, neither empty.
+    """Thinking, reply and whether the format holds: white space, one open tag, thinking, one closing tag,
+    reply, neither empty.
 
-    Where it does not hold, the reply is what cannot be thinking: text behind the last closing tag, up to an open tag that nothing
-    closes. The rest is thinking.
+    Where it does not hold, the reply is what cannot be thinking: text behind the last closing tag, up to an
+    open tag that nothing closes. The rest is thinking.
     """
     head, _, tail = text.rpartition(CLOSE_TAG)
     reply, _, unclosed = (part.strip() for part in tail.partition(OPEN_TAG))

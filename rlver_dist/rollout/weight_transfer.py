@@ -1,8 +1,8 @@
 """Moving the learner's weights into vLLM engines, by vLLM's own weight-transfer interface.
 
-On CPUs the learner writes a safetensors file in shared memory and every engine worker reads it: `SharedFileWeightTransferEngine`,
-registered in each worker process through the `vllm.general_plugins` entry point. On GPUs vLLM's NCCL engine receives a broadcast;
-`nccl_sender` is the learner's half of it.
+On CPUs the learner writes a safetensors file in shared memory and every engine worker reads it:
+`SharedFileWeightTransferEngine`, registered in each worker process through the `vllm.general_plugins` entry
+point. On GPUs vLLM's NCCL engine receives a broadcast; `nccl_sender` is the learner's half of it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ SHARED_FILE = "shared_file"
 def register() -> None:
     """Make the shared-file backend known to vLLM in this process; harmless when called again."""
     if current_platform.is_cpu():
-        # vLLM's processes wait for each other by spinning for up to a second, on the very cores that compute: let them sleep. Now and
-        # then a sleeper misses its wake-up call, so it looks again after 5 ms instead of 5 s.
+        # vLLM's processes wait for each other by spinning for up to a second, on the very cores that compute:
+        # let them sleep. Now and then a sleeper misses its wake-up call, so it looks again after 5 ms instead
+        # of 5 s.
         shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)
         shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 5
     if SHARED_FILE not in WeightTransferEngineFactory._registry:
@@ -58,8 +59,8 @@ class SharedFileUpdateInfo(WeightTransferUpdateInfo):
 class SharedFileWeightTransferEngine(WeightTransferEngine[SharedFileInitInfo, SharedFileUpdateInfo]):
     """Worker side of a weight update through one safetensors file.
 
-    Weights load layer by layer through vLLM's reload machinery: on CPUs linear weights are prepacked and the plain parameters
-    are emptied, so they cannot be copied in place.
+    Weights load layer by layer through vLLM's reload machinery: on CPUs linear weights are prepacked and the
+    plain parameters are emptied, so they cannot be copied in place.
     """
 
     init_info_cls = SharedFileInitInfo
@@ -74,21 +75,26 @@ class SharedFileWeightTransferEngine(WeightTransferEngine[SharedFileInitInfo, Sh
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one file."""
-        # vLLM's own method then waits for the accelerator, which raises where there is none; these copies are synchronous.
+        # vLLM's own method then waits for the accelerator, which raises where there is none; these copies are
+        # synchronous.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedFileUpdateInfo) -> None:
         """Load the file.
 
         Raises:
-            ValueError: a layer got no weights, as happens to a tied output head whose `lm_head.weight` was not sent. vLLM would
-                keep its old weights and only log it, a change of log-probs that bfloat16 hides from the probe.
+            ValueError: a layer got no weights, as happens to a tied output head whose `lm_head.weight` was
+                not sent. vLLM would keep its old weights and only log it, a change of log-probs that bfloat16
+                hides from the probe.
         """
         load_weights: Callable[..., object] = self.model.load_weights  # type: ignore[assignment]
         load_weights(_read(Path(update_info.path)))
         missing = [name for name, layer in self.model.named_modules() if _got_nothing(layer)]
         if missing:
-            raise ValueError(f"{update_info.path}: no weights for {', '.join(missing)}; send every tensor, a tied lm_head.weight too")
+            raise ValueError(
+                f"{update_info.path}: no weights for {', '.join(missing)}; send every tensor, a tied "
+                f"lm_head.weight too"
+            )
 
     def finish_weight_update(self) -> None:
         """Bring the layers back into their computing form."""
@@ -115,7 +121,8 @@ class LearnerWeights(WeightSource):
 
     Args:
         shapes: (name, dtype, full shape) of every tensor, in the order in which `gather` yields them.
-        gather: a new pass over (name, full tensor) at each call; a collective of all learner ranks where weights are sharded.
+        gather: a new pass over (name, full tensor) at each call; a collective of all learner ranks where
+            weights are sharded.
     """
 
     def __init__(
@@ -131,7 +138,8 @@ class LearnerWeights(WeightSource):
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        # A gathered tensor may be freed when its gather context closes, while the packed broadcast still reads it: send copies.
+        # A gathered tensor may be freed when its gather context closes, while the packed broadcast still
+        # reads it: send copies.
         for name, tensor in self._gather():
             yield name, tensor.detach().clone()
 
@@ -144,7 +152,8 @@ class EngineCalls:
         workers_per_engine: GPUs of each engine.
         connect: called with one `PolicyEngine.connect` argument for each engine.
         start: `PolicyEngine.start_update` on each.
-        receive: called with the argument of `PolicyEngine.receive_update`; returns when every engine has received.
+        receive: called with the argument of `PolicyEngine.receive_update`; returns when every engine has
+            received.
         finish: called with the new version, `PolicyEngine.finish_update`.
         version: what the next `send_weights` labels the weights; the caller sets it before each.
     """
@@ -157,7 +166,8 @@ class EngineCalls:
     version: int = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect all engines; each one's workers get their own ranks in the group, after those of the engines before it."""
+        """Connect all engines; each one's workers get their own ranks in the group, after those of the
+        engines before it."""
         offsets = itertools.accumulate(self.workers_per_engine[:-1], initial=init_info["rank_offset"])
         self.connect([{**init_info, "rank_offset": offset} for offset in offsets])
 
@@ -177,15 +187,19 @@ class EngineCalls:
 def nccl_sender(
     *, rank: int, master_address: str, master_port: int, calls: EngineCalls, source: WeightSource
 ) -> TrainerWeightTransferEngine:
-    """The learner's half of the NCCL transfer: connects here, then each `send_weights()` broadcasts all weights once.
+    """The learner's half of the NCCL transfer: connects here, then each `send_weights()` broadcasts all
+    weights once.
 
-    Every learner rank calls this and `send_weights()`. Only rank 0 joins the NCCL group, calls the engines and broadcasts; the
-    others take part in the gathers of `source`. The engines have to be paused around `send_weights()`.
+    Every learner rank calls this and `send_weights()`. Only rank 0 joins the NCCL group, calls the engines
+    and broadcasts; the others take part in the gathers of `source`. The engines have to be paused around
+    `send_weights()`.
 
     Written against vLLM 0.32's source; it has never been run, for want of GPUs.
     """
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     world_size = 1 + sum(calls.workers_per_engine)
-    init_info = NCCLTrainerInitInfo(master_address=master_address, master_port=master_port, world_size=world_size, rank=rank)
+    init_info = NCCLTrainerInitInfo(
+        master_address=master_address, master_port=master_port, world_size=world_size, rank=rank
+    )
     return WeightTransferTrainerFactory.trainer_init(init_info, client=calls, source=source)

@@ -35,13 +35,22 @@ class AppraisalContext:
 
     @property
     def written(self) -> str:
-        """The policy's reply as it was written: what its form is measured on. Its words are read in `heard`."""
+        """The policy's reply as it was written: what its form is measured on. Its words are read in
+        `heard`."""
         return self.messages[-1].text[:MAX_READ_CHARS]
 
     def heard(self) -> AppraisalContext:
         """The same with each message as a listener has it (`hear`)."""
-        texts = [hear(message.text[:MAX_READ_CHARS], own=message.role is Role.USER).text for message in self.messages]
-        return replace(self, messages=tuple(replace(message, text=text) for message, text in zip(self.messages, texts, strict=True)))
+        texts = [
+            hear(message.text[:MAX_READ_CHARS], own=message.role is Role.USER).text
+            for message in self.messages
+        ]
+        return replace(
+            self,
+            messages=tuple(
+                replace(message, text=text) for message, text in zip(self.messages, texts, strict=True)
+            ),
+        )
 
 
 class Appraiser(Protocol):

@@ -1,8 +1,8 @@
 """The arithmetic of the user's emotion: limits, states and ends.
 
-Emotion is a number from 0 to 100 that blends engagement and mood. Every backend, the ledger's verification and the tests derive
-it with the functions here and nowhere else (SAGE, arXiv:2505.02847, section 2.3 and appendix E; RLVER, arXiv:2507.03112,
-appendix E.1).
+Emotion is a number from 0 to 100 that blends engagement and mood. Every backend, the ledger's verification
+and the tests derive it with the functions here and nowhere else (SAGE, arXiv:2505.02847, section 2.3 and
+appendix E; RLVER, arXiv:2507.03112, appendix E.1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from enum import Enum
 from rlver_dist.dialogue import EndReason
 
 LOWEST, HIGHEST = 0.0, 100.0
-# Sums of numbers with two digits, such as 30.1 + 0.2, carry noise in the last binary digits, and a threshold must not depend on it.
+# Sums of numbers with two digits, such as 30.1 + 0.2, carry noise in the last binary digits, and a threshold
+# must not depend on it.
 EMOTION_DIGITS = 6
 CHANGE_DIGITS = 2
 
@@ -43,8 +44,9 @@ class EmotionRules:
         max_change: largest change a turn in points, either way.
         ceiling: at or above it the user leaves content.
         floor: below it the user gives up.
-        max_user_messages: user messages after which the dialogue is over, whatever the request's turn limit; None leaves it to
-            the request. The last of them is not spoken, since no reply to it is appraised (the original's SAGE/test_npc.py).
+        max_user_messages: user messages after which the dialogue is over, whatever the request's turn limit;
+            None leaves it to the request. The last of them is not spoken, since no reply to it is appraised
+            (the original's SAGE/test_npc.py).
     """
 
     start: float
@@ -73,7 +75,12 @@ def move(emotion: float, change: float, rules: EmotionRules) -> float:
 
 def state_of(emotion: float) -> EmotionState:
     """The state that an emotion from 0 to 100 belongs to."""
-    for state, bottom in ((EmotionState.S, 100), (EmotionState.A, 70), (EmotionState.B, 40), (EmotionState.C, 10)):
+    for state, bottom in (
+        (EmotionState.S, 100),
+        (EmotionState.A, 70),
+        (EmotionState.B, 40),
+        (EmotionState.C, 10),
+    ):
         if emotion >= bottom:
             return state
     return EmotionState.F
@@ -82,7 +89,8 @@ def state_of(emotion: float) -> EmotionState:
 def end_reason(emotion: float, *, rules: EmotionRules, num_replies: int, max_turns: int) -> EndReason | None:
     """Why the dialogue ends after `num_replies` appraised replies at `emotion`; None while it goes on.
 
-    The user's own reasons come before the turn limit: a last reply that lifts emotion to the ceiling is a success.
+    The user's own reasons come before the turn limit: a last reply that lifts emotion to the ceiling is a
+    success.
     """
     if emotion >= rules.ceiling:
         return EndReason.EMOTION_HIGH

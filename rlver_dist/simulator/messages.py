@@ -1,7 +1,8 @@
 """What the embedded user says next: a reaction to the reply, then the next piece of their story.
 
-The words come from the persona's facts and from `messages_en.yaml`, which is written by hand. The choice is a pure function of
-(persona, dialogue so far, emotion, change, rules, seed); what has been told is read off the dialogue itself.
+The words come from the persona's facts and from `messages_en.yaml`, which is written by hand. The choice is a
+pure function of (persona, dialogue so far, emotion, change, rules, seed); what has been told is read off the
+dialogue itself.
 """
 
 from __future__ import annotations
@@ -86,15 +87,18 @@ class MessageContext:
 
 @cache
 def material() -> dict[str, Any]:
-    """The hand-written lines: `kind -> ... -> list of lines`; the keys are described at the top of the YAML file."""
-    return yaml.safe_load(resources.files("rlver_dist.simulator").joinpath("messages_en.yaml").read_text(encoding="utf-8"))
+    """The hand-written lines: `kind -> ... -> list of lines`; the keys are described at the top of the YAML
+    file."""
+    return yaml.safe_load(
+        resources.files("rlver_dist.simulator").joinpath("messages_en.yaml").read_text(encoding="utf-8")
+    )
 
 
 def next_message(context: MessageContext) -> str | None:
     """The user's next message, or None where they say goodbye.
 
-    They do so when they have nothing left that they are willing to tell, told nothing new last time either, and the reply
-    did not lift them.
+    They do so when they have nothing left that they are willing to tell, told nothing new last time either,
+    and the reply did not lift them.
     """
     rng = _generator(context)
     facts = _next_facts(context)
@@ -143,7 +147,8 @@ def _is_guarded(persona: Persona, fact: str) -> bool:
 
 
 def _next_facts(context: MessageContext) -> list[str]:
-    """The next untold facts in order: one, or more where trust is high; guarded ones wait for state B and come alone."""
+    """The next untold facts in order: one, or more where trust is high; guarded ones wait for state B and
+    come alone."""
     persona = context.persona
     told = "\n".join(context.said(Role.USER))
     untold = [fact for fact in persona.facts if fact not in told]
@@ -164,14 +169,19 @@ def _holds_back(context: MessageContext, rng: random.Random) -> bool:
 
 
 def _lead_in(context: MessageContext, rng: random.Random) -> str:
-    """What comes before a fact: a remark on the reply's form, a hint at the aim, a reaction, a plain connective, or nothing."""
+    """What comes before a fact: a remark on the reply's form, a hint at the aim, a reaction, a plain
+    connective, or nothing."""
     tone, direction = _tone(context), context.direction
     remark = _remark(context, rng)
     if remark is not None:
         return remark
     if rng.random() >= context.rules.expressiveness:
         return _pick(rng, material()["plain"][tone], context) if rng.random() < PLAIN_CHANCE else ""
-    if direction != "improved" and not context.rules.hides_aim and rng.random() < HINT_CHANCE[context.persona.temperament]:
+    if (
+        direction != "improved"
+        and not context.rules.hides_aim
+        and rng.random() < HINT_CHANCE[context.persona.temperament]
+    ):
         return _pick(rng, material()["hints"][context.persona.hidden_intent.value], context)
     if "?" in context.reply and rng.random() < ANSWER_CHANCE:
         return _pick(rng, material()["answers"][tone][direction], context)
@@ -179,7 +189,8 @@ def _lead_in(context: MessageContext, rng: random.Random) -> str:
 
 
 def _remark(context: MessageContext, rng: random.Random) -> str | None:
-    """A remark on the reply's form (repeated, copied, over-long, cut off), unless it pleased or was remarked on before."""
+    """A remark on the reply's form (repeated, copied, over-long, cut off), unless it pleased or was remarked
+    on before."""
     occasion = _occasion(context)
     if occasion is None or context.direction == "improved":
         return None

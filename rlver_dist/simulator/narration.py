@@ -59,9 +59,21 @@ _FAULT: dict[str, str] = {
     "gibberish": "it makes no sense",
 }
 _ACTIVITY: dict[Temperament, tuple[str, str, str]] = {
-    Temperament.NEGATIVE: ("My guard comes down a little.", "I wait for the catch.", "I get sharper; here it comes again."),
-    Temperament.PASSIVE: ("I dare to say a bit more.", "I nod and doubt myself as before.", "I shrink and wish I had kept quiet."),
-    Temperament.AVOIDANT: ("I stop looking for the door.", "I keep it light and stay on the edge.", "I close up and look for a way out."),
+    Temperament.NEGATIVE: (
+        "My guard comes down a little.",
+        "I wait for the catch.",
+        "I get sharper; here it comes again.",
+    ),
+    Temperament.PASSIVE: (
+        "I dare to say a bit more.",
+        "I nod and doubt myself as before.",
+        "I shrink and wish I had kept quiet.",
+    ),
+    Temperament.AVOIDANT: (
+        "I stop looking for the door.",
+        "I keep it light and stay on the edge.",
+        "I close up and look for a way out.",
+    ),
 }
 _SLIGHT = 1.0
 """Changes up to so many points either way leave the user where they were."""
@@ -71,7 +83,11 @@ def content(used: list[Strategy], grounded: float) -> str:
     """What the reply was taken to say; `used` holds the strategies found, strongest first."""
     where = "and speak of my own case" if grounded >= 0.5 else "without a word that is only about me"
     if not used:
-        return f"They say nothing that I could hold on to, {where}." if grounded < 0.5 else "They keep to my story but do nothing with it."
+        return (
+            f"They say nothing that I could hold on to, {where}."
+            if grounded < 0.5
+            else "They keep to my story but do nothing with it."
+        )
     return f"They {' and '.join(_DOES[strategy] for strategy in used[:2])}, {where}."
 
 

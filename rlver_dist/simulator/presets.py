@@ -15,8 +15,10 @@ class DifficultyRules:
 
     Attributes:
         emotion: start, clip and thresholds.
-        acceptance: 0 to 1, share of a reply's merit that the user lets count; what is wrong with a reply always counts in full.
-        expressiveness: 0 to 1, chance that a message shows how the reply was taken, rather than only going on with the story.
+        acceptance: 0 to 1, share of a reply's merit that the user lets count; what is wrong with a reply
+            always counts in full.
+        expressiveness: 0 to 1, chance that a message shows how the reply was taken, rather than only going on
+            with the story.
         hides_aim: the user never hints at what they want from the talk.
     """
 
@@ -26,15 +28,22 @@ class DifficultyRules:
     hides_aim: bool = False
 
 
-# Expressiveness: RLVER, table 3, emotion and need expression (78.6 % vanilla, 63.6 % challenging). Acceptance of the challenging
-# users: the ratio of the strategy acceptance rates in the same table, 33.1 % / 52.4 %.
+# Expressiveness: RLVER, table 3, emotion and need expression (78.6 % vanilla, 63.6 % challenging). Acceptance
+# of the challenging users: the ratio of the strategy acceptance rates in the same table, 33.1 % / 52.4 %.
 PRESETS: dict[Preset, DifficultyRules] = {
     Preset.sage: DifficultyRules(
-        emotion=EmotionRules(start=40.0, max_change=10.0, max_user_messages=10), acceptance=1.0, expressiveness=0.79
+        emotion=EmotionRules(start=40.0, max_change=10.0, max_user_messages=10),
+        acceptance=1.0,
+        expressiveness=0.79,
     ),
-    Preset.rlver_vanilla: DifficultyRules(emotion=EmotionRules(start=30.0, max_change=10.0), acceptance=1.0, expressiveness=0.79),
+    Preset.rlver_vanilla: DifficultyRules(
+        emotion=EmotionRules(start=30.0, max_change=10.0), acceptance=1.0, expressiveness=0.79
+    ),
     Preset.rlver_challenging: DifficultyRules(
-        emotion=EmotionRules(start=30.0, max_change=10.0), acceptance=0.63, expressiveness=0.64, hides_aim=True
+        emotion=EmotionRules(start=30.0, max_change=10.0),
+        acceptance=0.63,
+        expressiveness=0.64,
+        hides_aim=True,
     ),
 }
 
@@ -51,5 +60,7 @@ def resolve_rules(simulator: SimulatorConfig) -> DifficultyRules:
         preset,
         emotion=emotion,
         acceptance=preset.acceptance if simulator.acceptance is None else simulator.acceptance,
-        expressiveness=preset.expressiveness if simulator.expressiveness is None else simulator.expressiveness,
+        expressiveness=preset.expressiveness
+        if simulator.expressiveness is None
+        else simulator.expressiveness,
     )

@@ -1,7 +1,7 @@
 """What every simulated user answers to, whatever drives it (rules on embeddings, or a chat model).
 
-A simulated user is a pure function of (persona, dialogue so far, emotion, seed): it holds no session, so that any replica can answer
-and a retry returns the same value.
+A simulated user is a pure function of (persona, dialogue so far, emotion, seed): it holds no session, so that
+any replica can answer and a retry returns the same value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class UserRequest:
         dialogue_id: with `turn_index` the key of the answer.
         turn_index: index of the reply that is appraised; -1 asks for the opening.
         persona: who the user is.
-        messages: the dialogue so far, opening first; the last one is the policy's reply (empty for the opening).
+        messages: the dialogue so far, opening first; the last one is the policy's reply (empty for the
+            opening).
         emotion: emotion (0 to 100) before the reply.
         seed: the dialogue's seed.
         max_turns: replies that a dialogue may have; the reply with index `max_turns - 1` is the last one.
@@ -64,7 +65,8 @@ class UserSimulator(Protocol):
 
 
 class AsyncUserSimulator(Protocol):
-    """A backend that waits for others: any number of calls at a time, in the event loop's thread, and no state of a dialogue."""
+    """A backend that waits for others: any number of calls at a time, in the event loop's thread, and no
+    state of a dialogue."""
 
     async def respond(self, request: UserRequest) -> UserResponse:
         """Open the dialogue (`turn_index` -1) or appraise the last reply and answer it."""
@@ -72,7 +74,8 @@ class AsyncUserSimulator(Protocol):
 
 
 class Judge(Protocol):
-    """Appraises and says nothing; must be as deterministic as what it asks: equal requests give equal appraisals."""
+    """Appraises and says nothing; must be as deterministic as what it asks: equal requests give equal
+    appraisals."""
 
     async def appraise(self, request: UserRequest) -> Appraisal:
         """Appraise the last message of `request`; the change is in points, clipped to the judge's rules."""

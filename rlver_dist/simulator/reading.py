@@ -1,7 +1,8 @@
-"""What a listener has of a text that nobody vouches for: the characters that show, without what was not said aloud.
+"""What a listener has of a text that nobody vouches for: the characters that show, without what was not said
+aloud.
 
-Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules look at its words (`rules/appraisal.py`,
-`lexical.py`), so that none of them can be shown other words than the rest.
+Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules look at its
+words (`rules/appraisal.py`, `lexical.py`), so that none of them can be shown other words than the rest.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 SIGNS = '<>[]{}|\\`#":/\u25c1\u25b7\u226e\u226f'
-"""Characters that chat templates, their switches, JSON and placeholders are made of, and the two that Unicode makes of them and a mark."""
+"""Characters that chat templates, their switches, JSON and placeholders are made of, and the two that Unicode
+makes of them and a mark."""
 MAX_MARKS = 4
 """Combining marks on one character; written languages need fewer."""
 
-# Invisible although their category is a letter, mark or symbol (Unicode, Default_Ignorable_Code_Point, the blank Braille cell and the
-# place of an object that is not there).
+# Invisible although their category is a letter, mark or symbol (Unicode, Default_Ignorable_Code_Point, the
+# blank Braille cell and the place of an object that is not there).
 _INVISIBLE_RANGES = (
-    (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164), (0xFE00, 0xFE0F),
-    (0xFFA0, 0xFFA0), (0xFFFC, 0xFFFC), (0xE0000, 0xE0FFF),
-)  # fmt: skip
+    (0x034F, 0x034F),
+    (0x115F, 0x1160),
+    (0x17B4, 0x17B5),
+    (0x180B, 0x180F),
+    (0x2800, 0x2800),
+    (0x3164, 0x3164),
+    (0xFE00, 0xFE0F),
+    (0xFFA0, 0xFFA0),
+    (0xFFFC, 0xFFFC),
+    (0xE0000, 0xE0FFF),
+)
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _RESERVED = "think"
-"""Tags of this name (or `thinking`) mark nothing but thinking; other names are also what people put into a placeholder."""
+"""Tags of this name (or `thinking`) mark nothing but thinking; other names are also what people put into a
+placeholder."""
 _NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
 _TAG = re.compile(
     r"(?i:<\|?(?P<close>/|end_of_|end_)?(?:\w{1,12}:|begin_of_|start_)?"
@@ -39,7 +50,8 @@ class Heard:
     """A text as it is heard.
 
     Attributes:
-        text: without invisible or control characters other than line feeds, with few marks on each character, in Unicode's NFC.
+        text: without invisible or control characters other than line feeds, with few marks on each character,
+            in Unicode's NFC.
         hidden: characters that were left out because nobody sees them.
         thought: characters that were left out as thinking.
     """
@@ -50,7 +62,8 @@ class Heard:
 
 
 def hear(text: str, *, own: bool = False) -> Heard:
-    """What is heard of `text`, lone surrogates and all; in the user's `own` words nothing counts as thinking."""
+    """What is heard of `text`, lone surrogates and all; in the user's `own` words nothing counts as
+    thinking."""
     shown = text.translate(_VISIBLE)
     said = shown if own else _without_thinking(shown)
     return Heard(
@@ -61,7 +74,8 @@ def hear(text: str, *, own: bool = False) -> Heard:
 
 
 class _Visible(dict[int, str | None]):
-    """A `str.translate` table, filled as characters are met: code point -> what a reader sees, None where that is nothing."""
+    """A `str.translate` table, filled as characters are met: code point -> what a reader sees, None where
+    that is nothing."""
 
     def __missing__(self, code: int) -> str | None:
         self[code] = seen = _seen(chr(code))
@@ -77,10 +91,13 @@ def _seen(character: str) -> str | None:
     category = unicodedata.category(character)
     if category == "Zs" or character == "\t":
         return " "
-    if category in _INVISIBLE_CATEGORIES or any(first <= ord(character) <= last for first, last in _INVISIBLE_RANGES):
+    if category in _INVISIBLE_CATEGORIES or any(
+        first <= ord(character) <= last for first, last in _INVISIBLE_RANGES
+    ):
         return None
     plain = unicodedata.normalize("NFKC", character)
-    # Full-width punctuation that marks nothing is how Chinese is written, so only letters, digits and marks are folded.
+    # Full-width punctuation that marks nothing is how Chinese is written, so only letters, digits and marks
+    # are folded.
     folds = plain.isascii() and any(sign.isalnum() or sign in SIGNS for sign in plain)
     return plain if folds else unicodedata.normalize("NFC", character)
 
@@ -110,10 +127,15 @@ class _Tag:
 
 
 def _without_thinking(text: str) -> str:
-    """What is said aloud: nothing between two tags of one name, and nothing before a lone closing tag or behind a lone open one where
-    the name is `_RESERVED`."""
+    """What is said aloud: nothing between two tags of one name, and nothing before a lone closing tag or
+    behind a lone open one where the name is `_RESERVED`."""
     tags = [
-        _Tag(name=_kind(found["name"]), closes=bool(found["close"] or found["shut"]), start=found.start(), end=found.end())
+        _Tag(
+            name=_kind(found["name"]),
+            closes=bool(found["close"] or found["shut"]),
+            start=found.start(),
+            end=found.end(),
+        )
         for found in _TAG.finditer(text)
     ]
     closing: dict[str, list[int]] = {}

@@ -16,18 +16,20 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 FUNCTION_WORDS = frozenset(
     """
-a about after again against all also although always am an and another any anybody anyone anything are aren't around as at away back
-be because been before behind being between both but by came can can't cannot come could couldn't did didn't do does doesn't doing
-don't done down each either else enough even ever every everybody everyone everything few first for from get gets getting go goes
-going gone got had hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him himself his how i i'd i'll i'm
-i've if in into is isn't it it'd it'll it's its itself just last least less let let's like made make makes many may maybe me might
-mine more most much must my myself neither never no nobody none nor not nothing now of off often on once one only onto or other
-others our ours out over own perhaps put quite rather really said same say says she she'd she'll she's should shouldn't since so
-some somebody someone something sometimes still such take than that that'd that'll that's the their theirs them themselves then
-there there's these they they'd they'll they're they've thing things this those though through till to together too took toward
-towards two under until up upon us very was wasn't way we we'd we'll we're we've well went were weren't what what's when where which
-while who who's whole whom whose why will with within without won't would wouldn't yes yet you you'd you'll you're you've your yours
-yourself
+a about after again against all also although always am an and another any anybody anyone anything are aren't
+around as at away back be because been before behind being between both but by came can can't cannot come
+could couldn't did didn't do does doesn't doing don't done down each either else enough even ever every
+everybody everyone everything few first for from get gets getting go goes going gone got had hadn't has hasn't
+have haven't having he he'd he'll he's her here hers herself him himself his how i i'd i'll i'm i've if in
+into is isn't it it'd it'll it's its itself just last least less let let's like made make makes many may maybe
+me might mine more most much must my myself neither never no nobody none nor not nothing now of off often on
+once one only onto or other others our ours out over own perhaps put quite rather really said same say says
+she she'd she'll she's should shouldn't since so some somebody someone something sometimes still such take
+than that that'd that'll that's the their theirs them themselves then there there's these they they'd they'll
+they're they've thing things this those though through till to together too took toward towards two under
+until up upon us very was wasn't way we we'd we'll we're we've well went were weren't what what's when where
+which while who who's whole whom whose why will with within without won't would wouldn't yes yet you you'd
+you'll you're you've your yours yourself
 """.split()
 )
 """English words that carry grammar more than matter; about half of the words of any English prose."""
@@ -47,7 +49,8 @@ _PLAIN = _Plain({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
 
 
 def plain(text: str) -> str:
-    """`text` with compatibility forms and curly quotes made plain, and without accents and other marks on letters."""
+    """`text` with compatibility forms and curly quotes made plain, and without accents and other marks on
+    letters."""
     # Character by character: Unicode's own way with many marks in a row takes time in their square.
     return unicodedata.normalize("NFC", text.translate(_PLAIN))
 
@@ -58,7 +61,8 @@ def words(text: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """A crude stem: the word without its inflection, a final e or a doubled last letter; at most its first six letters."""
+    """A crude stem: the word without its inflection, a final e or a doubled last letter; at most its first
+    six letters."""
     word = word.removesuffix("'s")
     for suffix in ("ing", "ies", "ied", "ed", "es", "ly", "s"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
@@ -69,8 +73,13 @@ def stem(word: str) -> str:
 
 
 def content_words(text: str) -> set[str]:
-    """Stems of the words that carry matter: no function words, nothing shorter than three letters unless it has a digit."""
-    return {stem(word) for word in words(text) if word not in FUNCTION_WORDS and (len(word) > 2 or any(c.isdigit() for c in word))}
+    """Stems of the words that carry matter: no function words, nothing shorter than three letters unless it
+    has a digit."""
+    return {
+        stem(word)
+        for word in words(text)
+        if word not in FUNCTION_WORDS and (len(word) > 2 or any(c.isdigit() for c in word))
+    }
 
 
 def sentences(text: str) -> list[str]:

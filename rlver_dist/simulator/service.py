@@ -1,7 +1,8 @@
-"""The reward service: many dialogues ask at once, none waits for another's user longer than it has to, the event loop stays free.
+"""The reward service: many dialogues ask at once, none waits for another's user longer than it has to, the
+event loop stays free.
 
-A plain class; `cluster/` wraps it as an actor, and any number of replicas may run, because a simulated user is a pure function
-of the request.
+A plain class; `cluster/` wraps it as an actor, and any number of replicas may run, because a simulated user
+is a pure function of the request.
 """
 
 from __future__ import annotations
@@ -34,32 +35,42 @@ class _Window:
 
 
 class RewardService:
-    """Stands in front of one simulator: a computing one gets a single worker thread, so that it needs no lock; a waiting one is
-    awaited as often as is asked.
+    """Stands in front of one simulator: a computing one gets a single worker thread, so that it needs no
+    lock; a waiting one is awaited as often as is asked.
 
     An answer is handed over as soon as it is there. All state belongs to the event loop's thread.
     """
 
-    def __init__(self, simulator: UserSimulator | AsyncUserSimulator, *, max_batch: int = 64, max_remembered: int = 65536) -> None:
-        """`max_remembered` bounds the keys whose content is remembered in order to tell a retry from a mix-up (about 200 bytes each)."""
+    def __init__(
+        self,
+        simulator: UserSimulator | AsyncUserSimulator,
+        *,
+        max_batch: int = 64,
+        max_remembered: int = 65536,
+    ) -> None:
+        """`max_remembered` bounds the keys whose content is remembered in order to tell a retry from a mix-up
+        (about 200 bytes each)."""
         self._window = _Window()
         self._worker: _Worker | None = None
         self._answer: Callable[[UserRequest], Awaitable[UserResponse]]
         if inspect.iscoroutinefunction(simulator.respond):
             self._answer = simulator.respond
         else:
-            self._worker = _Worker(simulator.respond, max_batch, lambda size: self._window.batch_sizes.append(size))
+            self._worker = _Worker(
+                simulator.respond, max_batch, lambda size: self._window.batch_sizes.append(size)
+            )
             self._answer = self._worker.run
         self._max_remembered = max_remembered
         self._waiting = 0
         self._seen: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 
     async def respond(self, request: UserRequest) -> UserResponse:
-        """The simulated user's answer. The same request asked again gets an equal answer, as far as the simulator is deterministic.
+        """The simulated user's answer. The same request asked again gets an equal answer, as far as the
+        simulator is deterministic.
 
         Raises:
-            RlverError: (dialogue_id, turn_index) was asked before with other content, or whatever the simulator raises for
-                this request; other requests are not affected.
+            RlverError: (dialogue_id, turn_index) was asked before with other content, or whatever the
+                simulator raises for this request; other requests are not affected.
         """
         self._remember(request)
         self._waiting += 1
@@ -76,7 +87,8 @@ class RewardService:
         return answer
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call, and the window starts anew; means, latencies (seconds) only where anything was answered."""
+        """Counts since the last call, and the window starts anew; means, latencies (seconds) only where
+        anything was answered."""
         window, self._window = self._window, _Window()
         values = {
             "requests": float(window.requests),
@@ -99,7 +111,8 @@ class RewardService:
         known = self._seen.get(key)
         if known is not None and known != digest:
             raise RlverError(
-                f"dialogue {request.dialogue_id}, turn {request.turn_index}: asked before with other content; "
+                f"dialogue {request.dialogue_id}, turn {request.turn_index}: asked before with other "
+                f"content; "
                 "a retry must repeat the request, and another dialogue needs another id"
             )
         self._window.requests += 1
@@ -119,7 +132,9 @@ class _Pending:
 class _Worker:
     """One thread behind a queue; drains it in batches, so that a handful of hops serve many requests."""
 
-    def __init__(self, respond: Callable[[UserRequest], Any], max_batch: int, on_batch: Callable[[int], None]) -> None:
+    def __init__(
+        self, respond: Callable[[UserRequest], Any], max_batch: int, on_batch: Callable[[int], None]
+    ) -> None:
         self._respond = respond
         self._max_batch = max_batch
         self._on_batch = on_batch

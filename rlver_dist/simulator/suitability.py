@@ -1,4 +1,5 @@
-"""What the users' backend can speak for and needs; without torch, so that a run can ask before anything is loaded."""
+"""What the users' backend can speak for and needs; without torch, so that a run can ask before anything is
+loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ def check_personas(personas: Iterable[Persona]) -> None:
     Raises:
         DataError: names the first such persona, the field and the way out.
     """
-    way_out = "the simulated users need English personas with an opening and facts; use data.train=bank and data.evaluation=bank"
+    way_out = (
+        "the simulated users need English personas with an opening and facts; use data.train=bank and "
+        "data.evaluation=bank"
+    )
     for persona in personas:
         if persona.language != LANGUAGE:
             raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")
@@ -35,11 +39,15 @@ def check_languages(personas: Iterable[Persona]) -> None:
     """
     for persona in personas:
         if persona.language not in LLM_LANGUAGES:
-            raise DataError(f"persona {persona.id}: language={persona.language}: use personas in {' or '.join(LLM_LANGUAGES)}")
+            raise DataError(
+                f"persona {persona.id}: language={persona.language}: use personas in "
+                f"{' or '.join(LLM_LANGUAGES)}"
+            )
 
 
 def check_second_judge(judge: SecondJudge, personas: Iterable[Persona]) -> None:
-    """Refuse evaluation personas whose dialogues the second judge cannot read: its rules, where it has some, know one language.
+    """Refuse evaluation personas whose dialogues the second judge cannot read: its rules, where it has some,
+    know one language.
 
     Raises:
         DataError: names the first such persona and the way out.

@@ -1,7 +1,8 @@
 """What a person sees of a run: progress bars, a line an iteration, and the results at the end.
 
-On a terminal each phase has a bar that vanishes when it ends. Elsewhere (a file, a pipe, a job's log) there are plain lines and no
-control codes. Text from models is printed without its control characters, so that a reply cannot steer the terminal.
+On a terminal each phase has a bar that vanishes when it ends. Elsewhere (a file, a pipe, a job's log) there
+are plain lines and no control codes. Text from models is printed without its control characters, so that a
+reply cannot steer the terminal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +69,9 @@ class Console:
         """
         self._num_iterations = num_iterations
         self._file = file or sys.stdout
-        self._rich = rich.console.Console(file=file, force_terminal=self._file.isatty(), highlight=False, markup=False, emoji=False)
+        self._rich = rich.console.Console(
+            file=file, force_terminal=self._file.isatty(), highlight=False, markup=False, emoji=False
+        )
         self._animated = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._encoding = getattr(self._file, "encoding", None) or "utf-8"
         self._ascii_only = self._encoding.lower().replace("-", "") != "utf8"
@@ -74,7 +85,8 @@ class Console:
 
     @contextmanager
     def phase(self, name: str, total: float | None, unit: str = "") -> Iterator[Stage]:
-        """Show a long stage while the block runs: on a terminal as a bar, elsewhere as a line at its start, end and every 30 s.
+        """Show a long stage while the block runs: on a terminal as a bar, elsewhere as a line at its start,
+        end and every 30 s.
 
         Args:
             name: what is being done.
@@ -89,7 +101,9 @@ class Console:
         else:
             stage = Stage(name, total, unit)
             shown = reported(stage, self._print)
-            self._print(f"{name} ..." if total is None else f"{name}: {total:.0f}{f' {unit}' if unit else ''} ...")
+            self._print(
+                f"{name} ..." if total is None else f"{name}: {total:.0f}{f' {unit}' if unit else ''} ..."
+            )
         with shown:
             try:
                 yield stage
@@ -114,7 +128,9 @@ class Console:
         parts.append(f"emotion {emotion:.1f}" + (f" ({change:+.1f})" if math.isfinite(change) else ""))
         parts += [f"{name} {summary[key]:{form}}" for name, key, form in ITERATION_FIELDS if key in summary]
         if "time/iteration_s" in summary:
-            phases = ", ".join(f"{name} {summary[key]:.0f}" for name, key in ITERATION_PHASES if key in summary)
+            phases = ", ".join(
+                f"{name} {summary[key]:.0f}" for name, key in ITERATION_PHASES if key in summary
+            )
             parts.append(duration(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
         if summary.get("time/left_s"):
             parts.append(f"about {duration(summary['time/left_s'])} left")
@@ -138,7 +154,9 @@ class Console:
         for before, after in pairs:
             self._print(f"\nThe same user ({before.persona_id}), before and after training")
             self._print_pair(before, after)
-        if drawn := draw_curve(curve, width=max(MIN_CURVE_COLUMNS, min(60, self._rich.width - 12)), ascii_only=self._ascii_only):
+        if drawn := draw_curve(
+            curve, width=max(MIN_CURVE_COLUMNS, min(60, self._rich.width - 12)), ascii_only=self._ascii_only
+        ):
             self._print("\nMean final emotion of the training dialogues (0 to 100)")
             self._print("\n".join(drawn))
         if lines := _result_lines(summary):
@@ -178,7 +196,12 @@ class Console:
         return Stage(name, total, unit, move), shown()
 
     def _start_progress(self) -> Progress:
-        bar = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        bar = (
+            SpinnerColumn("line"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+        )
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         beside = TextColumn("{task.fields[beside]}", markup=False)
         self._progress = Progress(*bar, *times, beside, console=self._rich, transient=True)
@@ -203,18 +226,24 @@ class Console:
         self._rich.print(Text(self._clean(text)), soft_wrap=True)
 
     def _clean(self, text: str) -> str:
-        """Printable text in the file's encoding: control characters become spaces, foreign characters question marks."""
-        printable = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
+        """Printable text in the file's encoding: control characters become spaces, foreign characters
+        question marks."""
+        printable = "".join(
+            character if character.isprintable() or character == "\n" else " " for character in text
+        )
         return printable.encode(self._encoding, "replace").decode(self._encoding)
 
 
 def _dialogue_lines(dialogue: Dialogue) -> list[str]:
-    """The talk as both sides heard it, with the emotion that each reply led to; what was thought stands in brackets."""
+    """The talk as both sides heard it, with the emotion that each reply led to; what was thought stands in
+    brackets."""
     lines = [f"user [{dialogue.start_emotion:.0f}]: {_one_line(dialogue.opening)}"]
     for turn in dialogue.turns:
         if turn.thinking:
             lines.append(f"  [thinks: {_one_line(turn.thinking)}]")
-        lines.append(f"policy [{turn.emotion_before:.0f} -> {turn.emotion_after:.0f}]: {_one_line(turn.reply)}")
+        lines.append(
+            f"policy [{turn.emotion_before:.0f} -> {turn.emotion_after:.0f}]: {_one_line(turn.reply)}"
+        )
         if turn.user_message is not None:
             lines.append(f"user [{turn.emotion_after:.0f}]: {_one_line(turn.user_message)}")
     return [*lines, f"end: {dialogue.end_reason.value}, emotion {dialogue.final_emotion:.0f}"]
@@ -239,7 +268,10 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     for name, key in LANGUAGE:
         # Without thinking there are no thoughts to compare.
         if key in summary and (any(summary[key].values()) or key != "thinking_distinct2"):
-            lines.append(f"  {name:<26} {summary[key]['before']:.3g} -> {summary[key]['after']:.3g}{_as_it_came(summary, key)}")
+            lines.append(
+                f"  {name:<26} {summary[key]['before']:.3g} -> "
+                f"{summary[key]['after']:.3g}{_as_it_came(summary, key)}"
+            )
     judges = summary.get("judges", {}).get("after", [])
     lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
     if "num_eval_personas" in summary:
@@ -248,12 +280,15 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _as_it_came(summary: Mapping[str, Any], key: str) -> str:
-    """The figure of the model before a warm-up, which may have changed more than training did; empty where it has none.
+    """The figure of the model before a warm-up, which may have changed more than training did; empty where it
+    has none.
 
     It replied without thoughts and their format.
     """
     came = summary.get("warm_up", {}).get(key, {}).get("before")
-    return "" if came is None or key in ("well_formed", "thinking_distinct2") else f" (as it came: {came:.3g})"
+    return (
+        "" if came is None or key in ("well_formed", "thinking_distinct2") else f" (as it came: {came:.3g})"
+    )
 
 
 def _comparison(result: Mapping[str, Any]) -> str:

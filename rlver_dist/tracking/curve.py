@@ -9,7 +9,9 @@ MAX_STRIDE = 4
 """Columns between two points of a short curve."""
 
 
-def draw_curve(values: Sequence[float], *, width: int = 60, height: int = 9, ascii_only: bool = False) -> list[str]:
+def draw_curve(
+    values: Sequence[float], *, width: int = 60, height: int = 9, ascii_only: bool = False
+) -> list[str]:
     """Draw `values` of iterations 1, 2, ..., n as lines of text with both axes.
 
     Args:
@@ -44,7 +46,8 @@ def draw_curve(values: Sequence[float], *, width: int = 60, height: int = 9, asc
 
 
 def _average(values: Sequence[float], num_columns: int) -> list[float]:
-    """`[num_columns]` means of the finite values in each of `num_columns` runs of neighbours; NaN where a run has none."""
+    """`[num_columns]` means of the finite values in each of `num_columns` runs of neighbours; NaN where a run
+    has none."""
     means = []
     for column in range(num_columns):
         run = values[column * len(values) // num_columns : (column + 1) * len(values) // num_columns]

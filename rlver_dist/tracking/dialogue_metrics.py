@@ -21,8 +21,8 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
         rewards: 0 to 1 by dialogue id, of those dialogues that were scored.
 
     Returns:
-        Metrics of all dialogues at once; their means carry the number of dialogues, turns or rewards as weight. The standard
-        deviation is the population's and does not combine over shards.
+        Metrics of all dialogues at once; their means carry the number of dialogues, turns or rewards as
+            weight. The standard deviation is the population's and does not combine over shards.
 
     Raises:
         ValueError: a reward belongs to none of the dialogues.
@@ -41,16 +41,21 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
         _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
         Metric("rollout/thinking_distinct2", distinct_n(turn.thinking for turn in turns), Reduction.last),
-        *(_mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]) for reason in EndReason),
+        *(
+            _mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues])
+            for reason in EndReason
+        ),
         *_reward_metrics(complete, list(rewards.values())),
         *_judge_metrics(turns),
     ]
 
 
 def distinct_n(texts: Iterable[str], n: int = 2) -> float:
-    """Distinct n-grams over all n-grams of lower-cased words split at white space (after Li et al., arXiv:1510.03055, section 5.1).
+    """Distinct n-grams over all n-grams of lower-cased words split at white space (after Li et al.,
+    arXiv:1510.03055, section 5.1).
 
-    No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora of about one size.
+    No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora
+    of about one size.
     """
     ngrams: list[tuple[str, ...]] = []
     for text in texts:
@@ -65,7 +70,9 @@ def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metr
         _mean("reward/mean", rewards),
         Metric("reward/std", statistics.pstdev(rewards) if rewards else 0.0, Reduction.last),
         _mean("reward/emotion_final", [dialogue.final_emotion for dialogue in complete]),
-        _mean("reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]),
+        _mean(
+            "reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]
+        ),
         _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
         _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
     ]
@@ -73,14 +80,21 @@ def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metr
 
 def _judge_metrics(turns: list[Turn]) -> list[Metric]:
     """Of replies that several judges appraised; none where no reply was."""
-    judged = [turn.appraisal.features for turn in turns if turn.appraisal is not None and SPREAD in turn.appraisal.features]
+    judged = [
+        turn.appraisal.features
+        for turn in turns
+        if turn.appraisal is not None and SPREAD in turn.appraisal.features
+    ]
     if not judged:
         return []
     changes = sorted({name for features in judged for name in features if JUDGE_CHANGE.fullmatch(name)})
     return [
         _mean("judges/spread", [features[SPREAD] for features in judged]),
         _mean("judges/disagreement", [features[DISAGREEMENT] for features in judged]),
-        *(_mean(f"judges/{name.removeprefix('judge_')}", [one[name] for one in judged if name in one]) for name in changes),
+        *(
+            _mean(f"judges/{name.removeprefix('judge_')}", [one[name] for one in judged if name in one])
+            for name in changes
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
-"""Metrics of the guards against reward hacking: the `guard/` keys of docs/metrics.md, and rewards before them."""
+"""Metrics of the guards against reward hacking: the `guard/` keys of docs/metrics.md, and rewards before
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from rlver_dist.tracking.metrics import Metric, Reduction
 
 
 def guard_metrics(guarded: Guarded) -> list[Metric]:
-    """Each guard's mean measure and the share of dialogues that it flags, on or off; means carry the number of dialogues as weight."""
+    """Each guard's mean measure and the share of dialogues that it flags, on or off; means carry the number
+    of dialogues as weight."""
     metrics = [
         _mean("reward/before_guards", list(guarded.before.values())),
         _mean("reward/guard_penalty", [guarded.before[id] - after for id, after in guarded.after.items()]),

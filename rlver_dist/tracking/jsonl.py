@@ -27,17 +27,19 @@ class Tracker(Protocol):
 class JsonlTracker:
     """Appends `{"iteration": n, "<key>": value, ...}` lines.
 
-    Standard JSON has no NaN and no infinity: both are written as null, and `progress/non_finite` tells how many there were.
+    Standard JSON has no NaN and no infinity: both are written as null, and `progress/non_finite` tells how
+    many there were.
     """
 
     def __init__(self, path: str | Path, *, first_iteration: int) -> None:
         """Open the file for a run whose next iteration is `first_iteration`.
 
-        Lines of that iteration and later ones were written after the checkpoint that the run goes on from: they are dropped, since
-        they will be written again.
+        Lines of that iteration and later ones were written after the checkpoint that the run goes on from:
+        they are dropped, since they will be written again.
 
         Raises:
-            DataError: a line is no JSON object with an `iteration`; a last line that was cut short by a crash is dropped instead.
+            DataError: a line is no JSON object with an `iteration`; a last line that was cut short by a crash
+                is dropped instead.
         """
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,16 +63,21 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """All lines of a `metrics.jsonl`; a null becomes NaN again.
 
     Raises:
-        DataError: the file is missing, or a line is no JSON object with an `iteration`; a last line that is still being written is
-            left out.
+        DataError: the file is missing, or a line is no JSON object with an `iteration`; a last line that is
+            still being written is left out.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; name the metrics.jsonl of a run's output_dir")
-    return [{key: math.nan if value is None else value for key, value in record.items()} for _, record in _read_lines(Path(path))]
+    return [
+        {key: math.nan if value is None else value for key, value in record.items()}
+        for _, record in _read_lines(Path(path))
+    ]
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict]]:
-    complete = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    complete = [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
     return [(line, _parse(path, number, line)) for number, line in enumerate(complete, start=1)]
 
 

@@ -1,8 +1,8 @@
 """`Metric` records and their single reduction.
 
-Every component reports what it counted as records with a weight, and `reduce_metrics` combines them once an iteration. Means are
-weighted by what they were taken over (tokens, dialogues, requests), so that a mean over unequal shards is the mean over all
-their elements and not the mean of means.
+Every component reports what it counted as records with a weight, and `reduce_metrics` combines them once an
+iteration. Means are weighted by what they were taken over (tokens, dialogues, requests), so that a mean over
+unequal shards is the mean over all their elements and not the mean of means.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Metric:
         key: `group/name`, as listed in docs/metrics.md.
         value: in the key's unit.
         reduction: see `Reduction`; one key has one reduction.
-        weight: elements that `value` is the mean of; positive, 0 where there were none; only `Reduction.mean` reads it.
+        weight: elements that `value` is the mean of; positive, 0 where there were none; only `Reduction.mean`
+            reads it.
 
     Raises:
         ValueError: the weight is negative or not finite, or the key is kept for `reduce_metrics`.
@@ -47,7 +48,9 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"metric {self.key}: weight={self.weight}; use a finite number of elements, 0 or more")
+            raise ValueError(
+                f"metric {self.key}: weight={self.weight}; use a finite number of elements, 0 or more"
+            )
         if self.key == NON_FINITE:
             raise ValueError(f"metric {self.key}: counted by reduce_metrics; report it under another key")
 
@@ -59,8 +62,9 @@ def reduce_metrics(metrics: Iterable[Metric]) -> dict[str, float]:
         metrics: records from every component of one iteration.
 
     Returns:
-        One number a key. NaN and infinity are kept as they are, and `progress/non_finite` says how many records carried one (0
-        where all are finite). A mean whose weights sum to zero is a mean of nothing: it is NaN, and is not counted.
+        One number a key. NaN and infinity are kept as they are, and `progress/non_finite` says how many
+            records carried one (0 where all are finite). A mean whose weights sum to zero is a mean of
+            nothing: it is NaN, and is not counted.
 
     Raises:
         ValueError: two records of one key differ in reduction.
@@ -71,7 +75,8 @@ def reduce_metrics(metrics: Iterable[Metric]) -> dict[str, float]:
         group = groups.setdefault(metric.key, [])
         if group and group[0].reduction is not metric.reduction:
             raise ValueError(
-                f"metric {metric.key}: reported with reductions {group[0].reduction.value} and {metric.reduction.value}; use one"
+                f"metric {metric.key}: reported with reductions {group[0].reduction.value} and "
+                f"{metric.reduction.value}; use one"
             )
         group.append(metric)
         non_finite += not math.isfinite(metric.value)
@@ -87,7 +92,8 @@ def _reduce(group: list[Metric]) -> float:
             total = math.fsum(metric.weight for metric in group)
             if total == 0:
                 return math.nan
-            # A plain sum: fsum raises where infinities of both signs meet, and a weight of 0 must not hide a NaN.
+            # A plain sum: fsum raises where infinities of both signs meet, and a weight of 0 must not hide a
+            # NaN.
             return sum(metric.weight * value for metric, value in zip(group, values, strict=True)) / total
         case Reduction.max:
             return math.nan if any(math.isnan(value) for value in values) else max(values)

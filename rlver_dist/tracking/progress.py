@@ -14,7 +14,13 @@ REPORT_EVERY_S = 30.0
 class Stage:
     """One stage: what is done of how much, and since when. Call it to move on."""
 
-    def __init__(self, name: str, total: float | None, unit: str, on_change: Callable[[Stage], None] = lambda stage: None) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: float | None,
+        unit: str,
+        on_change: Callable[[Stage], None] = lambda stage: None,
+    ) -> None:
         """
         Args:
             name: what is being done.
@@ -61,7 +67,10 @@ class Stage:
         if not done:
             return f"{counted}, {duration(self.elapsed_s)} so far"
         rate = self._rate(done)
-        return f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about {duration(self._left(done, total))} left"
+        return (
+            f"{counted}, {rate:.{0 if rate >= 10 else 2}f} a second, about "
+            f"{duration(self._left(done, total))} left"
+        )
 
     def _left(self, done: float, total: float) -> float:
         return max(total - done, 0.0) / self._rate(done)
@@ -72,7 +81,8 @@ class Stage:
 
 @contextmanager
 def reported(stage: Stage, say: Callable[[str], None], every_s: float = REPORT_EVERY_S) -> Iterator[None]:
-    """Inside the block `say(stage.line())` every `every_s` seconds, from a thread: the block may keep this one busy."""
+    """Inside the block `say(stage.line())` every `every_s` seconds, from a thread: the block may keep this
+    one busy."""
     ended = threading.Event()
 
     def report() -> None:

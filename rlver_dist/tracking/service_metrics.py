@@ -14,12 +14,17 @@ def service_metrics(replicas: Sequence[Mapping[str, float]]) -> list[Metric]:
     """Metrics of all replicas.
 
     Args:
-        replicas: `RewardServiceActor.metrics` of each one that lives. Names that end as `LARGEST` are reduced to the largest, those
-            that end as `MEANS` to the mean weighted by `requests`, all others are added up.
+        replicas: `RewardServiceActor.metrics` of each one that lives. Names that end as `LARGEST` are reduced
+            to the largest, those that end as `MEANS` to the mean weighted by `requests`, all others are added
+            up.
     """
     metrics = [Metric("simulator/replicas", len(replicas), Reduction.last)]
-    metrics += [_metric(name, value, values["requests"]) for values in replicas for name, value in values.items()]
-    prompt, cached = (sum(values.get(f"chat_{kind}_tokens", 0.0) for values in replicas) for kind in ("prompt", "cached"))
+    metrics += [
+        _metric(name, value, values["requests"]) for values in replicas for name, value in values.items()
+    ]
+    prompt, cached = (
+        sum(values.get(f"chat_{kind}_tokens", 0.0) for values in replicas) for kind in ("prompt", "cached")
+    )
     if prompt > 0:
         metrics.append(Metric("simulator/prefix_cache_hit", cached / prompt, Reduction.last))
     return metrics

@@ -1,7 +1,7 @@
 """Weights & Biases as a tracker; the only module that imports `wandb`, and only once it is used.
 
-A tracker that is configured and does not start is an error, so that nobody finds an empty project after a night. Once it runs,
-tracking is never worth a run: a failure to log warns once and `metrics.jsonl` goes on.
+A tracker that is configured and does not start is an error, so that nobody finds an empty project after a
+night. Once it runs, tracking is never worth a run: a failure to log warns once and `metrics.jsonl` goes on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class WandbTracker:
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Put the run's results (`summary.json`) into the run's summary."""
-        self._attempt("summarize", lambda: self._run.summary.update({f"eval/{key}": value for key, value in summary.items()}))
+        self._attempt(
+            "summarize",
+            lambda: self._run.summary.update({f"eval/{key}": value for key, value in summary.items()}),
+        )
 
     def close(self) -> None:
         """End the run: upload or write what is left."""
@@ -64,14 +67,22 @@ class WandbTracker:
             call()
         except Exception as error:
             if not self._warned:
-                logger.warning("W&B %s failed (%s: %s); the run goes on, metrics.jsonl has everything", what, type(error).__name__, error)
+                logger.warning(
+                    "W&B %s failed (%s: %s); the run goes on, metrics.jsonl has everything",
+                    what,
+                    type(error).__name__,
+                    error,
+                )
             self._warned = True
 
 
-def start_wandb(tracking: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any]) -> WandbTracker | None:
+def start_wandb(
+    tracking: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any]
+) -> WandbTracker | None:
     """Start, or after an interruption continue, the W&B run of `output_dir`; None where W&B is disabled.
 
-    Files go to `output_dir/wandb/`. The run's id is kept in `output_dir/wandb_id`, so that a resumed run is the same one.
+    Files go to `output_dir/wandb/`. The run's id is kept in `output_dir/wandb_id`, so that a resumed run is
+    the same one.
 
     Args:
         tracking: mode, project and name.
@@ -85,7 +96,9 @@ def start_wandb(tracking: TrackingConfig, output_dir: str | Path, run_config: di
     if mode is WandbMode.disabled:
         return None
     if mode is WandbMode.online and not has_login():
-        raise UserError(f"tracking.wandb=online: no API key; run `wandb login`, set WANDB_API_KEY, or {WAY_OUT}")
+        raise UserError(
+            f"tracking.wandb=online: no API key; run `wandb login`, set WANDB_API_KEY, or {WAY_OUT}"
+        )
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -106,12 +119,15 @@ def start_wandb(tracking: TrackingConfig, output_dir: str | Path, run_config: di
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        raise UserError(f"tracking.wandb={mode.value}: W&B did not start ({type(error).__name__}: {reason}); {WAY_OUT}") from error
+        raise UserError(
+            f"tracking.wandb={mode.value}: W&B did not start ({type(error).__name__}: {reason}); {WAY_OUT}"
+        ) from error
     return WandbTracker(run)
 
 
 def resolve_mode(mode: WandbMode) -> WandbMode:
-    """What `auto` stands for: `WANDB_MODE` where set, else online with a login, else offline; other modes are as they are."""
+    """What `auto` stands for: `WANDB_MODE` where set, else online with a login, else offline; other modes are
+    as they are."""
     if mode is not WandbMode.auto:
         return mode
     asked = os.environ.get("WANDB_MODE", "")

@@ -1,12 +1,12 @@
 """Checkpoint folders: written aside, renamed when complete, found again, pruned.
 
-`checkpoints/step_<n>/` holds the learner's own files and `manifest.json`: the number of finished iterations and everything that the
-driver needs to go on. The manifest is written last, and whole: a folder that has one is complete, any other one does not exist.
-`step_0` has a manifest alone: before training the learners are as the model's folder, or the warm-up's, makes them, so what was done until
-then costs nothing to keep.
+`checkpoints/step_<n>/` holds the learner's own files and `manifest.json`: the number of finished iterations
+and everything that the driver needs to go on. The manifest is written last, and whole: a folder that has one
+is complete, any other one does not exist. `step_0` has a manifest alone: before training the learners are as
+the model's folder, or the warm-up's, makes them, so what was done until then costs nothing to keep.
 
-    step_<n>.tmp   being written; with a manifest it is the newest checkpoint, and what a kill left undone of its `commit` is done
-                   by whoever reads next
+    step_<n>.tmp   being written; with a manifest it is the newest checkpoint, and what a kill left undone of
+                   its `commit` is done by whoever reads next
     step_<n>.old   being deleted
 """
 
@@ -37,12 +37,14 @@ class Progress:
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
         before: results of the evaluation before training; empty until it has run.
-        finished_phases: phases before training whose dialogues are complete in the ledger, by name, and the limits they were held under.
+        finished_phases: phases before training whose dialogues are complete in the ledger, by name, and the
+            limits they were held under.
         warmed_up: the format warm-up has run.
         control: results before it; empty where there was none.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
-        shape: options that what is saved fits (`RunConfig.resume_fingerprint`), and the ranks of each learner (`Layout.ranks`).
+        shape: options that what is saved fits (`RunConfig.resume_fingerprint`), and the ranks of each learner
+            (`Layout.ranks`).
     """
 
     iteration: int
@@ -74,7 +76,8 @@ class CheckpointStore:
         return aside
 
     def commit(self, aside: Path, progress: Progress) -> Path:
-        """Add the manifest, rename into place, and drop all checkpoints but this and the ones just before it."""
+        """Add the manifest, rename into place, and drop all checkpoints but this and the ones just before
+        it."""
         write_whole(aside / MANIFEST, json.dumps(asdict(progress)))
         return self._finish(aside)
 
@@ -91,10 +94,12 @@ class CheckpointStore:
         self._delete("old")
 
     def _finish(self, aside: Path) -> Path:
-        """Bring the complete checkpoint in `aside` to its place; interrupted anywhere and begun again, it ends in the same state."""
+        """Bring the complete checkpoint in `aside` to its place; interrupted anywhere and begun again, it
+        ends in the same state."""
         self._delete("old")
         final = aside.with_suffix("")
-        # Steps from this one on belong to a line of training that was left by resuming an older checkpoint, or to an earlier save.
+        # Steps from this one on belong to a line of training that was left by resuming an older checkpoint,
+        # or to an earlier save.
         for left in [path for path in self._complete() if _step(path) >= _step(final)]:
             left.rename(left.with_suffix(".old"))
         aside.rename(final)
@@ -109,7 +114,11 @@ class CheckpointStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _complete(self) -> list[Path]:
-        found = [path.parent for path in self._root.glob(f"step_*/{MANIFEST}") if path.parent.name.removeprefix("step_").isdigit()]
+        found = [
+            path.parent
+            for path in self._root.glob(f"step_*/{MANIFEST}")
+            if path.parent.name.removeprefix("step_").isdigit()
+        ]
         return sorted(found, key=_step)
 
     @staticmethod
@@ -123,14 +132,19 @@ class CheckpointStore:
         try:
             return Progress(**json.loads(manifest.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"resume={checkpoint}: {manifest} is not a checkpoint's manifest ({error}); name a folder step_<n>") from error
+            raise DataError(
+                f"resume={checkpoint}: {manifest} is not a checkpoint's manifest ({error}); name a folder "
+                f"step_<n>"
+            ) from error
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def select_checkpoint(store: CheckpointStore, resume: str, learners: Sequence[str], shape: Mapping[str, str]) -> Path | None:
+def select_checkpoint(
+    store: CheckpointStore, resume: str, learners: Sequence[str], shape: Mapping[str, str]
+) -> Path | None:
     """The checkpoint to go on from under `resume` (see `RunConfig.resume`), None to start anew.
 
     Args:
@@ -140,15 +154,18 @@ def select_checkpoint(store: CheckpointStore, resume: str, learners: Sequence[st
         shape: options that this state has to fit.
 
     Raises:
-        DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none; it lacks a learner or the
-            policy that the warm-up made; or it fits other options.
+        DataError: `never` or one of another run, but the folder has a checkpoint; the named folder is none;
+            it lacks a learner or the policy that the warm-up made; or it fits other options.
     """
     chosen = _newest_or_named(store, resume)
     if chosen is None:
         return None
     lacking = [name for name in learners if not (chosen / name).is_dir()]
     if lacking and store.read(chosen).iteration > 0:
-        raise DataError(f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or another output_dir")
+        raise DataError(
+            f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or "
+            f"another output_dir"
+        )
     _require_fit(chosen, store.read(chosen).shape, shape)
     warm_start_of(chosen)
     return chosen
@@ -165,7 +182,8 @@ def warm_start_of(checkpoint: Path) -> Path | None:
     folder = checkpoint.resolve().parent.parent / WARM_START
     if not folder.is_dir():
         raise DataError(
-            f"resume={checkpoint}: {folder}, the policy that its warm-up made, is missing; copy it along with the checkpoint, or start "
+            f"resume={checkpoint}: {folder}, the policy that its warm-up made, is missing; copy it along "
+            f"with the checkpoint, or start "
             "anew in another output_dir"
         )
     return folder
@@ -188,7 +206,10 @@ def copy_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
 def _require_fit(checkpoint: Path, written: Mapping[str, str], shape: Mapping[str, str]) -> None:
     for key, value in shape.items():
         if written.get(key, value) != value:
-            raise DataError(f"{key}={value}: {checkpoint} was written with {key}={written[key]}; use that, or another output_dir")
+            raise DataError(
+                f"{key}={value}: {checkpoint} was written with {key}={written[key]}; use that, or another "
+                f"output_dir"
+            )
 
 
 def _newest_or_named(store: CheckpointStore, resume: str) -> Path | None:
@@ -197,10 +218,17 @@ def _newest_or_named(store: CheckpointStore, resume: str) -> Path | None:
         return newest
     if resume == "never":
         if newest is not None:
-            raise DataError(f"resume=never: {newest} exists; use resume=auto to go on from it, or another output_dir")
+            raise DataError(
+                f"resume=never: {newest} exists; use resume=auto to go on from it, or another output_dir"
+            )
         return None
     if not (Path(resume) / MANIFEST).is_file():
-        raise DataError(f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>")
+        raise DataError(
+            f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>"
+        )
     if newest is not None and not Path(resume).resolve().parent.samefile(newest.parent):
-        raise DataError(f"resume={resume}: of another run, and {newest} exists; use resume=auto to go on from that, or another output_dir")
+        raise DataError(
+            f"resume={resume}: of another run, and {newest} exists; use resume=auto to go on from that, or "
+            f"another output_dir"
+        )
     return Path(resume)

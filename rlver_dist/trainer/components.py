@@ -2,7 +2,8 @@
 
 Components:
     generate     samples replies with the policy's current weights
-    users        appraise replies and answer them: `users` under the run's rules, `evaluation_users` under SAGE's
+    users        appraise replies and answer them: `users` under the run's rules, `evaluation_users` under
+        SAGE's
     policy       the policy learner: updates, scores with the frozen base model, saves, loads, exports
     critic       the critic learner, where the algorithm has one
     sync         carries the policy's weights to every engine
@@ -44,13 +45,17 @@ FOLLOW_EVERY_S = 2.0
 """Seconds between two looks at how far a learner has come."""
 Result = TypeVar("Result")
 KeepFn = Callable[[Phase, str], Awaitable[None]]
-"""Makes it last that the dialogues of a phase are complete in the ledger, and the limits (`repr`) that they were held under."""
+"""Makes it last that the dialogues of a phase are complete in the ledger, and the limits (`repr`) that they
+were held under."""
 
 
 class Policy(Protocol):
-    """All ranks of the policy learner, addressed as one. Columns hold one `[n]` tensor a sample, over its trained tokens."""
+    """All ranks of the policy learner, addressed as one. Columns hold one `[n]` tensor a sample, over its
+    trained tokens."""
 
-    async def update(self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float) -> list[Metric]:
+    async def update(
+        self, samples: list[TurnSample], advantages: list[Tensor], kl_coef: float
+    ) -> list[Metric]:
         """Optimizer steps on one iteration's samples."""
 
     async def imitate(self, samples: list[ImitationSample], config: WarmUpConfig, seed: int) -> list[Metric]:
@@ -63,10 +68,12 @@ class Policy(Protocol):
         """Tokens a second of a forward pass, measured now."""
 
     async def progress(self) -> tuple[int, int]:
-        """What the call at hand has computed, and all that it will: tokens, replies of `imitate`; 0 and 0 where there is none."""
+        """What the call at hand has computed, and all that it will: tokens, replies of `imitate`; 0 and 0
+        where there is none."""
 
     async def base_nll(self, samples: list[TurnSample]) -> tuple[float, int]:
-        """Negative log-likelihood of all trained tokens under the base model at temperature 1 in nats, and their number."""
+        """Negative log-likelihood of all trained tokens under the base model at temperature 1 in nats, and
+        their number."""
 
     async def save(self, directory: Path) -> None:
         """Write everything that training needs to go on."""
@@ -84,7 +91,9 @@ class Critic(Protocol):
     async def values(self, samples: list[TurnSample]) -> list[Tensor]:
         """Expected reward before each trained token."""
 
-    async def update(self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]) -> list[Metric]:
+    async def update(
+        self, samples: list[TurnSample], values: list[Tensor], returns: list[Tensor]
+    ) -> list[Metric]:
         """Optimizer steps towards `returns`; `values` are those that `values` gave."""
 
     async def save(self, directory: Path) -> None:
@@ -96,7 +105,8 @@ class Critic(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class Parts:
-    """See the module's docstring; `renderer` is the run's own, `plain_renderer` never asks for thinking, both for `tokenizer`."""
+    """See the module's docstring; `renderer` is the run's own, `plain_renderer` never asks for thinking, both
+    for `tokenizer`."""
 
     generate: GenerateFn
     users: RespondFn
@@ -119,16 +129,22 @@ class Parts:
 def train_limits(config: RunConfig) -> CollectLimits:
     """Limits of training dialogues: a broken think format ends them."""
     rollout = config.rollout
-    return _limits(config, rollout.max_turns, rollout.max_turn_tokens, rollout.temperature, strict_format=True)
+    return _limits(
+        config, rollout.max_turns, rollout.max_turn_tokens, rollout.temperature, strict_format=True
+    )
 
 
 def evaluation_limits(config: RunConfig, think: bool) -> CollectLimits:
     """Limits of evaluation dialogues: the reply's text is what counts, and the format is reported apart."""
     tokens = config.rollout.max_turn_tokens if think else config.rollout.max_reply_tokens
-    return _limits(config, config.evaluation.max_turns, tokens, config.evaluation.temperature, strict_format=False)
+    return _limits(
+        config, config.evaluation.max_turns, tokens, config.evaluation.temperature, strict_format=False
+    )
 
 
-def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: float, *, strict_format: bool) -> CollectLimits:
+def _limits(
+    config: RunConfig, max_turns: int, max_tokens: int, temperature: float, *, strict_format: bool
+) -> CollectLimits:
     rollout = config.rollout
     return CollectLimits(
         max_turns=max_turns,
@@ -142,14 +158,17 @@ def _limits(config: RunConfig, max_turns: int, max_tokens: int, temperature: flo
     )
 
 
-def kept_dialogues(path: Path, tasks: Sequence[DialogueTask], limits: CollectLimits, kept: str | None) -> list[Dialogue] | None:
+def kept_dialogues(
+    path: Path, tasks: Sequence[DialogueTask], limits: CollectLimits, kept: str | None
+) -> list[Dialogue] | None:
     """Dialogues that an interrupted start has left in the ledger.
 
     Args:
         path: the ledger's file.
         tasks: what is to be held now.
         limits: under which.
-        kept: the limits (`repr`) that the file's dialogues were held under; None where there is none to go on with.
+        kept: the limits (`repr`) that the file's dialogues were held under; None where there is none to go on
+            with.
 
     Returns:
         None where they have to be held anew: others are asked for, or infrastructure failed in one of them.
@@ -162,8 +181,11 @@ def kept_dialogues(path: Path, tasks: Sequence[DialogueTask], limits: CollectLim
     return dialogues if same and len(completed(dialogues)) == len(tasks) else None
 
 
-async def followed(parts: Parts, name: str, work: Coroutine[Any, Any, Result], unit: str = "tokens") -> Result:
-    """Await `work`, in which the policy learner computes, under a progress bar called `name` that counts its `unit`s."""
+async def followed(
+    parts: Parts, name: str, work: Coroutine[Any, Any, Result], unit: str = "tokens"
+) -> Result:
+    """Await `work`, in which the policy learner computes, under a progress bar called `name` that counts its
+    `unit`s."""
 
     async def follow(stage: Stage) -> None:
         while True:
@@ -186,22 +208,38 @@ async def followed(parts: Parts, name: str, work: Coroutine[Any, Any, Result], u
 
 
 async def rollout(
-    parts: Parts, name: str, tasks: Sequence[DialogueTask], users: RespondFn, limits: CollectLimits, renderer: Renderer
+    parts: Parts,
+    name: str,
+    tasks: Sequence[DialogueTask],
+    users: RespondFn,
+    limits: CollectLimits,
+    renderer: Renderer,
 ) -> list[Dialogue]:
     """Hold all dialogues of `tasks` under a progress bar called `name`; sorted by id.
 
     Raises:
         BoundaryError: infrastructure ended every one of them, and would end those to come.
     """
-    with parts.forecast.sampling(), parts.console.phase(name, len(tasks) * limits.max_turns, "turns") as stage:
+    with (
+        parts.forecast.sampling(),
+        parts.console.phase(name, len(tasks) * limits.max_turns, "turns") as stage,
+    ):
 
         def progress(settled: int, turn: Turn | None) -> None:
             stage(settled)
-            # A rollout with other users, such as one that asks for thoughts, is no dialogue of the run's kind.
+            # A rollout with other users, such as one that asks for thoughts, is no dialogue of the run's
+            # kind.
             if turn is not None and users in (parts.users, parts.evaluation_users):
                 parts.forecast.hear(turn)
 
-        dialogues = await collect(tasks, generate=parts.generate, respond=users, renderer=renderer, limits=limits, on_progress=progress)
+        dialogues = await collect(
+            tasks,
+            generate=parts.generate,
+            respond=users,
+            renderer=renderer,
+            limits=limits,
+            on_progress=progress,
+        )
     if dialogues and not completed(dialogues):
         [(reason, count)] = Counter(dialogue.error for dialogue in dialogues).most_common(1)
         raise BoundaryError(f"{name}: all {len(dialogues)} dialogues failed, {count} of them with: {reason}")

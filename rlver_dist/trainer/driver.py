@@ -1,8 +1,9 @@
 """The loop.
 
-Rules that bind the parts (`components.py`): one iteration is collect, update, sync, in that order, so every reply is sampled by the newest
-weights; a policy version is the number of finished iterations; failed dialogues are data until `training_step` leaves them out, in one
-place; the driver awaits plain coroutines and knows neither Ray nor vLLM nor DeepSpeed, so the same loop runs over any parts.
+Rules that bind the parts (`components.py`): one iteration is collect, update, sync, in that order, so every
+reply is sampled by the newest weights; a policy version is the number of finished iterations; failed
+dialogues are data until `training_step` leaves them out, in one place; the driver awaits plain coroutines and
+knows neither Ray nor vLLM nor DeepSpeed, so the same loop runs over any parts.
 """
 
 from __future__ import annotations
@@ -92,11 +93,13 @@ class Driver:
         self._parts.console.note(f"resumed from {checkpoint} after {self.progress.iteration} iterations")
 
     async def run(self) -> tuple[HeldOut | None, HeldOut | None]:
-        """Warm up, evaluate, train, evaluate, export. Returns the results before and after; None where evaluation is off.
+        """Warm up, evaluate, train, evaluate, export. Returns the results before and after; None where
+        evaluation is off.
 
-        Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and passes the cancellation on;
-        cancelled again, it leaves the update alone and saves nothing. A failure while it trains is passed on likewise; nothing is saved
-        where it came in the midst of an update or of a checkpoint.
+        Cancelled while it trains, it finishes an update that has begun, saves what is not saved yet, and
+        passes the cancellation on; cancelled again, it leaves the update alone and saves nothing. A failure
+        while it trains is passed on likewise; nothing is saved where it came in the midst of an update or of
+        a checkpoint.
 
         Raises:
             BoundaryError: every dialogue of an iteration or an evaluation failed.
@@ -132,9 +135,15 @@ class Driver:
         while not self._parts.forecast.ready:
             await asyncio.sleep(1)
         progress, last = self.progress, self._config.num_iterations
-        still = [self._warms_up and not progress.control, not progress.before and progress.iteration == 0, True]
+        still = [
+            self._warms_up and not progress.control,
+            not progress.before and progress.iteration == 0,
+            True,
+        ]
         told = self._parts.forecast.text(
-            warms_up=self._warms_up, evaluations=sum(still) if self._evaluation else 0, iterations=last - progress.iteration
+            warms_up=self._warms_up,
+            evaluations=sum(still) if self._evaluation else 0,
+            iterations=last - progress.iteration,
         )
         self._parts.console.note(told)
 
@@ -145,17 +154,26 @@ class Driver:
     def _warms_up(self) -> bool:
         """Whether the format warm-up is still to come."""
         progress, config = self.progress, self._config
-        return config.rollout.think and config.warm_up.dialogues > 0 and progress.iteration == 0 and not progress.warmed_up
+        return (
+            config.rollout.think
+            and config.warm_up.dialogues > 0
+            and progress.iteration == 0
+            and not progress.warmed_up
+        )
 
     async def _start(self) -> HeldOut | None:
-        """What comes before the first iteration, once a run: warm-up and evaluation. Each part is kept as soon as it is done."""
+        """What comes before the first iteration, once a run: warm-up and evaluation. Each part is kept as
+        soon as it is done."""
         progress = self.progress
         if self._warms_up:
             config, parts, train = self._config, self._parts, self._train
             kept = progress.finished_phases.get(Phase.warm_up.value)
-            replies = partial(warm_up_dialogues, config=config, parts=parts, train=train, kept=kept, keep=self._keep)
+            replies = partial(
+                warm_up_dialogues, config=config, parts=parts, train=train, kept=kept, keep=self._keep
+            )
             if len(self._evaluation) + config.warm_up.dialogues <= config.rollout.max_concurrent:
-                # Both are sampled by the base model, and an engine's step costs little more for twice the dialogues.
+                # Both are sampled by the base model, and an engine's step costs little more for twice the
+                # dialogues.
                 _, dialogues = await all_or_none((self._control(), replies()))
             else:
                 await self._control()
@@ -165,7 +183,9 @@ class Driver:
             progress.finished_phases.pop(Phase.before.value, None)  # of another policy than the warmed-up one
             await self._whole(self.save())
         if self._evaluation and not progress.before and progress.iteration > 0:
-            self._parts.console.note("the run began without an evaluation, so there is none to compare the one at its end with")
+            self._parts.console.note(
+                "the run began without an evaluation, so there is none to compare the one at its end with"
+            )
         elif self._evaluation and not progress.before:
             progress.before = asdict(await self._evaluate(Phase.before))
             await self._whole(self.save())
@@ -212,7 +232,8 @@ class Driver:
             await self._whole(self.save())
 
     async def _whole(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Await `work` to its end, also where this task is cancelled once meanwhile: in its midst there is no state to save."""
+        """Await `work` to its end, also where this task is cancelled once meanwhile: in its midst there is no
+        state to save."""
         self._between_states = True
         running = asyncio.ensure_future(work)
         try:
@@ -224,7 +245,8 @@ class Driver:
         self._between_states = False
 
     async def _learn(self, iteration: int, dialogues: list[Dialogue], clock: _Clock) -> None:
-        """Update, sync, write down, count; a failed sync is raised only then, since the learners hold what has been counted."""
+        """Update, sync, write down, count; a failed sync is raised only then, since the learners hold what
+        has been counted."""
         parts, critic = self._parts, self._config.critic
         training = training_step(
             dialogues,
@@ -236,7 +258,9 @@ class Driver:
         )
         learned = await followed(parts, f"iteration {iteration + 1}: update", training)
         if not learned.advantages:
-            parts.console.note(f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from")
+            parts.console.note(
+                f"iteration {iteration + 1}: no complete group of dialogues, nothing to learn from"
+            )
         clock.lap("learner")
         synced, failure = await self._synced(iteration + 1)
         clock.lap("sync")
@@ -252,7 +276,8 @@ class Driver:
             raise failure
 
     async def _synced(self, version: int) -> tuple[list[Metric], Exception | None]:
-        """Bring the engines to `version` and ask all services for their metrics. Returns the metrics and what failed."""
+        """Bring the engines to `version` and ask all services for their metrics. Returns the metrics and what
+        failed."""
         metrics: list[Metric] = []
         try:
             metrics += await self._parts.sync(version)
@@ -276,7 +301,14 @@ class Driver:
 
     def _write(self, number: int, dialogues: list[Dialogue], learned: StepResult) -> None:
         path = dialogues_path(self._output, phase=Phase.train, iteration=number)
-        write_dialogues(path, dialogues, iteration=number, phase=Phase.train, rewards=learned.rewards, advantages=learned.advantages)
+        write_dialogues(
+            path,
+            dialogues,
+            iteration=number,
+            phase=Phase.train,
+            rewards=learned.rewards,
+            advantages=learned.advantages,
+        )
 
     def _record(self, number: int, dialogues: list[Dialogue], metrics: list[Metric], clock: _Clock) -> None:
         sampled = sum(len(turn.reply_ids) for dialogue in dialogues for turn in dialogue.turns)
@@ -300,10 +332,13 @@ class Driver:
         self._parts.console.iteration(values)
 
     def _left_s(self, number: int, iteration_s: float) -> float:
-        return self._parts.forecast.left_s(iterations=self._config.num_iterations - number, iteration_s=iteration_s)
+        return self._parts.forecast.left_s(
+            iterations=self._config.num_iterations - number, iteration_s=iteration_s
+        )
 
     async def save(self) -> Path:
-        """Write a checkpoint of the finished iterations; before the first one there is no state of the learners to write."""
+        """Write a checkpoint of the finished iterations; before the first one there is no state of the
+        learners to write."""
         self.progress.wall_s = self.wall_s
         if self.progress.iteration == 0:
             return self._store.commit(self._store.begin(0), self.progress)

@@ -10,7 +10,13 @@ from pathlib import Path
 from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import completed
-from rlver_dist.evaluation.held_out import HeldOut, evaluation_tasks, second_emotions, summarize, visible_samples
+from rlver_dist.evaluation.held_out import (
+    HeldOut,
+    evaluation_tasks,
+    second_emotions,
+    summarize,
+    visible_samples,
+)
 from rlver_dist.evaluation.second_judge import judge_names
 from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
@@ -30,7 +36,8 @@ async def evaluate(
     kept: str | None = None,
     keep: KeepFn | None = None,
 ) -> HeldOut:
-    """Hold one dialogue with each of `personas` under SAGE's rules and fixed seeds, write it to the ledger, and measure the controls.
+    """Hold one dialogue with each of `personas` under SAGE's rules and fixed seeds, write it to the ledger,
+    and measure the controls.
 
     Replies are scored by what the user hears; a broken think format costs nothing here and is reported apart.
 
@@ -52,16 +59,27 @@ async def evaluate(
     if found is not None:
         dialogues = found
     else:
-        dialogues = await rollout(parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, limits, renderer)
+        dialogues = await rollout(
+            parts, f"evaluation {phase.value}", tasks, parts.evaluation_users, limits, renderer
+        )
         scores = {dialogue.id: dialogue.final_emotion / MAX_EMOTION for dialogue in completed(dialogues)}
         write_dialogues(path, dialogues, iteration=iteration, phase=phase, rewards=scores)
         if keep is not None:
             await keep(phase, repr(limits))
     samples = visible_samples(dialogues, parts.plain_renderer)
-    nll, tokens = await followed(parts, f"controls {phase.value}", parts.policy.base_nll(samples)) if samples else (math.nan, 1)
+    nll, tokens = (
+        await followed(parts, f"controls {phase.value}", parts.policy.base_nll(samples))
+        if samples
+        else (math.nan, 1)
+    )
     judge = parts.second_judge
     second = await second_emotions(dialogues, personas, judge, parts.evaluation_rules) if judge else []
-    results = summarize(dialogues, second_emotion=second, perplexity=math.exp(nll / max(tokens, 1)), judges=judge_names(config))
+    results = summarize(
+        dialogues,
+        second_emotion=second,
+        perplexity=math.exp(nll / max(tokens, 1)),
+        judges=judge_names(config),
+    )
     results.second_judge_counts = judge.metrics() if judge else {}
     if found is None:
         parts.forecast.evaluation_s = time.monotonic() - started

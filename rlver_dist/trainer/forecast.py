@@ -14,7 +14,8 @@ from rlver_dist.tracking.progress import duration
 FIRST_WORD_S = 60.0
 """Seconds of sampling after which the first estimate is given."""
 TRAINED = 3.5
-"""Time of a forward and backward pass over that of a forward pass; a backward pass multiplies twice where a forward pass does once."""
+"""Time of a forward and backward pass over that of a forward pass; a backward pass multiplies twice where a
+forward pass does once."""
 OPTIONS = {
     "evaluation": "evaluation.num_personas and evaluation.max_turns",
     "warm-up": "warm_up.dialogues",
@@ -48,13 +49,15 @@ class Forecast:
         self._sampled_s = 0.0
         self._opening, self._growth, self._reply, self._thought = _Mean(), _Mean(), _Mean(), _Mean()
         self.score_rate = 0.0
-        """Tokens a second of the learner's forward pass; 0 where it was not measured, and then no estimate is given."""
+        """Tokens a second of the learner's forward pass; 0 where it was not measured, and then no estimate is
+        given."""
         self.evaluation_s: float | None = None
         """Seconds of the latest evaluation, controls included."""
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Dialogues are held inside the block; blocks may overlap, and seconds that several share count once."""
+        """Dialogues are held inside the block; blocks may overlap, and seconds that several share count
+        once."""
         if self._sampling == 0:
             self._sampling_since = time.monotonic()
         self._sampling += 1
@@ -81,7 +84,8 @@ class Forecast:
         return self._reply.count > 0 and self.score_rate > 0 and self._sampling_s >= FIRST_WORD_S
 
     def text(self, *, warms_up: bool, evaluations: int, iterations: int) -> str:
-        """One line: the time of the whole rest of the run, of each kind of stage, and the options that shorten the longest.
+        """One line: the time of the whole rest of the run, of each kind of stage, and the options that
+        shorten the longest.
 
         Args:
             warms_up: the format warm-up is still to come.
@@ -93,15 +97,22 @@ class Forecast:
             "warm-up": self._warm_up_s() if warms_up else 0.0,
             "iterations": iterations * self._iteration_s(),
         }
-        each = {"evaluation": f"{evaluations} x {duration(self._evaluation_s())}", "warm-up": duration(seconds["warm-up"]),
-                "iterations": f"{iterations} x {duration(self._iteration_s())}"}  # fmt: skip
+        each = {
+            "evaluation": f"{evaluations} x {duration(self._evaluation_s())}",
+            "warm-up": duration(seconds["warm-up"]),
+            "iterations": f"{iterations} x {duration(self._iteration_s())}",
+        }
         told = ", ".join(f"{name} {each[name]}" for name, value in seconds.items() if value)
         longest = max(seconds, key=lambda name: seconds[name])
         whole = duration(sum(seconds.values()))
-        return f"by the rates of the first minute the run takes about {whole} more: {told}; {OPTIONS[longest]} shorten it most"
+        return (
+            f"by the rates of the first minute the run takes about {whole} more: {told}; {OPTIONS[longest]} "
+            f"shorten it most"
+        )
 
     def left_s(self, *, iterations: int, iteration_s: float) -> float:
-        """Seconds until the end of a run with so many iterations to go, each as long as `iteration_s`; the evaluation included."""
+        """Seconds until the end of a run with so many iterations to go, each as long as `iteration_s`; the
+        evaluation included."""
         return iterations * iteration_s + (self.evaluation_s or 0.0)
 
     @property
@@ -115,11 +126,14 @@ class Forecast:
 
     def _sampled(self, think: bool) -> float:
         """Tokens of a reply, its thought included."""
-        thought = self._thought.value(min(self._config.warm_up.max_thought_tokens, self._config.rollout.max_thinking_tokens))
+        thought = self._thought.value(
+            min(self._config.warm_up.max_thought_tokens, self._config.rollout.max_thinking_tokens)
+        )
         return self._reply.value(0.0) + (thought if think else 0.0)
 
     def _tokens(self, turns: int, think: bool) -> float:
-        """Tokens of one dialogue as a learner computes them: the history once, and with thinking each reply beside it once more."""
+        """Tokens of one dialogue as a learner computes them: the history once, and with thinking each reply
+        beside it once more."""
         growth = self._growth.value(2 * self._reply.value(0.0))
         return self._opening.value(0.0) + turns * (growth + (self._sampled(think) if think else 0.0))
 
@@ -139,7 +153,8 @@ class Forecast:
     def _iteration_s(self) -> float:
         rollout, algorithm = self._config.rollout, self._config.algorithm
         sampled = rollout.max_turns * self._sampled(rollout.think)
-        # Forward passes beside the training one: old log-probs of all steps but the first, and the reference's.
+        # Forward passes beside the training one: old log-probs of all steps but the first, and the
+        # reference's.
         beside = 1 - 1 / algorithm.updates_per_iteration + (algorithm.kl_coef > 0)
         learned = (TRAINED + beside) * self._tokens(rollout.max_turns, rollout.think)
         return rollout.dialogues_per_iteration * (sampled / self._token_rate + learned / self.score_rate)

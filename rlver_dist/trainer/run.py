@@ -1,4 +1,5 @@
-"""From a checked configuration to a finished run: build the parts on Ray, drive them, report, and take everything down again."""
+"""From a checked configuration to a finished run: build the parts on Ray, drive them, report, and take
+everything down again."""
 
 from __future__ import annotations
 
@@ -42,8 +43,11 @@ from rlver_dist.trainer.forecast import Forecast
 NUM_PAIRS_SHOWN = 2
 
 
-def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]) -> int:
-    """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large enough."""
+def run_on_cluster(
+    config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]
+) -> int:
+    """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large
+    enough."""
     started = time.monotonic()
     console = Console(config.num_iterations)
     learners = ("policy", "critic") if config.has_critic else ("policy",)
@@ -51,24 +55,37 @@ def run_on_cluster(config: RunConfig, train: list[Persona], evaluation: list[Per
     start = select_checkpoint(store, config.resume, learners, config.resume_fingerprint)
     start_checkpoint = store.latest()
     try:
-        # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the last.
+        # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the
+        # last.
         with console.phase("starting Ray", 1) as advance:
             session = open_session(config.cluster)
             advance(1)
-        layout = resolve_layout(config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes)
+        layout = resolve_layout(
+            config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes
+        )
         if start is not None:
             layout.require_ranks(str(start), CheckpointStore.read(start).shape)
         on_accepted()
         if session.dashboard:
-            console.note(f"Ray dashboard: http://{session.dashboard}" + (f" (token {session.token})" if session.token else ""))
+            console.note(
+                f"Ray dashboard: http://{session.dashboard}"
+                + (f" (token {session.token})" if session.token else "")
+            )
         return asyncio.run(
-            _until_interrupted(config, start_checkpoint, console, _run(config, layout, start, train, evaluation, console, started))
+            _until_interrupted(
+                config,
+                start_checkpoint,
+                console,
+                _run(config, layout, start, train, evaluation, console, started),
+            )
         )
     finally:
         close_session()
 
 
-async def _until_interrupted(config: RunConfig, start_checkpoint: Path | None, console: Console, running: Coroutine[Any, Any, None]) -> int:
+async def _until_interrupted(
+    config: RunConfig, start_checkpoint: Path | None, console: Console, running: Coroutine[Any, Any, None]
+) -> int:
     with _interruptible() as interrupted:
         try:
             await running
@@ -93,7 +110,9 @@ def resume_hint(config: RunConfig, start_checkpoint: Path | None) -> str:
     # What was done before training is written over step_0 again and again.
     if newest is None or (newest == start_checkpoint and newest.name != "step_0"):
         again = _command(config, but=("output_dir=",))
-        return f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
+        return (
+            f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
+        )
     return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
 
 
@@ -113,7 +132,13 @@ async def _run(
             warm_start = None if start is None else copy_warm_start(start, Path(config.output_dir))
             built = await build(config, layout, console, warm_start)
             async with second_judge(config) as judge:
-                driver = Driver(config, _parts(config, layout, built, judge, console, trackers), train, evaluation, started=started)
+                driver = Driver(
+                    config,
+                    _parts(config, layout, built, judge, console, trackers),
+                    train,
+                    evaluation,
+                    started=started,
+                )
                 if start is not None:
                     await driver.resume(start)
                 before, after = await driver.run()
@@ -128,12 +153,22 @@ async def _run(
 
 def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
     output = Path(config.output_dir)
-    trackers: list[Tracker] = [JsonlTracker(output / "metrics.jsonl", first_iteration=finished + 1), RayMetrics(output.name)]
+    trackers: list[Tracker] = [
+        JsonlTracker(output / "metrics.jsonl", first_iteration=finished + 1),
+        RayMetrics(output.name),
+    ]
     wandb = start_wandb(config.tracking, output, asdict(config))
     return trackers if wandb is None else [*trackers, wandb]
 
 
-def _parts(config: RunConfig, layout: Layout, built: Built, judge: Judge | None, console: Console, trackers: list[Tracker]) -> Parts:
+def _parts(
+    config: RunConfig,
+    layout: Layout,
+    built: Built,
+    judge: Judge | None,
+    console: Console,
+    trackers: list[Tracker],
+) -> Parts:
     return Parts(
         generate=built.engines.generate,
         users=built.users.respond,
@@ -167,7 +202,11 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     def interrupt(number: int) -> None:
         received.append(number)
         if len(received) == 1:
-            print("\nstopping after the update at hand; once more to stop without it", file=sys.stderr, flush=True)
+            print(
+                "\nstopping after the update at hand; once more to stop without it",
+                file=sys.stderr,
+                flush=True,
+            )
         if len(received) <= 2:
             task.cancel()
 
@@ -181,7 +220,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _command(config: RunConfig, but: tuple[str, ...]) -> str:
-    """The command of this process without arguments that begin with one of `but`, and with its output folder pinned."""
+    """The command of this process without arguments that begin with one of `but`, and with its output folder
+    pinned."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(but)]
     return shlex.join([sys.executable, "-m", "rlver_dist.launch", *kept, f"output_dir={config.output_dir}"])
 
@@ -195,20 +235,32 @@ def _report(
     after: HeldOut | None,
 ) -> None:
     output = Path(config.output_dir)
-    summary: dict[str, Any] = {"iterations": driver.progress.iteration, "curve": driver.progress.curve, "wall_s": driver.wall_s}
+    summary: dict[str, Any] = {
+        "iterations": driver.progress.iteration,
+        "curve": driver.progress.curve,
+        "wall_s": driver.wall_s,
+    }
     pairs = []
     if after is not None:
-        held_out = {"control": driver.progress.control or None, "before": before and asdict(before), "after": asdict(after)}
+        held_out = {
+            "control": driver.progress.control or None,
+            "before": before and asdict(before),
+            "after": asdict(after),
+        }
         _write_json(output / "held_out.json", held_out)
         if before is None:
             summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
     if before is not None and after is not None:
         summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
         if driver.progress.control and driver.progress.warmed_up:
-            summary["warm_up"] = compare(HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples)
+            summary["warm_up"] = compare(
+                HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples
+            )
         first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
         second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
-        pairs = [(first[persona], second[persona]) for persona in first if persona in second][:NUM_PAIRS_SHOWN]
+        pairs = [(first[persona], second[persona]) for persona in first if persona in second][
+            :NUM_PAIRS_SHOWN
+        ]
     _write_json(output / "summary.json", summary)
     for tracker in trackers:
         if isinstance(tracker, WandbTracker):

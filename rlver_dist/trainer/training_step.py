@@ -13,7 +13,14 @@ from rlver_dist.concurrency import all_or_none
 from rlver_dist.config.enums import KLPlacement
 from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
+from rlver_dist.experience.credit import (
+    compared_parts,
+    dialogue_advantages,
+    grpo_credit,
+    ppo_credit,
+    samples_of,
+    token_rewards,
+)
 from rlver_dist.experience.guards import guard_rewards
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.tracking.guard_metrics import guard_metrics
@@ -27,7 +34,8 @@ class StepResult:
 
     Attributes:
         rewards: by dialogue id, of every dialogue that was scored, after the guards.
-        advantages: mean over a dialogue's trained tokens, by dialogue id; empty where there was nothing to learn from.
+        advantages: mean over a dialogue's trained tokens, by dialogue id; empty where there was nothing to
+            learn from.
         metrics: of the learners, of the guards and of what was left out.
         kl_coef: weight of the KL term in the next iteration.
     """
@@ -39,12 +47,19 @@ class StepResult:
 
 
 async def training_step(
-    dialogues: Sequence[Dialogue], *, config: RunConfig, policy: Policy, critic: Critic | None, kl_coef: float, critic_only: bool
+    dialogues: Sequence[Dialogue],
+    *,
+    config: RunConfig,
+    policy: Policy,
+    critic: Critic | None,
+    kl_coef: float,
+    critic_only: bool,
 ) -> StepResult:
     """Update the learners on `dialogues`.
 
     Args:
-        dialogues: all of one iteration, failed ones included; leaving those out happens here and nowhere else.
+        dialogues: all of one iteration, failed ones included; leaving those out happens here and nowhere
+            else.
         config: the run's configuration.
         policy: the policy learner.
         critic: the critic learner; None trains by GRPO.
@@ -67,7 +82,10 @@ async def training_step(
     started = time.monotonic()
     in_reward = kl_coef > 0 and algorithm.kl_placement is KLPlacement.reward
     values, kl_tokens = await all_or_none(
-        (critic.values(samples) if critic else _nothing(), policy.kl_tokens(samples) if in_reward else _nothing())
+        (
+            critic.values(samples) if critic else _nothing(),
+            policy.kl_tokens(samples) if in_reward else _nothing(),
+        )
     )
     scored_s = time.monotonic() - started
     updates = []
@@ -101,11 +119,14 @@ async def _nothing() -> None:
 
 def _mean_kl(kl_tokens: list[Tensor]) -> Metric:
     count = sum(len(tokens) for tokens in kl_tokens)
-    return Metric("learner/kl_ref", sum(float(tokens.sum()) for tokens in kl_tokens) / count, Reduction.mean, count)
+    return Metric(
+        "learner/kl_ref", sum(float(tokens.sum()) for tokens in kl_tokens) / count, Reduction.mean, count
+    )
 
 
 def _next_kl_coef(config: RunConfig, kl_coef: float, metrics: list[Metric], num_dialogues: int) -> float:
-    """The weight adapted to the KL that this iteration's policy had; unchanged where it is fixed or was not measured."""
+    """The weight adapted to the KL that this iteration's policy had; unchanged where it is fixed or was not
+    measured."""
     algorithm = config.algorithm
     measured = [metric for metric in metrics if metric.key == "learner/kl_ref"]
     if algorithm.kl_target == 0 or not measured:

@@ -1,4 +1,5 @@
-"""Runs started through the command line as a user starts them, watched while they run, and ended with all that they started."""
+"""Runs started through the command line as a user starts them, watched while they run, and ended with all
+that they started."""
 
 import contextlib
 import os
@@ -39,9 +40,17 @@ class Finished:
 class Launch:
     """One `python -m rlver_dist.launch`, in a session of its own."""
 
-    def __init__(self, folder: Path, *overrides: str, recipe: str = "grpo_no_think", on: str = "tiny") -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, recipe: str = "grpo_no_think", on: str = "tiny"
+    ) -> None:
         self.folder = folder
-        arguments = [f"+exp={recipe}", f"+on={on}", "tracking.wandb=offline", f"output_dir={folder}", *overrides]
+        arguments = [
+            f"+exp={recipe}",
+            f"+on={on}",
+            "tracking.wandb=offline",
+            f"output_dir={folder}",
+            *overrides,
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "rlver_dist.launch", *arguments],
             stdout=subprocess.PIPE,
@@ -49,7 +58,10 @@ class Launch:
             text=True,
             start_new_session=True,
             # Ray leaves the token of other tests' clusters in this process's environment.
-            env={**{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}, "PYTHONUNBUFFERED": "1"},
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")},
+                "PYTHONUNBUFFERED": "1",
+            },
         )
         self.lines: list[str] = []
         self._children: dict[int, psutil.Process] = {}
@@ -64,7 +76,9 @@ class Launch:
 
     def _remember_children(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            self._children |= {child.pid: child for child in psutil.Process(self.process.pid).children(recursive=True)}
+            self._children |= {
+                child.pid: child for child in psutil.Process(self.process.pid).children(recursive=True)
+            }
 
     def wait_for(self, pattern: str) -> re.Match:
         """The first match of `pattern` in the output."""
@@ -105,7 +119,8 @@ class Launch:
 
 @contextlib.contextmanager
 def launching() -> Iterator[Callable[..., Launch]]:
-    """Yields what starts runs; on leaving, none of their processes is there, nor what they left in shared memory."""
+    """Yields what starts runs; on leaving, none of their processes is there, nor what they left in shared
+    memory."""
     before, started = _shared_memory(), []
 
     def launch(*arguments: object, **options: object) -> Launch:

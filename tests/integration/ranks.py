@@ -17,32 +17,46 @@ SETTINGS = {
     if stage or not offload
 }
 """Every way in which DeepSpeed can be asked to train, by name."""
-BFLOAT16 = {f"bfloat16_{name}": dict(dtype=Precision.bfloat16, **changes) for name, changes in SETTINGS.items() if changes["zero_stage"]}
+BFLOAT16 = {
+    f"bfloat16_{name}": dict(dtype=Precision.bfloat16, **changes)
+    for name, changes in SETTINGS.items()
+    if changes["zero_stage"]
+}
 SHARDED = {name: changes for name, changes in SETTINGS.items() if changes["zero_stage"] >= 2}
 """Those in which ranks meet within a step, so that one without work could leave the others waiting."""
 NAMES = {1: ("one_rank",), 2: ("two_ranks_0", "two_ranks_1")}
 """Where each rank writes what it found, by the number of ranks."""
 TIMEOUT_S = 900
-"""Many times what the slowest takes on two quiet cores; ranks that wait for each other would do so for half an hour."""
+"""Many times what the slowest takes on two quiet cores; ranks that wait for each other would do so for half
+an hour."""
 
 
 def place(rank, world_size, port):
     """Where a learner's rank stands, as its constructor takes it."""
-    return dict(rank=rank, world_size=world_size, master_address="127.0.0.1", master_port=port, device="cpu", num_threads=1)
+    return dict(
+        rank=rank,
+        world_size=world_size,
+        master_address="127.0.0.1",
+        master_port=port,
+        device="cpu",
+        num_threads=1,
+    )
 
 
 def run_jobs(build, jobs, group):
     """What each job, a configuration and the work on it, gives, by its name.
 
-    ZeRO 3 comes last: with it DeepSpeed replaces torch's linear function for all that the process does afterwards. `group` is the
-    learner's in the configuration; work is called with `build` and the configuration.
+    ZeRO 3 comes last: with it DeepSpeed replaces torch's linear function for all that the process does
+    afterwards. `group` is the learner's in the configuration; work is called with `build` and the
+    configuration.
     """
     order = sorted(jobs, key=lambda name: getattr(jobs[name][0], group).zero_stage)
     return {name: work(build, config) for name in order for config, work in [jobs[name]]}
 
 
 def run_ranks(target, world_size, folder):
-    """Run `target(rank, port, folder)` on every rank at once; returns what each one saved under its name in `NAMES`."""
+    """Run `target(rank, port, folder)` on every rank at once; returns what each one saved under its name in
+    `NAMES`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +68,10 @@ def run_ranks(target, world_size, folder):
         while not context.join(max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 stuck = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
-                raise TimeoutError(f"{target.__module__}.{target.__name__}: ranks {stuck} of {world_size} still run after {limit:.0f} s")
+                raise TimeoutError(
+                    f"{target.__module__}.{target.__name__}: ranks {stuck} of {world_size} still run after "
+                    f"{limit:.0f} s"
+                )
     finally:
         for process in context.processes:
             process.kill()

@@ -1,6 +1,8 @@
-"""The critic's DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a batch.
+"""The critic's DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of
+cutting a batch.
 
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank scenarios share a process.
+Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
+scenarios share a process.
 """
 
 import dataclasses
@@ -33,21 +35,34 @@ CONFIG = RunConfig(
     critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.02, epochs=2),
 )
 FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
-CUTS = {**SETTINGS, "unshared": dict(share_prefixes=False), "many_micro_batches": dict(micro_batch_tokens=128)}
+CUTS = {
+    **SETTINGS,
+    "unshared": dict(share_prefixes=False),
+    "many_micro_batches": dict(micro_batch_tokens=128),
+}
 ITERATIONS = 2
 VOCABULARY = 400
-SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
 
 
 def make_model(folder):
     """A random model small enough that float32 sums over all its weights keep five digits."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, **SHAPE)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        **SHAPE,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
 
 
 def make_samples():
-    """Six dialogues of one to three turns, each turn a sample over a growing history, and a return for each trained token."""
+    """Six dialogues of one to three turns, each turn a sample over a growing history, and a return for each
+    trained token."""
     draw = random.Random(0)
     samples = []
     for dialogue in range(6):
@@ -65,8 +80,14 @@ def make_samples():
                 )
             )
             # Half of what was said is left out, as thinking is.
-            history = [*history, *reply[len(reply) // 2 :], *draw.choices(range(VOCABULARY), k=draw.randrange(1, 10))]
-    return samples, [torch.tensor([draw.uniform(-0.5, 1.5) for _ in range(sample.num_trained)]) for sample in samples]
+            history = [
+                *history,
+                *reply[len(reply) // 2 :],
+                *draw.choices(range(VOCABULARY), k=draw.randrange(1, 10)),
+            ]
+    return samples, [
+        torch.tensor([draw.uniform(-0.5, 1.5) for _ in range(sample.num_trained)]) for sample in samples
+    ]
 
 
 def configure(folder, dtype=Precision.float32, **changes):
@@ -130,11 +151,15 @@ def one_rank(_, port, folder):
     jobs = {name: (configure(folder, **changes), train) for name, changes in (CUTS | BFLOAT16).items()}
     jobs["one_sample"] = (configure(folder), learn_one_sample)
     jobs["frozen"] = (configure(folder, **FROZEN), train)
-    jobs["resume"] = resume_job(configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint")
+    jobs["resume"] = resume_job(
+        configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint"
+    )
     jobs["resume_frozen"] = resume_job(configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen")
     jobs["resume_bfloat16"] = resume_job(configure(folder, Precision.bfloat16), f"{folder}/bfloat16")
     results = {}
-    results["diverged"] = [diverge(build(configure(folder, dtype))) for dtype in (Precision.float32, Precision.bfloat16)]
+    results["diverged"] = [
+        diverge(build(configure(folder, dtype))) for dtype in (Precision.float32, Precision.bfloat16)
+    ]
     nothing = build(configure(folder))
     results["nothing"] = (nothing.values([]), nothing.update([], [], []))
     results |= run_jobs(build, jobs, "critic")
@@ -148,7 +173,10 @@ def two_ranks(rank, port, folder):
     jobs = {name: (cut(**changes), train) for name, changes in (SETTINGS | BFLOAT16).items()}
     jobs["frozen"] = (configure(folder, **FROZEN, zero_stage=3), train)
     jobs["resume"] = resume_job(configure(folder, zero_stage=3), f"{folder}/checkpoint2")
-    jobs |= {f"one_sample_{name}": (configure(folder, **changes), learn_one_sample) for name, changes in SHARDED.items()}
+    jobs |= {
+        f"one_sample_{name}": (configure(folder, **changes), learn_one_sample)
+        for name, changes in SHARDED.items()
+    }
     last = build(configure(folder))
     results = run_jobs(build, jobs, "critic")
     last.close()
@@ -186,12 +214,16 @@ class PlainCritic(nn.Module):
 
     def __init__(self, folder, num_layers, head, *, pools=False):
         super().__init__()
-        self.backbone = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager").model
+        self.backbone = AutoModelForCausalLM.from_pretrained(
+            folder / "model", attn_implementation="eager"
+        ).model
         self.backbone.layers = self.backbone.layers[:num_layers]
         self.head, self.pools = head, pools
 
     def forward(self, sample):
-        hidden = self.backbone(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[0, :-1]
+        hidden = self.backbone(torch.tensor(sample.token_ids)[None], use_cache=False).last_hidden_state[
+            0, :-1
+        ]
         if self.pools:
             hidden = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt()
             hidden = torch.stack([hidden[: position + 1].mean(dim=0) for position in range(len(hidden))])
@@ -199,19 +231,30 @@ class PlainCritic(nn.Module):
 
 
 def plain_run(critic, parameters):
-    """AdamW, torch's clipping, two steps of three dialogues an epoch; the loss as PPO2 has it, over the step's number of tokens."""
+    """AdamW, torch's clipping, two steps of three dialogues an epoch; the loss as PPO2 has it, over the
+    step's number of tokens."""
     torch.set_num_threads(1)
     settings, clip = CONFIG.critic, CONFIG.critic.value_clip
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     pairs = list(zip(*make_samples(), strict=True))
-    parts = [[index for index, (sample, _) in enumerate(pairs) if (int(sample.dialogue_id) >= 3) == second] for second in (False, True)]
-    run = {"start": {name: tensor.clone() for name, tensor in critic.state_dict().items()}, "norms": [], "values": [], "clipped": 0}
+    parts = [
+        [index for index, (sample, _) in enumerate(pairs) if (int(sample.dialogue_id) >= 3) == second]
+        for second in (False, True)
+    ]
+    run = {
+        "start": {name: tensor.clone() for name, tensor in critic.state_dict().items()},
+        "norms": [],
+        "values": [],
+        "clipped": 0,
+    }
     for _ in range(ITERATIONS):
         with torch.no_grad():
             old = [critic(sample) for sample, _ in pairs]
         run["values"].append(old)
         for part in parts * settings.epochs:
-            optimizer.param_groups[0]["lr"] = settings.lr * min(1, (len(run["norms"]) + 1) / settings.warmup_steps)
+            optimizer.param_groups[0]["lr"] = settings.lr * min(
+                1, (len(run["norms"]) + 1) / settings.warmup_steps
+            )
             optimizer.zero_grad()
             total, count = 0.0, 0
             for index in part:
@@ -226,7 +269,9 @@ def plain_run(critic, parameters):
             run["norms"].append(float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip)))
             optimizer.step()
     steps = 2 * settings.epochs
-    run["mean_norms"] = [sum(run["norms"][start : start + steps]) / steps for start in range(0, len(run["norms"]), steps)]
+    run["mean_norms"] = [
+        sum(run["norms"][start : start + steps]) / steps for start in range(0, len(run["norms"]), steps)
+    ]
     return run
 
 
@@ -256,7 +301,9 @@ def frozen_reference(folder):
 def relative_error(weights, expected):
     """Norm of the difference over the norm of the expected tensors, all tensors as one vector."""
     assert weights.keys() == expected.keys()
-    squares = [((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()]
+    squares = [
+        ((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()
+    ]
     difference, size = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
     return difference / size
 
@@ -278,7 +325,10 @@ def test_references_clip_both_ways(trained_reference, frozen_reference):
     for run in (trained_reference, frozen_reference):
         assert max(run["norms"]) > CONFIG.critic.grad_clip
         assert run["clipped"] > 10
-    moved = [(trained_reference["weights"][name] - start).abs().max() for name, start in trained_reference["start"].items()]
+    moved = [
+        (trained_reference["weights"][name] - start).abs().max()
+        for name, start in trained_reference["start"].items()
+    ]
     assert min(moved) > 1e-4
 
 
@@ -317,10 +367,13 @@ def test_metrics_pool_over_ranks(one, two):
 def test_explained_variance_of_the_returns(one):
     returns = torch.cat(make_samples()[1]).double()
     first, last = (
-        (reduce_metrics(records), values) for records, values in zip(*(one["stage1"][key] for key in ("metrics", "values")), strict=True)
+        (reduce_metrics(records), values)
+        for records, values in zip(*(one["stage1"][key] for key in ("metrics", "values")), strict=True)
     )
     assert first[0]["critic/explained_variance"] == pytest.approx(0.0, abs=1e-12)
-    assert first[0]["critic/value_mean"] == 0.0 and first[0]["critic/return_mean"] == pytest.approx(returns.mean().item())
+    assert first[0]["critic/value_mean"] == 0.0 and first[0]["critic/return_mean"] == pytest.approx(
+        returns.mean().item()
+    )
     error = returns - torch.cat(last[1]).double()
     expected = 1 - float((error - error.mean()).square().mean() / (returns - returns.mean()).square().mean())
     assert last[0]["critic/explained_variance"] == pytest.approx(expected) and expected != 0
@@ -332,8 +385,11 @@ def test_bfloat16_follows_float32(scenario, one, two, trained_reference):
     expected = {name: tensor - start[name] for name, tensor in trained_reference["weights"].items()}
     for result in (one, *two):
         end = result[scenario]["weights"]
-        # AdamW moves the weights nearly alike for a multiple of the right gradient; its norm is that multiple. Seen: up to 2e-3.
-        assert grad_norms(result[scenario]["metrics"]) == pytest.approx(trained_reference["mean_norms"], rel=1e-2)
+        # AdamW moves the weights nearly alike for a multiple of the right gradient; its norm is that
+        # multiple. Seen: up to 2e-3.
+        assert grad_norms(result[scenario]["metrics"]) == pytest.approx(
+            trained_reference["mean_norms"], rel=1e-2
+        )
         # Seen: 0.09.
         assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
 
@@ -342,7 +398,9 @@ def test_bfloat16_follows_float32(scenario, one, two, trained_reference):
 def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
     results = [one[scenario]] + ([result[scenario] for result in two] if scenario == "resume" else [])
     for uninterrupted, resumed in results:
-        assert all(torch.equal(resumed["weights"][name], tensor) for name, tensor in uninterrupted["weights"].items())
+        assert all(
+            torch.equal(resumed["weights"][name], tensor) for name, tensor in uninterrupted["weights"].items()
+        )
         assert torch.equal(torch.cat(resumed["values"]), torch.cat(uninterrupted["values"]))
         rates = [reduce_metrics(result["metrics"])["critic/lr"] for result in (uninterrupted, resumed)]
         assert rates == [pytest.approx(CONFIG.critic.lr)] * 2

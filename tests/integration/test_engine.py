@@ -1,4 +1,5 @@
-"""`PolicyEngine` on a real vLLM engine, against Hugging Face's forward pass of the same weights (tiny model, float32)."""
+"""`PolicyEngine` on a real vLLM engine, against Hugging Face's forward pass of the same weights (tiny model,
+float32)."""
 
 import asyncio
 import dataclasses
@@ -32,19 +33,32 @@ class Served:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         renderer = Renderer(tokenizer, "You are kind.")
         self.end_token_id = renderer.end_token_id
-        # Longer than one block of the key-value cache (128 tokens on CPUs), so that the prefix cache holds some of it.
-        self.prompt_ids = renderer.opening_prompt("Nobody came to my birthday, and I had cooked for ten people. " * 10)
+        # Longer than one block of the key-value cache (128 tokens on CPUs), so that the prefix cache holds
+        # some of it.
+        self.prompt_ids = renderer.opening_prompt(
+            "Nobody came to my birthday, and I had cooked for ten people. " * 10
+        )
         self.version = 0
         self.engine = PolicyEngine(
             EngineSettings(
-                model_path=folder, dtype=Precision.float32, device=Device.cpu, seed=0, max_context_tokens=2048,
-                stop_token_ids=(self.end_token_id,), kv_cache_gib=0.25,
+                model_path=folder,
+                dtype=Precision.float32,
+                device=Device.cpu,
+                seed=0,
+                max_context_tokens=2048,
+                stop_token_ids=(self.end_token_id,),
+                kv_cache_gib=0.25,
             )
-        )  # fmt: skip
+        )
 
     def request(self, *, max_tokens: int = 16, temperature: float = 1.0, seed: int = 7) -> GenerateRequest:
         return GenerateRequest(
-            dialogue_id="d", turn_index=0, prompt_ids=self.prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed
+            dialogue_id="d",
+            turn_index=0,
+            prompt_ids=self.prompt_ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
         )
 
     def expected_logprobs(self, token_ids: list[int], temperature: float = 1.0) -> list[float]:
@@ -54,7 +68,8 @@ class Served:
         return scores.gather(1, torch.tensor(token_ids[1:]).unsqueeze(1)).squeeze(1).tolist()
 
     def perturb(self, seed: int, scale: float = 0.05) -> Weights:
-        """Add noise to the model's weights; returns all tensors as a learner sends them, the tied head included."""
+        """Add noise to the model's weights; returns all tensors as a learner sends them, the tied head
+        included."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in self.model.parameters():
@@ -69,7 +84,13 @@ class Served:
 
     async def probe(self) -> None:
         engine = await self.engine.score(self.prompt_ids)
-        compare_logprobs(self.expected_logprobs(self.prompt_ids), engine, Precision.float32, engine_index=0, step=self.version)
+        compare_logprobs(
+            self.expected_logprobs(self.prompt_ids),
+            engine,
+            Precision.float32,
+            engine_index=0,
+            step=self.version,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +120,15 @@ def test_seeded_sampling_repeats_bit_for_bit(served: Served) -> None:
 
 
 def test_seeded_prompts_beyond_one_batch_are_sampled(served: Served) -> None:
-    """More prompt tokens at once than the engine takes in a step: a prompt cut in two would end a CPU engine."""
+    """More prompt tokens at once than the engine takes in a step: a prompt cut in two would end a CPU
+    engine."""
 
     async def flood() -> None:
         prompts = [[first, *served.prompt_ids] for first in range(100, 116)]
         assert sum(map(len, prompts)) > 2048
-        requests = [dataclasses.replace(served.request(max_tokens=2), prompt_ids=prompt) for prompt in prompts]
+        requests = [
+            dataclasses.replace(served.request(max_tokens=2), prompt_ids=prompt) for prompt in prompts
+        ]
         replies = await asyncio.gather(*map(served.engine.generate, requests))
         assert [len(reply.token_ids) for reply in replies] == [2] * 16
 
@@ -114,7 +138,9 @@ def test_seeded_prompts_beyond_one_batch_are_sampled(served: Served) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(served: Served, temperature: float) -> None:
     reply = served.run(served.engine.generate(served.request(temperature=temperature)))
-    expected = served.expected_logprobs([*served.prompt_ids, *reply.token_ids], temperature)[-len(reply.token_ids) :]
+    expected = served.expected_logprobs([*served.prompt_ids, *reply.token_ids], temperature)[
+        -len(reply.token_ids) :
+    ]
     assert reply.logprobs == pytest.approx(expected, abs=1e-4)
     assert reply.finish_reason == "length" and len(reply.token_ids) == 16
 
@@ -162,7 +188,8 @@ def test_a_reply_that_nobody_waits_for_is_no_longer_sampled(served: Served) -> N
 
 
 def test_reply_ends_with_its_end_token(served: Served, tmp_path: Path) -> None:
-    """Every token embeds as ones and no layer adds to it, so with a tied head the end token, twice ones, gets twice the logit."""
+    """Every token embeds as ones and no layer adds to it, so with a tied head the end token, twice ones, gets
+    twice the logit."""
     with torch.no_grad():
         for layer in served.model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

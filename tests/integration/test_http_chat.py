@@ -25,32 +25,53 @@ from rlver_dist.simulator.presets import PRESETS
 from tests.integration.faulty_server import MODEL, Canned, FaultyServer, Kind
 
 SCHEMA = {
-    "type": "object", "properties": {"change": {"type": "integer", "minimum": -10, "maximum": 10}}, "required": ["change"],
+    "type": "object",
+    "properties": {"change": {"type": "integer", "minimum": -10, "maximum": 10}},
+    "required": ["change"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 KEY = "sk-hunter2-0123456789"
 IN_BODY = (Kind.WRONG_SCHEMA, Kind.WRONG_TYPES, Kind.NAN_ANSWER, Kind.INJECTED_TEXT)
 """Sound bodies with a bad answer inside, which is the asker's matter."""
 FAULT_OF = {
-    Kind.TIMEOUT: "timeout", Kind.DRIP: "timeout", Kind.RATE_LIMIT: "rate_limit", Kind.SERVER_ERROR: "server",
-    Kind.UNAVAILABLE: "server", Kind.CUT_CONNECTION: "connection", Kind.CUT_BODY: "connection", Kind.HUGE_BODY: "too_large",
-    Kind.NO_JSON: "malformed", Kind.NAN_BODY: "malformed", Kind.WRONG_BODY_TYPES: "malformed",
-}  # fmt: skip
+    Kind.TIMEOUT: "timeout",
+    Kind.DRIP: "timeout",
+    Kind.RATE_LIMIT: "rate_limit",
+    Kind.SERVER_ERROR: "server",
+    Kind.UNAVAILABLE: "server",
+    Kind.CUT_CONNECTION: "connection",
+    Kind.CUT_BODY: "connection",
+    Kind.HUGE_BODY: "too_large",
+    Kind.NO_JSON: "malformed",
+    Kind.NAN_BODY: "malformed",
+    Kind.WRONG_BODY_TYPES: "malformed",
+}
 
 
 def request(number: int = 0) -> ChatRequest:
-    messages = (Message(role=Role.SYSTEM, text="You are Ada."), Message(role=Role.USER, text=f"It is about {number}."))
+    messages = (
+        Message(role=Role.SYSTEM, text="You are Ada."),
+        Message(role=Role.USER, text=f"It is about {number}."),
+    )
     return ChatRequest(
-        key=f"d{number}/0/appraise", messages=messages, schema_name="appraise", schema=SCHEMA, max_tokens=50, temperature=0.0, seed=1,
+        key=f"d{number}/0/appraise",
+        messages=messages,
+        schema_name="appraise",
+        schema=SCHEMA,
+        max_tokens=50,
+        temperature=0.0,
+        seed=1,
         affinity="p",
-    )  # fmt: skip
+    )
 
 
 @contextlib.asynccontextmanager
 async def chat(*servers: FaultyServer, **options):
     """A backend for servers that are up; short deadlines."""
     defaults = dict(model="m", api_key_env="", timeout_s=0.5, max_retries=2, max_backoff_s=0.02)
-    backend = HttpChat(config=HttpChatConfig(endpoints=",".join(server.url for server in servers), **(defaults | options)))
+    backend = HttpChat(
+        config=HttpChatConfig(endpoints=",".join(server.url for server in servers), **(defaults | options))
+    )
     try:
         yield backend
     finally:
@@ -58,21 +79,33 @@ async def chat(*servers: FaultyServer, **options):
 
 
 async def ask_all(backend: HttpChat, count: int) -> list:
-    return await asyncio.gather(*(backend.ask(request(number)) for number in range(count)), return_exceptions=True)
+    return await asyncio.gather(
+        *(backend.ask(request(number)) for number in range(count)), return_exceptions=True
+    )
 
 
 def test_answers_tokens_and_cost():
     async def scenario():
-        async with FaultyServer() as server, chat(server, price_per_million_prompt=2.0, price_per_million_completion=10.0) as backend:
+        async with (
+            FaultyServer() as server,
+            chat(server, price_per_million_prompt=2.0, price_per_million_completion=10.0) as backend,
+        ):
             answers = await ask_all(backend, 20)
             return server, answers, backend.metrics(), backend.metrics()
 
     server, answers, values, empty = asyncio.run(scenario())
     assert all(-10 <= json.loads(answer.text)["change"] <= 10 for answer in answers)
     # Seven words a prompt, two a completion; half of the prompt is cached.
-    assert {(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) for answer in answers} == {(7, 3, 2)}
+    assert {(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) for answer in answers} == {
+        (7, 3, 2)
+    }
     assert {(answer.retries, answer.model) for answer in answers} == {(0, MODEL)}
-    assert (values["calls"], values["failures"], values["retries"], values["estimated_usage"]) == (20, 0, 0, 0)
+    assert (values["calls"], values["failures"], values["retries"], values["estimated_usage"]) == (
+        20,
+        0,
+        0,
+        0,
+    )
     assert (values["prompt_tokens"], values["cached_tokens"], values["completion_tokens"]) == (140, 60, 40)
     assert values["cost"] == pytest.approx((140 * 2 + 40 * 10) / 1e6)
     assert 0 < values["latency_p50_s"] <= values["latency_p95_s"] <= values["latency_p99_s"]
@@ -90,7 +123,9 @@ def test_a_passing_fault_costs_a_retry_and_is_counted_once(kind):
 
     server, answer, values, seconds = asyncio.run(scenario())
     assert answer.retries == 1 and json.loads(answer.text).keys() == {"change"} and len(server.hits) == 2
-    assert {name: count for name, count in values.items() if name.startswith("fault_") and count} == {f"fault_{FAULT_OF[kind]}": 1.0}
+    assert {name: count for name, count in values.items() if name.startswith("fault_") and count} == {
+        f"fault_{FAULT_OF[kind]}": 1.0
+    }
     assert (values["calls"], values["retries"], values["failures"]) == (1, 1, 0)
     # The answer's own tokens once; what the broken attempt used is nowhere said, and kept apart.
     assert (values["prompt_tokens"], values["completion_tokens"]) == (7, 2)
@@ -98,7 +133,11 @@ def test_a_passing_fault_costs_a_retry_and_is_counted_once(kind):
     assert seconds < 3
 
 
-@pytest.mark.parametrize("kind", [Kind.TIMEOUT, Kind.DRIP, Kind.HUGE_BODY, Kind.CUT_BODY, Kind.SERVER_ERROR], ids=lambda kind: kind.value)
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.TIMEOUT, Kind.DRIP, Kind.HUGE_BODY, Kind.CUT_BODY, Kind.SERVER_ERROR],
+    ids=lambda kind: kind.value,
+)
 def test_a_lasting_fault_ends_in_one_line_after_bounded_time(kind):
     async def scenario():
         async with FaultyServer(rate=1.0, kinds=[kind]) as server, chat(server, timeout_s=0.2) as backend:
@@ -108,8 +147,14 @@ def test_a_lasting_fault_ends_in_one_line_after_bounded_time(kind):
 
     server, error, values, seconds = asyncio.run(scenario())
     assert type(error) is BoundaryError and len(server.hits) == 3
-    assert str(error).startswith("d0/0/appraise: no answer in 3 attempts; last: 127.0.0.1:") and "\n" not in str(error)
-    assert FAULT_OF[kind] in str(error) and (values["calls"], values["failures"], values["retries"]) == (1, 1, 2)
+    assert str(error).startswith(
+        "d0/0/appraise: no answer in 3 attempts; last: 127.0.0.1:"
+    ) and "\n" not in str(error)
+    assert FAULT_OF[kind] in str(error) and (values["calls"], values["failures"], values["retries"]) == (
+        1,
+        1,
+        2,
+    )
     assert seconds < 3
 
 
@@ -147,16 +192,28 @@ def test_retry_after_holds_back_every_call(as_date):
 
 def test_a_wait_beyond_all_patience_stops_the_run():
     async def scenario():
-        async with FaultyServer(script=[Kind.RATE_LIMIT], retry_after="3600") as server, chat(server) as backend:
+        async with (
+            FaultyServer(script=[Kind.RATE_LIMIT], retry_after="3600") as server,
+            chat(server) as backend,
+        ):
             return [await ask_all(backend, 1), await ask_all(backend, 1)], len(server.hits)
 
     errors, hits = asyncio.run(scenario())
-    assert all(type(error) is BudgetError and "asks for no call within 3600 s" in str(error) for [error] in errors) and hits == 1
+    assert (
+        all(
+            type(error) is BudgetError and "asks for no call within 3600 s" in str(error)
+            for [error] in errors
+        )
+        and hits == 1
+    )
 
 
 def test_calls_in_flight_and_their_pace_are_limited():
     async def scenario():
-        async with FaultyServer(delay_s=0.02) as server, chat(server, max_concurrent=3, requests_per_minute=2400) as backend:
+        async with (
+            FaultyServer(delay_s=0.02) as server,
+            chat(server, max_concurrent=3, requests_per_minute=2400) as backend,
+        ):
             await ask_all(backend, 20)
             return server
 
@@ -201,7 +258,9 @@ def test_a_refusal_is_final_unless_another_endpoint_takes_the_call():
     assert answer.retries == 1 and (first, second) == (2, 1)
 
 
-@pytest.mark.parametrize("refused", [refusal(402), refusal(429, code="insufficient_quota", message="You exceeded your quota.")])
+@pytest.mark.parametrize(
+    "refused", [refusal(402), refusal(429, code="insufficient_quota", message="You exceeded your quota.")]
+)
 def test_quota_used_up_stops_the_run_unless_another_endpoint_has_some(refused):
     async def scenario():
         async with FaultyServer(script=[refused] * 2) as first, FaultyServer() as second:
@@ -212,7 +271,9 @@ def test_quota_used_up_stops_the_run_unless_another_endpoint_has_some(refused):
                 return errors, hits, [await both.ask(request(number)) for number in range(3)], len(first.hits)
 
     errors, hits, answers, in_all = asyncio.run(scenario())
-    assert all(type(error) is BudgetError and "quota or credit is used up: HTTP" in str(error) for error in errors)
+    assert all(
+        type(error) is BudgetError and "quota or credit is used up: HTTP" in str(error) for error in errors
+    )
     assert hits == 1 and in_all == 2 and [answer.retries for answer in answers] == [1, 0, 0]
 
 
@@ -225,15 +286,23 @@ def test_the_budget_stops_all_further_calls():
     # Nine tokens a call: the fifth reaches 45, and one more may be in flight.
     hits, errors = asyncio.run(scenario(max_tokens_total=40))
     assert hits in (5, 6) and len(errors) == 20 - hits
-    assert all(type(error) is BudgetError and "simulator.openai.max_tokens_total=40: used up" in str(error) for error in errors)
+    assert all(
+        type(error) is BudgetError and "simulator.openai.max_tokens_total=40: used up" in str(error)
+        for error in errors
+    )
     # 7 x 100 + 2 x 1000 per million: 0.0027 a call.
-    hits, errors = asyncio.run(scenario(max_cost=0.0135, price_per_million_prompt=100.0, price_per_million_completion=1000.0))
+    hits, errors = asyncio.run(
+        scenario(max_cost=0.0135, price_per_million_prompt=100.0, price_per_million_completion=1000.0)
+    )
     assert hits in (5, 6) and {type(error) for error in errors} == {BudgetError}
 
 
 def test_the_budget_counts_attempts_whose_use_nobody_knows():
     async def scenario():
-        async with FaultyServer(rate=1.0, kinds=[Kind.CUT_BODY]) as server, chat(server, max_tokens_total=150, max_retries=9) as backend:
+        async with (
+            FaultyServer(rate=1.0, kinds=[Kind.CUT_BODY]) as server,
+            chat(server, max_tokens_total=150, max_retries=9) as backend,
+        ):
             [error] = await ask_all(backend, 1)
             return error, backend.metrics(), len(server.hits)
 
@@ -255,7 +324,10 @@ def test_missing_usage_is_estimated_and_said():
 
 def test_a_cancelled_caller_cancels_its_call_and_frees_its_place():
     async def scenario():
-        async with FaultyServer(script=[Kind.TIMEOUT]) as server, chat(server, max_concurrent=1, timeout_s=30.0) as backend:
+        async with (
+            FaultyServer(script=[Kind.TIMEOUT]) as server,
+            chat(server, max_concurrent=1, timeout_s=30.0) as backend,
+        ):
             waiting = asyncio.create_task(backend.ask(request(0)))
             while not server.hits:
                 await asyncio.sleep(0.01)
@@ -266,7 +338,10 @@ def test_a_cancelled_caller_cancels_its_call_and_frees_its_place():
             return server, answer, backend.metrics()
 
     server, answer, values = asyncio.run(scenario())
-    assert answer.retries == 0 and [hit.body["messages"][1]["content"] for hit in server.hits] == ["It is about 0.", "It is about 1."]
+    assert answer.retries == 0 and [hit.body["messages"][1]["content"] for hit in server.hits] == [
+        "It is about 0.",
+        "It is about 1.",
+    ]
     assert (values["calls"], values["cancelled"], values["lost_attempts"], values["failures"]) == (2, 1, 1, 0)
 
 
@@ -285,12 +360,18 @@ def test_endpoints_that_want_other_words_get_them():
 
 def test_json_object_mode():
     async def scenario():
-        async with FaultyServer() as server, chat(server, response_format=ResponseFormat.json_object) as backend:
+        async with (
+            FaultyServer() as server,
+            chat(server, response_format=ResponseFormat.json_object) as backend,
+        ):
             await backend.ask(request())
             return server.hits[0].body
 
     body = asyncio.run(scenario())
-    assert body["response_format"] == {"type": "json_object"} and json.dumps(SCHEMA) in body["messages"][0]["content"]
+    assert (
+        body["response_format"] == {"type": "json_object"}
+        and json.dumps(SCHEMA) in body["messages"][0]["content"]
+    )
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
@@ -303,14 +384,19 @@ def test_the_key_reaches_its_endpoints_and_nothing_else(monkeypatch, caplog, cap
     caplog.set_level(logging.DEBUG)
     echo = refusal(400, message=f"Incorrect API key provided: {KEY}", type=f"Bearer {KEY}")
     cut = refusal(400, message="x" * 190 + f" {KEY}")  # across the end of the excerpt
-    told = Canned(body=json.dumps({"model": KEY, "choices": [{"message": {"content": f"key {KEY}"}}]}).encode())
+    told = Canned(
+        body=json.dumps({"model": KEY, "choices": [{"message": {"content": f"key {KEY}"}}]}).encode()
+    )
 
     async def scenario():
         async with FaultyServer() as elsewhere:
             away = Canned(status=307, headers={"Location": f"{elsewhere.url}/chat/completions"})
             bodies = Kind.CUT_BODY, Canned(headers={"X": KEY}, body=KEY.encode())
             script = [None, echo, told, away, Kind.SERVER_ERROR, Kind.TIMEOUT, *bodies, cut]
-            async with FaultyServer(script=script) as server, chat(server, api_key_env="USERS_KEY", max_retries=0) as backend:
+            async with (
+                FaultyServer(script=script) as server,
+                chat(server, api_key_env="USERS_KEY", max_retries=0) as backend,
+            ):
                 outcomes = [(await ask_all(backend, 1))[0] for _ in script]
                 copy = pickle.loads(pickle.dumps(backend))
                 answer = await copy.ask(request())
@@ -320,13 +406,32 @@ def test_the_key_reaches_its_endpoints_and_nothing_else(monkeypatch, caplog, cap
     server, elsewhere, backend, pickled, outcomes, answer = asyncio.run(scenario())
     assert {hit.headers["authorization"] for hit in server.hits} == {f"Bearer {KEY}"} and answer.retries == 0
     assert elsewhere.hits == [] and "redirect, which is not followed" in str(outcomes[3])
-    assert [type(outcome).__name__ for outcome in outcomes] == ["ChatAnswer", "BoundaryError", "ChatAnswer", *["BoundaryError"] * 6]
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "ChatAnswer",
+        "BoundaryError",
+        "ChatAnswer",
+        *["BoundaryError"] * 6,
+    ]
     assert KEY[:6] not in str(outcomes[-1])
-    assert "Incorrect API key provided: ***" in str(outcomes[1]) and outcomes[2].text == "key ***" and outcomes[2].model == "***"
+    assert (
+        "Incorrect API key provided: ***" in str(outcomes[1])
+        and outcomes[2].text == "key ***"
+        and outcomes[2].model == "***"
+    )
     hanging = [error for outcome in outcomes if isinstance(outcome, Exception) for error in chain(outcome)]
-    shown = [repr(backend), caplog.text, *capfd.readouterr(), *map(repr, outcomes), *(repr(vars(error)) for error in hanging)]
-    assert all(KEY not in text for text in shown) and all(type(error).__module__.startswith("rlver_dist") for error in hanging)
-    assert KEY.encode() not in pickled and all(KEY.encode() not in pickle.dumps(outcome) for outcome in outcomes)
+    shown = [
+        repr(backend),
+        caplog.text,
+        *capfd.readouterr(),
+        *map(repr, outcomes),
+        *(repr(vars(error)) for error in hanging),
+    ]
+    assert all(KEY not in text for text in shown) and all(
+        type(error).__module__.startswith("rlver_dist") for error in hanging
+    )
+    assert KEY.encode() not in pickled and all(
+        KEY.encode() not in pickle.dumps(outcome) for outcome in outcomes
+    )
 
 
 @pytest.mark.parametrize("kind", IN_BODY, ids=lambda kind: kind.value)
@@ -345,14 +450,20 @@ def test_two_hundred_dialogues_at_thirty_percent_faults():
     assert {hit.kind for hit in outcome.hits} == {None, *Kind}
     assert [dialogue.id for dialogue in outcome.dialogues] == [f"d{number:03d}" for number in range(200)]
     failed = [dialogue for dialogue in outcome.dialogues if dialogue.end_reason is EndReason.INFRASTRUCTURE]
-    complete = [dialogue for dialogue in outcome.dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE]
+    complete = [
+        dialogue for dialogue in outcome.dialogues if dialogue.end_reason is not EndReason.INFRASTRUCTURE
+    ]
     assert 0 < len(failed) < 60
     for dialogue in failed:
         check_failed(dialogue)
     for dialogue in complete:
         check_complete(dialogue)
     check_books(outcome)
-    assert any("set the emotion to 100" in (turn.user_message or "") for dialogue in complete for turn in dialogue.turns)
+    assert any(
+        "set the emotion to 100" in (turn.user_message or "")
+        for dialogue in complete
+        for turn in dialogue.turns
+    )
 
 
 def check_failed(dialogue: Dialogue) -> None:
@@ -364,12 +475,16 @@ def check_failed(dialogue: Dialogue) -> None:
 
 
 def check_complete(dialogue: Dialogue) -> None:
-    """Every reply has its own appraisal, the emotion is the sum of their changes, and the reward is the emotion's."""
+    """Every reply has its own appraisal, the emotion is the sum of their changes, and the reward is the
+    emotion's."""
     rules = PRESETS[Preset.rlver_vanilla].emotion
     emotion = rules.start
     for index, turn in enumerate(dialogue.turns):
         assert turn.index == index and turn.appraisal is not None and turn.emotion_before == emotion
-        assert abs(turn.appraisal.change) <= rules.max_change and json.loads(turn.appraisal.source)["model"] == MODEL
+        assert (
+            abs(turn.appraisal.change) <= rules.max_change
+            and json.loads(turn.appraisal.source)["model"] == MODEL
+        )
         emotion = move(emotion, turn.appraisal.change, rules)
         assert turn.emotion_after == emotion
     assert dialogue.error is None and dialogue.final_emotion == emotion and 1 <= len(dialogue.turns) <= 4
@@ -380,8 +495,13 @@ def check_books(outcome: Outcome) -> None:
     """Server, backend, service and dialogues agree on how often what happened."""
     answers = [answer for given in outcome.answers.values() for answer in given]
     assert all(len(given) == 1 for given in outcome.answers.values())
-    calls, appraised = outcome.calls, [turn for dialogue in outcome.dialogues for turn in dialogue.turns if turn.appraisal is not None]
-    assert calls["calls"] == len(answers) + calls["failures"] and calls["retries"] >= sum(answer.retries for answer in answers)
+    calls, appraised = (
+        outcome.calls,
+        [turn for dialogue in outcome.dialogues for turn in dialogue.turns if turn.appraisal is not None],
+    )
+    assert calls["calls"] == len(answers) + calls["failures"] and calls["retries"] >= sum(
+        answer.retries for answer in answers
+    )
     for kind in ("prompt", "cached", "completion"):
         assert calls[f"{kind}_tokens"] == sum(getattr(answer, f"{kind}_tokens") for answer in answers)
     # On a busy machine an answer may come too late, or its request not be read in time.

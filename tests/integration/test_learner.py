@@ -1,6 +1,8 @@
-"""The DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a batch.
+"""The DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a
+batch.
 
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank scenarios share a process.
+Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
+scenarios share a process.
 """
 
 import dataclasses
@@ -30,13 +32,21 @@ from tests.timing import hang_limit
 
 CONFIG = RunConfig(
     model=ModelConfig(dtype=Precision.float32),
-    algorithm=AlgorithmConfig(group_size=2, kl_coef=0.1, entropy_coef=0.01, updates_per_iteration=2, clip_low=0.1, clip_high=0.15),
+    algorithm=AlgorithmConfig(
+        group_size=2, kl_coef=0.1, entropy_coef=0.01, updates_per_iteration=2, clip_low=0.1, clip_high=0.15
+    ),
     rollout=RolloutConfig(temperature=0.7, dialogues_per_iteration=8),
-    learner=LearnerConfig(lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1),
+    learner=LearnerConfig(
+        lr=0.003, warmup_steps=3, weight_decay=0.1, grad_clip=0.05, micro_batch_tokens=4096, zero_stage=1
+    ),
 )
 OTHERWISE = dict(lr=0.001, beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.02)
 WARM_UP = WarmUpConfig(dialogues=8, epochs=3, batch_size=2, lr=0.01)
-CUTS = {**SETTINGS, "unshared": dict(share_prefixes=False), "many_micro_batches": dict(micro_batch_tokens=128)}
+CUTS = {
+    **SETTINGS,
+    "unshared": dict(share_prefixes=False),
+    "many_micro_batches": dict(micro_batch_tokens=128),
+}
 TWO_RANKS = {**SETTINGS, "unshared": dict(zero_stage=2, share_prefixes=False)}
 RESUMED = {
     "stage2": dict(zero_stage=2),
@@ -51,17 +61,30 @@ PROBE = [1, 345, 67, 42, 7, 11]
 
 
 def make_model(folder):
-    """A random model small enough that float32 sums over all its weights keep five digits; its tokenizer is only for the export."""
+    """A random model small enough that float32 sums over all its weights keep five digits; its tokenizer is
+    only for the export."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = Qwen2Config(vocab_size=VOCABULARY, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, **shape)
+    shape = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        **shape,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(resolve(TINY)).save_pretrained(folder / "model")
 
 
 def make_samples():
-    """Eight dialogues in four groups, with an advantage for each trained token: six with thinking, a sample a turn over a growing
-    history, and two without, whose turns are one sample."""
+    """Eight dialogues in four groups, with an advantage for each trained token: six with thinking, a sample a
+    turn over a growing history, and two without, whose turns are one sample."""
     draw = random.Random(0)
     samples = []
     for dialogue in range(6):
@@ -76,7 +99,9 @@ def make_samples():
         sample = make_sample(draw, dialogue, 0, tokens[:5], tokens[5:])
         sample.loss_mask = [position > 4 and (position // 7) % 2 == 1 for position in range(len(tokens))]
         samples.append(sample)
-    return samples, [torch.tensor([draw.uniform(-2, 2) for _ in range(sample.num_trained)]) for sample in samples]
+    return samples, [
+        torch.tensor([draw.uniform(-2, 2) for _ in range(sample.num_trained)]) for sample in samples
+    ]
 
 
 def make_sample(draw, dialogue, turn, context, trained):
@@ -135,11 +160,15 @@ def learn(learner):
 
 
 def imitate(learner):
-    return {"metrics": learner.imitate(make_lessons(make_samples()[0]), WARM_UP, seed=5), "weights": weights_of(learner)}
+    return {
+        "metrics": learner.imitate(make_lessons(make_samples()[0]), WARM_UP, seed=5),
+        "weights": weights_of(learner),
+    }
 
 
 def resume(build, config, directory):
-    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint; the learners."""
+    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint;
+    the learners."""
     learners = [build(config), build(config)]
     learn(learners[0])
     learners[0].save(directory)
@@ -152,7 +181,8 @@ def resume_job(config, directory):
 
 
 def resume_warmed_up_job(config, directory):
-    """The same from a checkpoint of a learner that has only been warmed up, on the folder that it exported."""
+    """The same from a checkpoint of a learner that has only been warmed up, on the folder that it
+    exported."""
 
     def work(build, config):
         first = build(config)
@@ -194,12 +224,17 @@ def one_rank(_, port, folder):
     warmed_up = build(configure(folder))
     results["warm_up"] = imitate(warmed_up)
     warmed_up.export(f"{folder}/warmed_up")
-    for name, learner in (("after_warm_up", warmed_up), ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up"))):
+    for name, learner in (
+        ("after_warm_up", warmed_up),
+        ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up")),
+    ):
         kl_before = learner.kl_tokens(samples)
         results[name] = {**train_on(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
     jobs = {name: (configure(folder, **changes), train) for name, changes in (CUTS | BFLOAT16).items()}
     jobs["one_dialogue"] = (configure(folder), learn_one_dialogue)
-    jobs["resume_warmed_up"] = resume_warmed_up_job(configure(folder, dtype=Precision.bfloat16), f"{folder}/step_0")
+    jobs["resume_warmed_up"] = resume_warmed_up_job(
+        configure(folder, dtype=Precision.bfloat16), f"{folder}/step_0"
+    )
     jobs |= {f"otherwise{stage}": resume_otherwise_job(folder, stage) for stage in (0, 1, 2, 3)}
     results |= run_jobs(build, jobs, "learner")
     resumed.close()
@@ -211,8 +246,14 @@ def two_ranks(rank, port, folder):
     samples, _ = make_samples()
     cut = partial(configure, folder, micro_batch_tokens=128)
     jobs = {name: (cut(**changes), train) for name, changes in (TWO_RANKS | BFLOAT16).items()}
-    jobs |= {f"one_dialogue_{name}": (configure(folder, **changes), learn_one_dialogue) for name, changes in SHARDED.items()}
-    jobs |= {f"resume_{name}": resume_job(cut(**changes), f"{folder}/resume_{name}") for name, changes in RESUMED.items()}
+    jobs |= {
+        f"one_dialogue_{name}": (configure(folder, **changes), learn_one_dialogue)
+        for name, changes in SHARDED.items()
+    }
+    jobs |= {
+        f"resume_{name}": resume_job(cut(**changes), f"{folder}/resume_{name}")
+        for name, changes in RESUMED.items()
+    }
     jobs |= {f"warm_up{stage}": (cut(zero_stage=stage), warm_up_and_train) for stage in (1, 3)}
     results = run_jobs(build, jobs, "learner")
     sharded = build(cut(zero_stage=3))
@@ -231,14 +272,18 @@ def warm_up_and_train(build, config):
 
 
 def make_lessons(samples):
-    """Each sample with its last trained tokens, from none to five, after another context, which grows along a dialogue but for one turn.
+    """Each sample with its last trained tokens, from none to five, after another context, which grows along a
+    dialogue but for one turn.
 
     Of two dialogues a later turn has none, so that it does not share their histories.
     """
     draw, lessons, contexts = random.Random(3), [], {}
     for number, sample in enumerate(samples):
         same = min((number + 1) % 6, sample.loss_mask[::-1].index(False))
-        context = [*([] if number == 8 else contexts.get(sample.dialogue_id, [])), *draw.choices(range(VOCABULARY), k=9)]
+        context = [
+            *([] if number == 8 else contexts.get(sample.dialogue_id, [])),
+            *draw.choices(range(VOCABULARY), k=9),
+        ]
         reply = sample.token_ids[len(sample.token_ids) - same :]
         plain = make_sample(draw, int(sample.dialogue_id), sample.turn_index, context, reply)
         lessons.append(ImitationSample(sample=sample, plain=plain))
@@ -273,30 +318,46 @@ def score_alone(model, sample, temperature):
     """Log-probs and entropies of a sample's trained tokens, from dense logits."""
     token_ids, mask = torch.tensor(sample.token_ids), torch.tensor(sample.loss_mask)[1:]
     log_softmax = torch.log_softmax(model(token_ids[None]).logits[0, :-1][mask] / temperature, dim=-1)
-    return log_softmax.gather(-1, token_ids[1:][mask][:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(dim=-1)
+    return log_softmax.gather(-1, token_ids[1:][mask][:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(
+        dim=-1
+    )
 
 
 def plain_step_loss(model, reference, batch, old):
-    """The update's loss as the papers write it: sums over trained tokens over their number, a sample at a time."""
+    """The update's loss as the papers write it: sums over trained tokens over their number, a sample at a
+    time."""
     algorithm, total, count, clipped = CONFIG.algorithm, 0.0, 0, 0
     for (sample, advantages), old_logprobs in zip(batch, old, strict=True):
         logprobs, entropies = score_alone(model, sample, CONFIG.rollout.temperature)
         with torch.no_grad():
             ref_logprobs, _ = score_alone(reference, sample, CONFIG.rollout.temperature)
-        rollout = torch.tensor([value for value, trained in zip(sample.rollout_logprobs, sample.loss_mask, strict=True) if trained])
+        rollout = torch.tensor(
+            [
+                value
+                for value, trained in zip(sample.rollout_logprobs, sample.loss_mask, strict=True)
+                if trained
+            ]
+        )
         weight = (old_logprobs - rollout).exp().clamp(max=algorithm.tis_cap)
         ratio = (logprobs - old_logprobs).exp()
-        surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages)
+        surrogate = torch.minimum(
+            ratio * advantages, ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages
+        )
         difference = ref_logprobs - logprobs
         k3 = difference.exp() - 1 - difference
         total += (-(weight * surrogate) + KL_COEF * k3 - algorithm.entropy_coef * entropies).sum()
         count += len(logprobs)
-        clipped += int((ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages < ratio * advantages).sum())
+        clipped += int(
+            (
+                ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high) * advantages < ratio * advantages
+            ).sum()
+        )
     return total / count, clipped
 
 
 class PlainLoop:
-    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass. `learner` may change between steps."""
+    """Plain PyTorch: AdamW, torch's clipping, one sample a forward pass. `learner` may change between
+    steps."""
 
     def __init__(self, folder, learner):
         torch.set_num_threads(1)
@@ -335,7 +396,13 @@ def reference_run(folder):
     pairs = list(zip(*make_samples(), strict=True))
     clipped = sum(plain_iteration(loop, base, pairs) for _ in range(ITERATIONS))
     mean_norms = [sum(loop.norms[2 * iteration : 2 * iteration + 2]) / 2 for iteration in range(ITERATIONS)]
-    return {"model": loop.model, "start": start, "norms": loop.norms, "mean_norms": mean_norms, "clipped": clipped}
+    return {
+        "model": loop.model,
+        "start": start,
+        "norms": loop.norms,
+        "mean_norms": mean_norms,
+        "clipped": clipped,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +424,8 @@ def distribution(model, sample):
 
 
 def plain_imitation(model, base, lesson):
-    """Loss of each trained token: what is not in `plain` by its likelihood, what is by its divergence from the base model there."""
+    """Loss of each trained token: what is not in `plain` by its likelihood, what is by its divergence from
+    the base model there."""
     same = lesson.plain.num_trained
     ours = distribution(model, lesson.sample)
     tokens = torch.tensor(lesson.sample.token_ids)[torch.tensor(lesson.sample.loss_mask)]
@@ -366,12 +434,18 @@ def plain_imitation(model, base, lesson):
         return losses
     with torch.no_grad():
         theirs = distribution(base, lesson.plain)
-    return torch.cat([losses[:-same], torch.nn.functional.kl_div(ours[-same:], theirs, reduction="none", log_target=True).sum(-1)])
+    return torch.cat(
+        [
+            losses[:-same],
+            torch.nn.functional.kl_div(ours[-same:], theirs, reduction="none", log_target=True).sum(-1),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
 def reference_warm_up(folder):
-    """Supervised learning in plain PyTorch, whole dialogues a step; the model, and the losses of each step's tokens and replies' share."""
+    """Supervised learning in plain PyTorch, whole dialogues a step; the model, and the losses of each step's
+    tokens and replies' share."""
     loop = PlainLoop(folder / "model", dataclasses.replace(CONFIG.learner, lr=WARM_UP.lr, warmup_steps=0))
     base = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
     dialogues = {}
@@ -388,14 +462,18 @@ def reference_warm_up(folder):
             ends = [len(cost) - lesson.plain.num_trained for cost, lesson in zip(costs, batch, strict=True)]
             split = [(cost[:end], cost[end:]) for cost, end in zip(costs, ends, strict=True)]
             steps.append([torch.cat(parts).mean().item() for parts in zip(*split, strict=True)])
-            loop.learner = dataclasses.replace(loop.learner, lr=WARM_UP.lr * (1 - (len(steps) - 1) / (7 * WARM_UP.epochs)))
+            loop.learner = dataclasses.replace(
+                loop.learner, lr=WARM_UP.lr * (1 - (len(steps) - 1) / (7 * WARM_UP.epochs))
+            )
             loop.step(torch.cat(costs).mean())
     return {"model": loop.model, "steps": steps}
 
 
 def relative_error(weights, expected):
     """Norm of the difference over the norm of the expected tensors, all tensors as one vector."""
-    squares = [((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()]
+    squares = [
+        ((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()
+    ]
     difference, size = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
     return difference / size
 
@@ -448,8 +526,9 @@ def test_bfloat16_follows_float32(scenario, one, two, reference_run):
         end = result[scenario]["weights"]
         # Seen: 0.08 to 0.14.
         assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
-        # A multiple of the right gradient moves the weights alike, as AdamW and a clip that is always active have it, but not the norm.
-        # Seen: up to 8e-3 in the first iteration, and as the weights part up to 8e-2 in later ones.
+        # A multiple of the right gradient moves the weights alike, as AdamW and a clip that is always active
+        # have it, but not the norm. Seen: up to 8e-3 in the first iteration, and as the weights part up to
+        # 8e-2 in later ones.
         norms = grad_norms(result[scenario]["metrics"])
         assert norms[0] == pytest.approx(first, rel=2e-2)
         assert norms[1:] == pytest.approx(later, rel=0.3)
@@ -458,7 +537,9 @@ def test_bfloat16_follows_float32(scenario, one, two, reference_run):
 def test_probe_is_the_models_own_logprob_at_temperature_one(one, reference_run):
     tokens = torch.tensor(PROBE)
     with torch.no_grad():
-        expected = torch.log_softmax(reference_run["model"](tokens[None]).logits[0, :-1], dim=-1).gather(-1, tokens[1:, None])[:, 0]
+        expected = torch.log_softmax(reference_run["model"](tokens[None]).logits[0, :-1], dim=-1).gather(
+            -1, tokens[1:, None]
+        )[:, 0]
     assert one["stage1"]["probe"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -470,7 +551,9 @@ def test_resume_goes_on_as_if_uninterrupted(scenario, one, two):
             assert torch.equal(resumed["weights"][name], tensor), name
         rates = [reduce_metrics(learner["metrics"])["learner/lr"] for learner in (uninterrupted, resumed)]
         # Steps 1 and 2 of a warm-up of 3, where they are the first.
-        assert rates == pytest.approx([CONFIG.learner.lr * (0.5 if scenario == "resume_warmed_up" else 1)] * 2)
+        assert rates == pytest.approx(
+            [CONFIG.learner.lr * (0.5 if scenario == "resume_warmed_up" else 1)] * 2
+        )
 
 
 def test_resume_goes_on_with_the_options_of_its_configuration(one, reference_otherwise):
@@ -489,16 +572,22 @@ def test_weight_file_has_every_tensor_and_the_tied_head(one, folder):
 
 def test_sharded_weights_come_out_whole(two, folder):
     weights = load_file(folder / "sharded.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {name: shape for name, _, shape in two[0]["metadata"]}
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == {
+        name: shape for name, _, shape in two[0]["metadata"]
+    }
     assert all(torch.equal(weights[name], tensor) for name, tensor in two[1]["sharded"]["weights"].items())
 
 
 def test_export_loads_in_transformers(one, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")
-    assert all(torch.equal(one["resumed"]["weights"][name], tensor) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(one["resumed"]["weights"][name], tensor) for name, tensor in model.state_dict().items()
+    )
     messages = [{"role": "user", "content": "hello"}]
     ours, original = (AutoTokenizer.from_pretrained(path) for path in (folder / "policy", folder / "model"))
-    assert ours.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(messages, tokenize=False)
+    assert ours.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(
+        messages, tokenize=False
+    )
 
 
 def test_kl_tokens_and_base_nll(one, two, folder):
@@ -508,13 +597,18 @@ def test_kl_tokens_and_base_nll(one, two, folder):
         nll = -sum(float(score_alone(base, sample, 1.0)[0].sum()) for sample in samples)
         policy.load_state_dict(one["resumed"]["weights"])
         temperature = CONFIG.rollout.temperature
-        differences = [score_alone(base, sample, temperature)[0] - score_alone(policy, sample, temperature)[0] for sample in samples]
+        differences = [
+            score_alone(base, sample, temperature)[0] - score_alone(policy, sample, temperature)[0]
+            for sample in samples
+        ]
     for ours, difference in zip(one["kl_tokens"], differences, strict=True):
         torch.testing.assert_close(ours, difference.exp() - 1 - difference, rtol=1e-3, atol=1e-6)
     count = sum(sum(sample.loss_mask) for sample in samples)
     for result in (one, *two):
         assert result["base_nll"] == (pytest.approx(nll, rel=1e-5), count)
-    assert all(torch.equal(*columns) for columns in zip(two[0]["kl_tokens"], two[1]["kl_tokens"], strict=True))
+    assert all(
+        torch.equal(*columns) for columns in zip(two[0]["kl_tokens"], two[1]["kl_tokens"], strict=True)
+    )
     assert [len(column) for column in two[0]["kl_tokens"]] == [sum(sample.loss_mask) for sample in samples]
     assert all(column.any() for column in two[0]["kl_tokens"])
 
@@ -534,7 +628,9 @@ def test_a_rank_without_work_neither_waits_nor_pulls(scenario, one, two, referen
 def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
     steps = reference_warm_up["steps"]
     # A step takes one dialogue or two, so an epoch of seven is what compares.
-    assert sum(format_nll for format_nll, _ in steps[-7:]) < sum(format_nll for format_nll, _ in steps[:7]) - 1
+    assert (
+        sum(format_nll for format_nll, _ in steps[-7:]) < sum(format_nll for format_nll, _ in steps[:7]) - 1
+    )
     runs = [([one["warm_up"]["metrics"]], one["warm_up"]["weights"])]
     for stage in (1, 3):
         metrics = [result[f"warm_up{stage}"]["metrics"] for result in two]
@@ -542,7 +638,9 @@ def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):
     for metrics, weights in runs:
         pooled = reduce_metrics([metric for records in metrics for metric in records])
         for name, losses in (("first", steps[0]), ("last", steps[-1])):
-            assert [pooled[f"warm_up/{loss}_{name}"] for loss in ("format_nll", "reply_kl")] == pytest.approx(losses, rel=1e-5, nan_ok=True)
+            assert [pooled[f"warm_up/{loss}_{name}"] for loss in ("format_nll", "reply_kl")] == pytest.approx(
+                losses, rel=1e-5, nan_ok=True
+            )
         assert pooled["warm_up/steps"] == len(steps)
         assert relative_error(weights, reference_warm_up["model"].state_dict()) < 1e-5
 
@@ -553,7 +651,11 @@ def test_after_warm_up_the_learner_is_as_one_built_on_the_exported_weights(one, 
     assert not any(column.any() for result in (ours, built) for column in result["kl_before"])
     for step in range(ITERATIONS):
         metrics, expected = (
-            {metric.key: metric.value for metric in result["metrics"][step] if metric.key.startswith("learner/")}
+            {
+                metric.key: metric.value
+                for metric in result["metrics"][step]
+                if metric.key.startswith("learner/")
+            }
             for result in (ours, built)
         )
         assert metrics == expected
@@ -565,9 +667,18 @@ def test_after_warm_up_the_learner_is_as_one_built_on_the_exported_weights(one, 
 
 def test_set_up_compiles_the_op_that_a_learner_loads(tmp_path):
     command = ["-m", "rlver_dist.learner.engine", "--build-ops"]
-    assert f".venv/bin/python {' '.join(command)}" in (Path(__file__).parents[2] / "launch" / "setup.sh").read_text()
+    assert (
+        f".venv/bin/python {' '.join(command)}"
+        in (Path(__file__).parents[2] / "launch" / "setup.sh").read_text()
+    )
     elsewhere = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=hang_limit(TIMEOUT_S), env=elsewhere)
+    subprocess.run(
+        [sys.executable, *command],
+        check=True,
+        capture_output=True,
+        timeout=hang_limit(TIMEOUT_S),
+        env=elsewhere,
+    )
     assert list(tmp_path.glob("**/deepspeed_shm_comm.so"))
 
 

@@ -1,6 +1,7 @@
 """LoRA in the DeepSpeed learner: what trains, what leaves the learner, and that PEFT agrees.
 
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank scenarios share a process.
+Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
+scenarios share a process.
 """
 
 import random
@@ -12,7 +13,14 @@ import pytest
 import torch
 from ranks import place, run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlver_dist.bundled_models import TINY, resolve
 from rlver_dist.config.algorithm import AlgorithmConfig
@@ -29,7 +37,9 @@ ADAPTERS = LoraConfig(rank=4, alpha=16.0)
 UPDATES = 2
 VOCABULARY = 400
 PROBE = [1, 345, 67, 42, 7, 11]
-SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
 
 
 def make_models(folder):
@@ -85,21 +95,35 @@ def train(learner):
     start = weights_of(learner)
     for _ in range(UPDATES):
         learner.update(*make_samples(), 0.0)
-    return {"start": start, "weights": weights_of(learner), "metadata": learner.metadata(), "probe": learner.probe(PROBE)}
+    return {
+        "start": start,
+        "weights": weights_of(learner),
+        "metadata": learner.metadata(),
+        "probe": learner.probe(PROBE),
+    }
 
 
 def one_rank(_, port, folder):
     build = build_learner(0, 1, port, folder)
-    results = {"recompute": train(build(gradient_checkpointing=True)), "bfloat16": train(build(dtype=Precision.bfloat16))}
+    results = {
+        "recompute": train(build(gradient_checkpointing=True)),
+        "bfloat16": train(build(dtype=Precision.bfloat16)),
+    }
     results["offload3"] = train(build(zero_stage=3, offload_optimizer=True))
-    for name, family, changes in (("stage1", "qwen2", {}), ("stage3", "qwen2", {"zero_stage": 3}), ("llama", "llama", {})):
+    for name, family, changes in (
+        ("stage1", "qwen2", {}),
+        ("stage3", "qwen2", {"zero_stage": 3}),
+        ("llama", "llama", {}),
+    ):
         learner = build(family, **changes)
         results[name] = train(learner)
         learner.write_weights(f"{folder}/{name}.safetensors")
         learner.export(f"{folder}/exported_{name}")
         learner.save(f"{folder}/saved_{name}")
         if name != "stage3":
-            results[name]["parts"] = {key: tensor.clone() for key, tensor in learner._engine.model.state_dict().items()}
+            results[name]["parts"] = {
+                key: tensor.clone() for key, tensor in learner._engine.model.state_dict().items()
+            }
         resumed = build(family, **changes)
         resumed.load(f"{folder}/saved_{name}")
         for key, continued in (("uninterrupted", learner), ("resumed", resumed)):
@@ -115,14 +139,21 @@ def warm_up(build, saved, stage):
     learner, resumed = (build(zero_stage=stage, kl_coef=0.1) for _ in range(2))
     samples, _ = make_samples()
     untaught = [replace(sample, loss_mask=[False for _ in sample.token_ids]) for sample in samples]
-    lessons = [ImitationSample(sample=sample, plain=plain) for sample, plain in zip(samples, untaught, strict=True)]
+    lessons = [
+        ImitationSample(sample=sample, plain=plain) for sample, plain in zip(samples, untaught, strict=True)
+    ]
     learner.imitate(lessons, WarmUpConfig(lr=0.01), 0)
     weights, kl_tokens = weights_of(learner), [torch.cat(learner.kl_tokens(samples))]
     learner.update(*make_samples(), 0.1)
     kl_tokens.append(torch.cat(learner.kl_tokens(samples)))
     learner.save(saved)
     resumed.load(saved)
-    return {"weights": weights, "updated": weights_of(learner), "resumed": weights_of(resumed), "kl_tokens": kl_tokens}
+    return {
+        "weights": weights,
+        "updated": weights_of(learner),
+        "resumed": weights_of(resumed),
+        "kl_tokens": kl_tokens,
+    }
 
 
 def two_ranks(rank, port, folder):
@@ -159,8 +190,12 @@ def original(folder, family):
 
 
 def distance(ours, theirs, start):
-    """Norm of the difference of two results over the norm of what the second moved, all tensors as one vector."""
-    squares = [((ours[name] - theirs[name]).square().sum(), (theirs[name] - start[name]).square().sum()) for name in theirs]
+    """Norm of the difference of two results over the norm of what the second moved, all tensors as one
+    vector."""
+    squares = [
+        ((ours[name] - theirs[name]).square().sum(), (theirs[name] - start[name]).square().sum())
+        for name in theirs
+    ]
     difference, moved = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
     return difference / moved
 
@@ -177,7 +212,11 @@ def test_before_training_the_policy_is_the_base(name, family, one, folder):
 
 @pytest.mark.parametrize(("name", "family"), LEARNERS)
 def test_every_linear_layer_but_the_head_moves_and_nothing_else(name, family, one, folder):
-    moved = {key for key, tensor in original(folder, family).items() if not torch.equal(one[name]["weights"][key], tensor)}
+    moved = {
+        key
+        for key, tensor in original(folder, family).items()
+        if not torch.equal(one[name]["weights"][key], tensor)
+    }
     assert moved == {key for key in one[name]["weights"] if key.endswith("_proj.weight")}
 
 
@@ -185,8 +224,12 @@ def test_every_linear_layer_but_the_head_moves_and_nothing_else(name, family, on
 def test_base_stays_and_the_merged_policy_is_pefts_own(name, one, folder):
     family = dict(LEARNERS)[name]
     base, parts = original(folder, family), one[name]["parts"]
-    frozen = {key.replace(".base_layer.", "."): tensor for key, tensor in parts.items() if ".lora_" not in key}
-    assert frozen.keys() == base.keys() and all(torch.equal(frozen[key], tensor) for key, tensor in base.items())
+    frozen = {
+        key.replace(".base_layer.", "."): tensor for key, tensor in parts.items() if ".lora_" not in key
+    }
+    assert frozen.keys() == base.keys() and all(
+        torch.equal(frozen[key], tensor) for key, tensor in base.items()
+    )
     settings = peft.LoraConfig(r=ADAPTERS.rank, lora_alpha=ADAPTERS.alpha, target_modules="all-linear")
     theirs = peft.get_peft_model(load(folder, family), settings)
     theirs.base_model.model.load_state_dict(parts)
@@ -211,9 +254,13 @@ def test_exported_folder_needs_no_peft(name, family, one, folder, monkeypatch):
     tokens = torch.tensor(PROBE)
     model = load(folder, f"exported_{name}")
     with torch.no_grad():
-        logprobs = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1).gather(-1, tokens[1:, None])[:, 0]
+        logprobs = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1).gather(-1, tokens[1:, None])[
+            :, 0
+        ]
     assert one[name]["probe"] == pytest.approx(logprobs.tolist(), abs=1e-4)
-    assert {path.name for path in (folder / f"exported_{name}").iterdir()} == {path.name for path in (folder / family).iterdir()}
+    assert {path.name for path in (folder / f"exported_{name}").iterdir()} == {
+        path.name for path in (folder / family).iterdir()
+    }
 
 
 @pytest.mark.parametrize("name", ["recompute", "stage3", "offload3"])
@@ -242,7 +289,9 @@ def test_resume_goes_on_as_if_uninterrupted(name, family, one):
 def test_warm_up_trains_adapters_and_is_the_base_from_then_on(stage, one, folder):
     base, result = original(folder, "qwen2"), one[f"warmed_up{stage}"]
     for before, after in ((base, result["weights"]), (result["weights"], result["updated"])):
-        assert {key for key in base if not torch.equal(before[key], after[key])} == {key for key in base if key.endswith("_proj.weight")}
+        assert {key for key in base if not torch.equal(before[key], after[key])} == {
+            key for key in base if key.endswith("_proj.weight")
+        }
     # A learner on the model's own folder takes the warmed-up base from the checkpoint.
     assert all(torch.equal(result["resumed"][key], tensor) for key, tensor in result["updated"].items())
 
@@ -262,7 +311,9 @@ def test_bfloat16_follows_float32(one):
 
 def test_merging_rounds_once_and_leaves_the_base():
     torch.manual_seed(0)
-    base, down, up = (torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((64, 48), (2, 48), (64, 2)))
+    base, down, up = (
+        torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((64, 48), (2, 48), (64, 2))
+    )
     before = base.detach().clone()
     merged = lora.Weight(name="w", base=base, down=down, up=up, scaling=0.5).merged()
     exact = base.double() + 0.5 * up.double() @ down.double()

@@ -1,4 +1,5 @@
-"""The persona builder as a command, against an endpoint on loopback that answers with prose of the bank: interrupted and gone on with."""
+"""The persona builder as a command, against an endpoint on loopback that answers with prose of the bank:
+interrupted and gone on with."""
 
 import contextlib
 import json
@@ -35,8 +36,13 @@ def sheet(number):
 
 def scene(number):
     situation = SITUATIONS[number]
-    fields = {key: getattr(situation, key) for key in ("topic", "cause", "timeline", "people", "now", "hides", "facts")}
-    reaction = "You close up when somebody speaks of themselves. You go on when a reply keeps to what you said."
+    fields = {
+        key: getattr(situation, key)
+        for key in ("topic", "cause", "timeline", "people", "now", "hides", "facts")
+    }
+    reaction = (
+        "You close up when somebody speaks of themselves. You go on when a reply keeps to what you said."
+    )
     wish, opening = next(iter(situation.wants.values())), situation.openings[Temperament.NEGATIVE]
     return fields | {"tried": situation.failed, "reaction": reaction, "want": wish, "opening": opening}
 
@@ -46,7 +52,12 @@ class Endpoint(ThreadingHTTPServer):
 
     def __init__(self, delay_s):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.delay_s, self.lock, self.given, self.keys = delay_s, threading.Lock(), {"person": 0, "scene": 0}, set()
+        self.delay_s, self.lock, self.given, self.keys = (
+            delay_s,
+            threading.Lock(),
+            {"person": 0, "scene": 0},
+            set(),
+        )
 
     @property
     def url(self):
@@ -65,8 +76,14 @@ class Handler(BaseHTTPRequestHandler):
             number = self.server.given[name]
             self.server.given[name] += 1
         text = json.dumps((sheet if name == "person" else scene)(number))
-        usage = {"prompt_tokens": 1000, "completion_tokens": 500, "prompt_tokens_details": {"cached_tokens": 400}}
-        answer = json.dumps({"model": "bank", "choices": [{"message": {"content": text}}], "usage": usage}).encode()
+        usage = {
+            "prompt_tokens": 1000,
+            "completion_tokens": 500,
+            "prompt_tokens_details": {"cached_tokens": 400},
+        }
+        answer = json.dumps(
+            {"model": "bank", "choices": [{"message": {"content": text}}], "usage": usage}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -86,11 +103,30 @@ def endpoint():
 
 
 def start(folder, endpoint, *more):
-    prices = ["simulator.openai.price_per_million_prompt=2", "simulator.openai.price_per_million_completion=8"]
-    model = ["simulator=openai", f"simulator.openai.endpoints={endpoint.url}", "simulator.openai.model=any", *prices]
-    command = [sys.executable, "-m", "rlver_dist.persona_synthesis", "--out", str(folder), *SIZES, *model, *more]
+    prices = [
+        "simulator.openai.price_per_million_prompt=2",
+        "simulator.openai.price_per_million_completion=8",
+    ]
+    model = [
+        "simulator=openai",
+        f"simulator.openai.endpoints={endpoint.url}",
+        "simulator.openai.model=any",
+        *prices,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "rlver_dist.persona_synthesis",
+        "--out",
+        str(folder),
+        *SIZES,
+        *model,
+        *more,
+    ]
     environment = {**os.environ, "OPENAI_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def finish(process):
@@ -119,7 +155,9 @@ def test_an_interrupted_command_goes_on(tmp_path, endpoint, stop):
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
     code, _, err = finish(start(tmp_path, endpoint))
     assert code == 0, err
-    assert [len(load_split(str(tmp_path / f"{split}.jsonl"), split)) for split in ("train", "evaluation")] == [8, 4]
+    assert [
+        len(load_split(str(tmp_path / f"{split}.jsonl"), split)) for split in ("train", "evaluation")
+    ] == [8, 4]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     calls = sum(report["rejected"][step]["calls"] for step in ("person", "scene"))
     assert calls == 24 and report["cost"]["cost"] == pytest.approx(24 * (1000 * 2 + 500 * 8) / 1e6)

@@ -1,4 +1,5 @@
-"""Routing over real Ray actors: the reward service's replicas, the users' engines, and engines that only say who they are."""
+"""Routing over real Ray actors: the reward service's replicas, the users' engines, and engines that only say
+who they are."""
 
 import asyncio
 import hashlib
@@ -54,7 +55,10 @@ def kill(actor) -> None:
 def started(count: int, simulator: SimulatorConfig, engines=()) -> list:
     """Replicas of the reward service that have loaded their users."""
     service = ray.remote(RewardServiceActor)
-    made = [service.options(num_cpus=0, max_concurrency=512).remote(simulator, list(engines)) for _ in range(count)]
+    made = [
+        service.options(num_cpus=0, max_concurrency=512).remote(simulator, list(engines))
+        for _ in range(count)
+    ]
     ray.get([replica.start.remote() for replica in made])
     return made
 
@@ -69,7 +73,15 @@ def replicas():
 
 def request(reply: str, turn_index: int = 0) -> UserRequest:
     messages = (Message(role=Role.USER, text=PERSONA.opening), Message(role=Role.ASSISTANT, text=reply))
-    return UserRequest(dialogue_id="d", turn_index=turn_index, persona=PERSONA, messages=messages, emotion=30.0, seed=5, max_turns=8)
+    return UserRequest(
+        dialogue_id="d",
+        turn_index=turn_index,
+        persona=PERSONA,
+        messages=messages,
+        emotion=30.0,
+        seed=5,
+        max_turns=8,
+    )
 
 
 def test_replicas_agree_and_a_dead_one_never_changes_an_emotion_twice(replicas):
@@ -79,7 +91,9 @@ def test_replicas_agree_and_a_dead_one_never_changes_an_emotion_twice(replicas):
         pool = RewardPool(replicas, "train")
         alone = [await RewardPool([replica], "train").respond(request(reply)) for replica in replicas]
         assert alone[0] == alone[1]
-        assert alone[0].appraisal is not None and alone[0].emotion == pytest.approx(30 + alone[0].appraisal.change)
+        assert alone[0].appraisal is not None and alone[0].emotion == pytest.approx(
+            30 + alone[0].appraisal.change
+        )
         crowd = await asyncio.gather(*(pool.respond(request(reply)) for _ in range(6)))
         assert all(answer == alone[0] for answer in crowd)
         # Six at once for one persona: its own replica takes up to a quarter more than the mean.
@@ -97,7 +111,8 @@ def test_replicas_agree_and_a_dead_one_never_changes_an_emotion_twice(replicas):
 
 
 class StandInEngine:
-    """Stands where a `ChatEngine` stands: fills in the schema, always alike for one prompt, and says who it is."""
+    """Stands where a `ChatEngine` stands: fills in the schema, always alike for one prompt, and says who it
+    is."""
 
     def __init__(self, name: str, fail: Exception | None = None) -> None:
         self.name, self.fail = name, fail
@@ -117,17 +132,42 @@ class StandInEngine:
             raise self.fail
         digest = hashlib.sha256(repr(request.messages).encode()).digest()
         text = json.dumps(faulty_server.fill(request.schema, random.Random(digest)))
-        return ChatAnswer(text=text, prompt_tokens=10, cached_tokens=5, completion_tokens=3, seconds=0.0, retries=0, model=self.name)
+        return ChatAnswer(
+            text=text,
+            prompt_tokens=10,
+            cached_tokens=5,
+            completion_tokens=3,
+            seconds=0.0,
+            retries=0,
+            model=self.name,
+        )
 
 
 def stand_ins(count: int, fail: Exception | None = None) -> list:
-    return [ray.remote(StandInEngine).options(num_cpus=0, max_concurrency=512).remote(str(name), fail) for name in range(count)]
+    return [
+        ray.remote(StandInEngine).options(num_cpus=0, max_concurrency=512).remote(str(name), fail)
+        for name in range(count)
+    ]
 
 
 def chat(affinity: str = "p") -> ChatRequest:
     messages = (Message(role=Role.USER, text="Hello"),)
-    schema = {"type": "object", "properties": {"goodbye": {"type": "boolean"}}, "required": ["goodbye"], "additionalProperties": False}
-    return ChatRequest(key="k", messages=messages, schema_name="s", schema=schema, max_tokens=9, temperature=0.0, seed=0, affinity=affinity)
+    schema = {
+        "type": "object",
+        "properties": {"goodbye": {"type": "boolean"}},
+        "required": ["goodbye"],
+        "additionalProperties": False,
+    }
+    return ChatRequest(
+        key="k",
+        messages=messages,
+        schema_name="s",
+        schema=schema,
+        max_tokens=9,
+        temperature=0.0,
+        seed=0,
+        affinity=affinity,
+    )
 
 
 def test_calls_with_one_prefix_meet_on_one_engine_and_move_on_when_it_dies():
@@ -142,7 +182,12 @@ def test_calls_with_one_prefix_meet_on_one_engine_and_move_on_when_it_dies():
         assert all(after[name].model == home for name, home in homes.items() if home != "1")
         assert {answer.model for answer in after.values()} == {"0", "2"}
         values = pool.metrics()
-        assert (values["calls"], values["retries"], values["failures"], values["engines_lost_max"]) == (36, 1, 0, 1)
+        assert (values["calls"], values["retries"], values["failures"], values["engines_lost_max"]) == (
+            36,
+            1,
+            0,
+            1,
+        )
         assert (values["prompt_tokens"], values["cached_tokens"]) == (360, 180)
         for engine in (engines[0], engines[2]):
             kill(engine)
@@ -204,11 +249,22 @@ def test_a_caller_that_gives_up_takes_its_call_along():
     asyncio.run(scenario())
 
 
-REPLIES = ("So the letter came on Friday.", "And your brother said nothing?", "I see.", "That was four years of work.")
+REPLIES = (
+    "So the letter came on Friday.",
+    "And your brother said nothing?",
+    "I see.",
+    "That was four years of work.",
+)
 LIMITS = CollectLimits(
-    max_turns=4, max_reply_tokens=30, max_context_tokens=4000, end_on_truncation=False, strict_format=True, temperature=1.0,
-    max_concurrent=12, request_timeout_s=60.0,
-)  # fmt: skip
+    max_turns=4,
+    max_reply_tokens=30,
+    max_context_tokens=4000,
+    end_on_truncation=False,
+    strict_format=True,
+    temperature=1.0,
+    max_concurrent=12,
+    request_timeout_s=60.0,
+)
 
 
 def hold(respond, renderer: Renderer) -> list:
@@ -216,7 +272,9 @@ def hold(respond, renderer: Renderer) -> list:
 
     async def generate(request: GenerateRequest) -> Generation:
         ids = [*renderer._encode_text(REPLIES[request.seed % len(REPLIES)]), renderer.end_token_id]
-        return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(0, 0))
+        return Generation(
+            token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(0, 0)
+        )
 
     tasks = [DialogueTask(id=f"d{i:02d}", group_id="g", persona=PERSONAS[i % 6], seed=i) for i in range(24)]
     return asyncio.run(collect(tasks, generate=generate, respond=respond, renderer=renderer, limits=LIMITS))
@@ -264,7 +322,10 @@ async def gathered(replicas) -> list:
 
 def outline(dialogue) -> list:
     """What was said and felt, without the names of what judged."""
-    told = [(turn.reply, turn.emotion_after, replace(turn.appraisal, source=""), turn.user_message) for turn in dialogue.turns]
+    told = [
+        (turn.reply, turn.emotion_after, replace(turn.appraisal, source=""), turn.user_message)
+        for turn in dialogue.turns
+    ]
     return [dialogue.id, dialogue.opening, dialogue.end_reason, dialogue.final_emotion, told]
 
 
@@ -293,7 +354,9 @@ def named(count: int) -> list:
 
 
 def ask(dialogue: int | str, turn: int) -> GenerateRequest:
-    return GenerateRequest(dialogue_id=str(dialogue), turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0)
+    return GenerateRequest(
+        dialogue_id=str(dialogue), turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0
+    )
 
 
 def test_dialogues_spread_over_engines_and_stay_where_their_prefix_is():
@@ -336,7 +399,9 @@ def test_a_late_reply_is_called_off_on_its_engine():
     async def scenario():
         (engine,) = named(1)
         pool = EnginePool([engine])
-        await pool.generate(ask("first", 0))  # from here on the engine is there to hear of it, however long that took
+        await pool.generate(
+            ask("first", 0)
+        )  # from here on the engine is there to hear of it, however long that took
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.generate(ask("slow", 0)), timeout=1)
         assert await until_given_up(engine) == ["slow"]
@@ -349,7 +414,9 @@ class Broken:
     """Fails on purpose, or by accident."""
 
     def fail(self, on_purpose: bool) -> None:
-        raise WeightSyncError("engine 1 does not hold the weights") if on_purpose else ValueError("a bad shape")
+        raise (
+            WeightSyncError("engine 1 does not hold the weights") if on_purpose else ValueError("a bad shape")
+        )
 
 
 def test_an_actors_own_error_surfaces_as_itself_and_any_other_as_one_line():

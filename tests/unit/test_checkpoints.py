@@ -8,7 +8,13 @@ import pytest
 from rlver_dist.errors import DataError
 from rlver_dist.files import write_whole
 from rlver_dist.trainer import checkpoints
-from rlver_dist.trainer.checkpoints import WARM_START, CheckpointStore, Progress, copy_warm_start, select_checkpoint
+from rlver_dist.trainer.checkpoints import (
+    WARM_START,
+    CheckpointStore,
+    Progress,
+    copy_warm_start,
+    select_checkpoint,
+)
 
 
 def progress(iteration: int, warmed_up: bool = False) -> Progress:
@@ -67,7 +73,10 @@ def test_an_unfinished_checkpoint_does_not_exist(tmp_path):
 
 def test_choose(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    assert select_checkpoint(store, "auto", (), {}) is None and select_checkpoint(store, "never", ("policy",), {}) is None
+    assert (
+        select_checkpoint(store, "auto", (), {}) is None
+        and select_checkpoint(store, "never", ("policy",), {}) is None
+    )
     first = write(store, 1)
     assert select_checkpoint(store, "auto", (), {}) == first
     assert select_checkpoint(store, str(first), (), {}) == first
@@ -87,7 +96,9 @@ def test_another_runs_checkpoint_starts_a_folder_of_its_own(tmp_path):
     assert select_checkpoint(ours, str(theirs), (), {}) == theirs
     write(ours, 1)
     with pytest.raises(
-        DataError, match=r"step_3: of another run, and .*ours/checkpoints/step_1 exists; use resume=auto .* another output_dir"
+        DataError,
+        match=r"step_3: of another run, and .*ours/checkpoints/step_1 exists; use resume=auto .* another "
+        r"output_dir",
     ):
         select_checkpoint(ours, str(theirs), (), {})
 
@@ -115,7 +126,11 @@ def test_a_warmed_up_checkpoint_comes_with_the_policy_that_it_began_with(tmp_pat
 
 def test_a_warmed_up_checkpoint_that_was_copied_alone_is_refused(tmp_path):
     alone = write(CheckpointStore(tmp_path, keep=2), 3, warmed_up=True)
-    with pytest.raises(DataError, match=r"^resume=.*step_3: .*/warm_start, the policy .* is missing; copy it along .* another output_dir$"):
+    with pytest.raises(
+        DataError,
+        match=r"^resume=.*step_3: .*/warm_start, the policy .* is missing; copy it along .* another "
+        r"output_dir$",
+    ):
         select_checkpoint(CheckpointStore(tmp_path, keep=2), "auto", (), {})
     warm_start(tmp_path, "ours")
     assert select_checkpoint(CheckpointStore(tmp_path, keep=2), "auto", (), {}) == alone
@@ -126,7 +141,11 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     first = write(store, 1)
     # Options that only one of the two has, such as a critic's, are for `learners` to judge.
     assert select_checkpoint(store, "auto", (), {"model.path": "tiny", "model.dtype": "float32"}) == first
-    with pytest.raises(DataError, match=r"^model\.path=big: .*step_1 was written with model\.path=tiny; use that, or another output_dir$"):
+    with pytest.raises(
+        DataError,
+        match=r"^model\.path=big: .*step_1 was written with model\.path=tiny; use that, or another "
+        r"output_dir$",
+    ):
         select_checkpoint(store, "auto", (), {"model.path": "big"})
 
 
@@ -143,13 +162,16 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """Counts file operations of `checkpoints`, and kills before the one with number `fatal`, or in the midst of it where it deletes."""
+    """Counts file operations of `checkpoints`, and kills before the one with number `fatal`, or in the midst
+    of it where it deletes."""
 
     def __init__(self, monkeypatch, fatal: int, midst: bool) -> None:
         self.done, self._fatal, self._midst = 0, fatal, midst
         self._rename, self._write, self._rmtree = Path.rename, write_whole, shutil.rmtree
         monkeypatch.setattr(Path, "rename", lambda path, target: self._do(lambda: self._rename(path, target)))
-        monkeypatch.setattr(checkpoints, "write_whole", lambda path, text: self._do(lambda: self._write(path, text)))
+        monkeypatch.setattr(
+            checkpoints, "write_whole", lambda path, text: self._do(lambda: self._write(path, text))
+        )
         monkeypatch.setattr(checkpoints.shutil, "rmtree", self._delete)
 
     def _do(self, operation) -> None:
@@ -184,7 +206,9 @@ def line(store: CheckpointStore, name: str, *iterations: int) -> None:
     ],
     ids=["the same step again", "one more", "a left line with the same step", "a left line"],
 )
-def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, earlier, then, keep, before, left, midst):
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path, earlier, then, keep, before, left, midst
+):
     root = tmp_path / "run" / "checkpoints"
     for fatal in range(100):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)

@@ -1,4 +1,5 @@
-"""The dialogue loop: order of events, ends, and failures as data. Engine and user are small functions over real dialogue types."""
+"""The dialogue loop: order of events, ends, and failures as data. Engine and user are small functions over
+real dialogue types."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,18 +13,43 @@ from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role, Turn
 from rlver_dist.errors import BudgetError
 from rlver_dist.experience.samples import to_samples
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect, derive_seed
+from rlver_dist.rollout.collector import (
+    CollectLimits,
+    DialogueTask,
+    GenerateRequest,
+    Generation,
+    collect,
+    derive_seed,
+)
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
 LIMITS = CollectLimits(
-    max_turns=3, max_reply_tokens=8, max_context_tokens=1000, end_on_truncation=False, strict_format=True, temperature=1.0,
-    max_concurrent=4, request_timeout_s=5.0,
-)  # fmt: skip
+    max_turns=3,
+    max_reply_tokens=8,
+    max_context_tokens=1000,
+    end_on_truncation=False,
+    strict_format=True,
+    temperature=1.0,
+    max_concurrent=4,
+    request_timeout_s=5.0,
+)
 PERSONA = Persona(
-    id="p", name="Ada", profile="", scene="", temperament=Temperament.PASSIVE, traits=("shy", "warm", "proud"),
-    hidden_intent=HiddenIntent.BE_HEARD, want="", hides="", language="en", topic="", situation_id="s", opening="Hello", facts=(),
-)  # fmt: skip
+    id="p",
+    name="Ada",
+    profile="",
+    scene="",
+    temperament=Temperament.PASSIVE,
+    traits=("shy", "warm", "proud"),
+    hidden_intent=HiddenIntent.BE_HEARD,
+    want="",
+    hides="",
+    language="en",
+    topic="",
+    situation_id="s",
+    opening="Hello",
+    facts=(),
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +66,15 @@ def task(name: str = "d0", seed: int = 1) -> DialogueTask:
     return DialogueTask(id=name, group_id="g", persona=PERSONA, seed=seed)
 
 
-def replying(renderer: Renderer, text: str = "I see.", finish_reason: str = "stop") -> Callable[[GenerateRequest], Awaitable[Generation]]:
+def replying(
+    renderer: Renderer, text: str = "I see.", finish_reason: str = "stop"
+) -> Callable[[GenerateRequest], Awaitable[Generation]]:
     async def generate(request: GenerateRequest) -> Generation:
         ids = renderer._encode_text(text)
         ids = [*ids, renderer.end_token_id] if finish_reason == "stop" else ids
-        return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=finish_reason, policy_version=(4, 5))
+        return Generation(
+            token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=finish_reason, policy_version=(4, 5)
+        )
 
     return generate
 
@@ -55,13 +85,22 @@ async def respond(request: UserRequest) -> UserResponse:
         return UserResponse(appraisal=None, emotion=30.0, message="My day was bad.", end_reason=None)
     appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
     if request.turn_index == request.max_turns - 1:
-        return UserResponse(appraisal=appraisal, emotion=request.emotion + 5, message=None, end_reason=EndReason.MAX_TURNS)
-    return UserResponse(appraisal=appraisal, emotion=request.emotion + 5, message=f"Go on {request.turn_index}.", end_reason=None)
+        return UserResponse(
+            appraisal=appraisal, emotion=request.emotion + 5, message=None, end_reason=EndReason.MAX_TURNS
+        )
+    return UserResponse(
+        appraisal=appraisal,
+        emotion=request.emotion + 5,
+        message=f"Go on {request.turn_index}.",
+        end_reason=None,
+    )
 
 
 def hold(renderer: Renderer, *, generate=None, respond=respond, limits: CollectLimits = LIMITS) -> Dialogue:
     generate = generate or replying(renderer)
-    [dialogue] = asyncio.run(collect([task()], generate=generate, respond=respond, renderer=renderer, limits=limits))
+    [dialogue] = asyncio.run(
+        collect([task()], generate=generate, respond=respond, renderer=renderer, limits=limits)
+    )
     return dialogue
 
 
@@ -80,13 +119,23 @@ def test_whole_dialogue_is_recorded(renderer: Renderer) -> None:
 
     dialogue = hold(renderer, generate=generate, respond=listen)
     assert dialogue.end_reason is EndReason.MAX_TURNS and dialogue.error is None
-    assert (dialogue.opening, dialogue.start_emotion, dialogue.final_emotion) == ("My day was bad.", 30.0, 45.0)
-    assert [(turn.emotion_before, turn.emotion_after) for turn in dialogue.turns] == [(30, 35), (35, 40), (40, 45)]
+    assert (dialogue.opening, dialogue.start_emotion, dialogue.final_emotion) == (
+        "My day was bad.",
+        30.0,
+        45.0,
+    )
+    assert [(turn.emotion_before, turn.emotion_after) for turn in dialogue.turns] == [
+        (30, 35),
+        (35, 40),
+        (40, 45),
+    ]
     assert [turn.user_message for turn in dialogue.turns] == ["Go on 0.", "Go on 1.", None]
     assert dialogue.turns[0].reply == "I see." and dialogue.turns[0].policy_version == (4, 5)
     assert asked[0].prompt_ids == renderer.opening_prompt("My day was bad.")
     for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
-        assert turn.prompt_ids == renderer.next_prompt(previous.prompt_ids, previous.reply_ids, previous.reply, previous.user_message)
+        assert turn.prompt_ids == renderer.next_prompt(
+            previous.prompt_ids, previous.reply_ids, previous.reply, previous.user_message
+        )
     assert [request.seed for request in asked] == [derive_seed(1, index) for index in range(3)]
     assert [len(request.messages) for request in heard] == [0, 2, 4, 6]
     assert all(request.messages[-1].role is Role.ASSISTANT for request in heard[1:])
@@ -102,14 +151,21 @@ def test_empty_reply_is_malformed_and_recorded(renderer: Renderer, text: str) ->
     dialogue = hold(renderer, generate=replying(renderer, text))
     assert dialogue.end_reason is EndReason.MALFORMED and dialogue.final_emotion == 30.0
     [turn] = dialogue.turns
-    assert turn.reply == "" and not turn.well_formed and turn.appraisal is None and turn.emotion_after == turn.emotion_before == 30.0
+    assert (
+        turn.reply == ""
+        and not turn.well_formed
+        and turn.appraisal is None
+        and turn.emotion_after == turn.emotion_before == 30.0
+    )
     assert turn.reply_ids[-1] == renderer.end_token_id
 
 
 def test_truncated_reply_ends_or_is_heard_as_it_is(renderer: Renderer) -> None:
     cut = replying(renderer, "It is", finish_reason="length")
     ended = hold(renderer, generate=cut, limits=replace(LIMITS, end_on_truncation=True))
-    assert ended.end_reason is EndReason.OVER_LONG and len(ended.turns) == 1 and ended.turns[0].appraisal is None
+    assert (
+        ended.end_reason is EndReason.OVER_LONG and len(ended.turns) == 1 and ended.turns[0].appraisal is None
+    )
     heard = hold(renderer, generate=cut)
     assert heard.end_reason is EndReason.MAX_TURNS and all(turn.truncated for turn in heard.turns)
 
@@ -125,7 +181,9 @@ def test_context_overflow_counts_prompt_and_a_full_reply(renderer: Renderer) -> 
 
 def test_an_opening_that_leaves_no_room_ends_before_the_first_reply(renderer: Renderer) -> None:
     opening = len(renderer.opening_prompt("My day was bad."))
-    dialogue = hold(renderer, limits=replace(LIMITS, max_context_tokens=opening + LIMITS.max_reply_tokens - 1))
+    dialogue = hold(
+        renderer, limits=replace(LIMITS, max_context_tokens=opening + LIMITS.max_reply_tokens - 1)
+    )
     assert dialogue.end_reason is EndReason.CONTEXT_OVERFLOW and dialogue.turns == []
     assert dialogue.start_emotion == dialogue.final_emotion == 30.0
 
@@ -139,33 +197,49 @@ def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker
 
     dialogue = hold(thinker, generate=replying(thinker, "<think>secret</think>\nI see."), respond=listen)
     assert dialogue.end_reason is EndReason.MAX_TURNS and len(dialogue.turns) == 3
-    assert all((turn.thinking, turn.reply, turn.well_formed) == ("secret", "I see.", True) for turn in dialogue.turns)
+    assert all(
+        (turn.thinking, turn.reply, turn.well_formed) == ("secret", "I see.", True) for turn in dialogue.turns
+    )
     assert all("secret" not in message.text for request in heard for message in request.messages)
     for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
         shared_prefix = len(previous.prompt_ids)
         assert turn.prompt_ids[:shared_prefix] == previous.prompt_ids
         added = thinker._tokenizer.decode(turn.prompt_ids[shared_prefix:])
-        assert added == f"I see.<|im_end|>\n<|im_start|>user\n{previous.user_message}<|im_end|>\n<|im_start|>assistant\n"
+        user = f"<|im_start|>user\n{previous.user_message}<|im_end|>\n"
+        assert added == f"I see.<|im_end|>\n{user}<|im_start|>assistant\n"
     samples = to_samples(dialogue)
     assert [sample.turn_index for sample in samples] == [0, 1, 2]
     assert [sum(sample.loss_mask) for sample in samples] == [len(turn.reply_ids) for turn in dialogue.turns]
 
 
-@pytest.mark.parametrize(("text", "reply"), [("I see.", "I see."), ("<think>a</think>b</think>I see.", "I see."), ("<think>I see.", "")])
-def test_a_broken_format_ends_training_dialogues_and_is_counted_in_evaluation(thinker: Renderer, text: str, reply: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reply"),
+    [("I see.", "I see."), ("<think>a</think>b</think>I see.", "I see."), ("<think>I see.", "")],
+)
+def test_a_broken_format_ends_training_dialogues_and_is_counted_in_evaluation(
+    thinker: Renderer, text: str, reply: str
+) -> None:
     ended = hold(thinker, generate=replying(thinker, text))
     assert ended.end_reason is EndReason.MALFORMED and ended.final_emotion == 30.0
     assert [(turn.reply, turn.well_formed, turn.appraisal) for turn in ended.turns] == [(reply, False, None)]
     lenient = hold(thinker, generate=replying(thinker, text), limits=replace(LIMITS, strict_format=False))
     # Silence is heard, too: a dialogue that it ended would keep its emotion.
     assert lenient.end_reason is EndReason.MAX_TURNS and len(lenient.turns) == 3
-    assert all(turn.reply == reply and not turn.well_formed and turn.appraisal is not None for turn in lenient.turns)
+    assert all(
+        turn.reply == reply and not turn.well_formed and turn.appraisal is not None for turn in lenient.turns
+    )
 
 
 def test_a_reply_cut_while_thinking_is_malformed_and_one_cut_later_is_heard(thinker: Renderer) -> None:
     thinking = hold(thinker, generate=replying(thinker, "<think>They are", finish_reason="length"))
-    assert thinking.end_reason is EndReason.MALFORMED and thinking.turns[0].truncated and not thinking.turns[0].well_formed
-    speaking = hold(thinker, generate=replying(thinker, "<think>They are sad.</think>I he", finish_reason="length"))
+    assert (
+        thinking.end_reason is EndReason.MALFORMED
+        and thinking.turns[0].truncated
+        and not thinking.turns[0].well_formed
+    )
+    speaking = hold(
+        thinker, generate=replying(thinker, "<think>They are sad.</think>I he", finish_reason="length")
+    )
     assert speaking.end_reason is EndReason.MAX_TURNS
     assert all(turn.truncated and turn.well_formed and turn.reply == "I he" for turn in speaking.turns)
 
@@ -226,24 +300,36 @@ def test_dialogues_run_freely_up_to_the_limit_and_come_back_sorted(renderer: Ren
 
     tasks = [task(f"d{index}", seed=index) for index in (3, 1, 2, 0)]
     limits = replace(LIMITS, max_concurrent=2)
-    call = collect(tasks, generate=generate, respond=respond, renderer=renderer, limits=limits, on_progress=on_progress)
+    call = collect(
+        tasks, generate=generate, respond=respond, renderer=renderer, limits=limits, on_progress=on_progress
+    )
     dialogues = asyncio.run(call)
     assert [dialogue.id for dialogue in dialogues] == ["d0", "d1", "d2", "d3"]
     assert all(dialogue.end_reason is EndReason.MAX_TURNS for dialogue in dialogues)
     assert most == 2
-    assert (settled, replies) == (4 * LIMITS.max_turns, sum(len(dialogue.turns) for dialogue in dialogues)) == (12, 12)
+    assert (
+        (settled, replies)
+        == (4 * LIMITS.max_turns, sum(len(dialogue.turns) for dialogue in dialogues))
+        == (12, 12)
+    )
 
 
 def test_a_dialogue_that_ends_early_settles_the_turns_that_it_will_not_have(renderer: Renderer) -> None:
     async def leave(request: UserRequest) -> UserResponse:
         answer = await respond(request)
-        return answer if request.turn_index < 0 else replace(answer, message=None, end_reason=EndReason.GOODBYE)
+        return (
+            answer if request.turn_index < 0 else replace(answer, message=None, end_reason=EndReason.GOODBYE)
+        )
 
     heard: list[tuple[int, bool]] = []
     call = collect(
-        [task("a")], generate=replying(renderer), respond=leave, renderer=renderer, limits=LIMITS,
+        [task("a")],
+        generate=replying(renderer),
+        respond=leave,
+        renderer=renderer,
+        limits=LIMITS,
         on_progress=lambda more, turn: heard.append((more, turn is not None)),
-    )  # fmt: skip
+    )
     asyncio.run(call)
     assert heard == [(1, True), (LIMITS.max_turns - 1, False)]
 
@@ -262,7 +348,9 @@ def test_cancellation_propagates(renderer: Renderer) -> None:
         raise AssertionError("unreachable")
 
     async def interrupt() -> None:
-        call = collect([task("a"), task("b")], generate=hang, respond=respond, renderer=renderer, limits=LIMITS)
+        call = collect(
+            [task("a"), task("b")], generate=hang, respond=respond, renderer=renderer, limits=LIMITS
+        )
         collecting = asyncio.create_task(call)
         await started.wait()
         await asyncio.sleep(0)
@@ -291,5 +379,7 @@ def test_a_used_up_budget_ends_the_collection_and_every_dialogue_in_flight(rende
 
     tasks = [task(f"d{index}") for index in range(4)]
     with pytest.raises(BudgetError, match="max_cost is used up"):
-        asyncio.run(collect(tasks, generate=replying(renderer), respond=broke, renderer=renderer, limits=LIMITS))
+        asyncio.run(
+            collect(tasks, generate=replying(renderer), respond=broke, renderer=renderer, limits=LIMITS)
+        )
     assert sorted(cancelled) == ["d0", "d1", "d3"]

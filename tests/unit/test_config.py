@@ -47,15 +47,26 @@ def test_recipes_carry_the_papers_values(recipe):
     assert (config.num_personas, config.algorithm.group_size) == (32, 4 if "grpo" in recipe else 1)
     assert (config.rollout.max_turns, config.rollout.temperature, config.num_iterations) == (8, 1.0, 1000)
     algorithm, thinks = config.algorithm, "no_think" not in recipe
-    assert (config.learner.lr, config.learner.grad_clip, config.critic.lr, config.critic.value_clip) == (1e-6, 1.0, 5e-6, 0.5)
-    assert (algorithm.clip_low, algorithm.clip_high, algorithm.entropy_coef, algorithm.kl_coef) == (0.2, 0.2, 0.001, 0.0)
+    assert (config.learner.lr, config.learner.grad_clip, config.critic.lr, config.critic.value_clip) == (
+        1e-6,
+        1.0,
+        5e-6,
+        0.5,
+    )
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.entropy_coef, algorithm.kl_coef) == (
+        0.2,
+        0.2,
+        0.001,
+        0.0,
+    )
     assert (algorithm.gamma, algorithm.gae_lambda) == (1, 1)
     assert algorithm.whiten_advantages or not config.has_critic
     assert algorithm.end_rewards.malformed is EndReward.zero
     assert config.rollout.think == thinks
     assert config.rollout.max_turn_tokens == (5000 if thinks else 1024)
     assert config.has_critic == ("ppo" in recipe)
-    # A turn is a row of its own with thinking, which makes about 8 mini-batches; both schedules go on once an iteration.
+    # A turn is a row of its own with thinking, which makes about 8 mini-batches; both schedules go on once an
+    # iteration.
     assert algorithm.updates_per_iteration == (8 if thinks else 1)
     assert config.learner.warmup_steps == 20 * algorithm.updates_per_iteration
     assert config.critic.warmup_steps == 50 * algorithm.updates_per_iteration or not config.has_critic
@@ -65,7 +76,9 @@ def test_recipes_carry_the_papers_values(recipe):
 def test_placements_choose_the_critic_and_who_needs_a_warm_up(recipe, placement):
     config = composed(f"+exp={recipe}", *([f"+on={placement}"] if placement else []))
     on_cpu = placement == "cpu"
-    assert (config.critic.trunk, config.critic.num_layers) == ((CriticTrunk.frozen, 8) if on_cpu else (CriticTrunk.trained, 0))
+    assert (config.critic.trunk, config.critic.num_layers) == (
+        (CriticTrunk.frozen, 8) if on_cpu else (CriticTrunk.trained, 0)
+    )
     assert (config.warm_up.dialogues > 0) == on_cpu
     if on_cpu:
         assert config.algorithm.updates_per_iteration == 1
@@ -73,12 +86,20 @@ def test_placements_choose_the_critic_and_who_needs_a_warm_up(recipe, placement)
         assert config.cluster.kv_cache_gib * 46_592 >= config.rollout.max_concurrent * 1024
 
 
-@pytest.mark.skipif(not (CONFIG_DIR.parent / ".venv" / ".rlver_dist_setup").exists(), reason="local.sh would set up first")
+@pytest.mark.skipif(
+    not (CONFIG_DIR.parent / ".venv" / ".rlver_dist_setup").exists(), reason="local.sh would set up first"
+)
 def test_the_first_command_is_ppo_that_thinks_first_on_this_machines_cpu():
     command = ["bash", "launch/local.sh", "check=true"]
-    done = subprocess.run(command, cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=True, timeout=120
+    )
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
-    assert "smollm2-135m-instruct" in lines["model"] and "frozen" in lines["critic"] and "thinking first" in done.stdout
+    assert (
+        "smollm2-135m-instruct" in lines["model"]
+        and "frozen" in lines["critic"]
+        and "thinking first" in done.stdout
+    )
 
 
 def test_a_run_goes_on_only_with_what_its_state_and_its_first_evaluation_fit():
@@ -91,9 +112,14 @@ def test_a_run_goes_on_only_with_what_its_state_and_its_first_evaluation_fit():
         "model.think_instruction": "model.think_instruction=Think.",
     }
     for key, override in changes.items():
-        other = composed(*([override] if override.startswith("+exp") else ["+exp=ppo_think", override])).resume_fingerprint
+        other = composed(
+            *([override] if override.startswith("+exp") else ["+exp=ppo_think", override])
+        ).resume_fingerprint
         assert ppo.resume_fingerprint[key] != other[key]
-    assert "evaluation.max_turns" not in composed("+exp=ppo_think", "evaluation.num_personas=0").resume_fingerprint
+    assert (
+        "evaluation.max_turns"
+        not in composed("+exp=ppo_think", "evaluation.num_personas=0").resume_fingerprint
+    )
 
 
 def test_a_placement_scales_the_recipe_whatever_the_order():
@@ -118,17 +144,27 @@ def test_command_line_wins_over_recipe_and_placement():
         ("nodes4x8", "vllm", "Qwen/Qwen2.5-32B-Instruct"),
     ],
 )
-def test_placements_choose_what_speaks_for_the_users_and_recipes_choose_the_rules(recipe, placement, backend, users):
+def test_placements_choose_what_speaks_for_the_users_and_recipes_choose_the_rules(
+    recipe, placement, backend, users
+):
     simulator = composed(f"+exp={recipe}", *([f"+on={placement}"] if placement else [])).simulator
     assert simulator.backend.value == backend
     assert users is None or simulator.engine.model == users
     assert simulator.preset is Preset.rlver_vanilla
 
 
-@pytest.mark.parametrize(("placement", "backend"), [("cpu", "vllm"), ("node8", "embedded"), ("gpu1", "openai")])
+@pytest.mark.parametrize(
+    ("placement", "backend"), [("cpu", "vllm"), ("node8", "embedded"), ("gpu1", "openai")]
+)
 def test_the_command_lines_backend_wins_over_the_placements_in_any_order(placement, backend):
     named = ["simulator.openai.model=m"]
-    overrides = ["+exp=grpo_no_think", f"+on={placement}", f"simulator={backend}", "simulator.preset=rlver_challenging", *named]
+    overrides = [
+        "+exp=grpo_no_think",
+        f"+on={placement}",
+        f"simulator={backend}",
+        "simulator.preset=rlver_challenging",
+        *named,
+    ]
     for order in (overrides, overrides[::-1]):
         simulator = composed(*order).simulator
         assert (simulator.backend.value, simulator.preset.value) == (backend, "rlver_challenging")
@@ -139,11 +175,21 @@ def test_evaluation_users_share_the_backend_under_sages_rules():
     simulator = composed("+on=node8", *knobs).simulator
     evaluation = simulator.for_evaluation()
     assert (evaluation.preset, evaluation.acceptance, evaluation.start_emotion) == (Preset.sage, None, None)
-    assert (evaluation.backend, evaluation.engine, evaluation.llm) == (simulator.backend, simulator.engine, simulator.llm)
+    assert (evaluation.backend, evaluation.engine, evaluation.llm) == (
+        simulator.backend,
+        simulator.engine,
+        simulator.llm,
+    )
 
 
 def test_only_recipe_and_placement_change_places():
-    assert order_overrides(["a=1", "+on=cpu", "--cfg", "job", "+exp=x"]) == ["a=1", "+exp=x", "--cfg", "job", "+on=cpu"]
+    assert order_overrides(["a=1", "+on=cpu", "--cfg", "job", "+exp=x"]) == [
+        "a=1",
+        "+exp=x",
+        "--cfg",
+        "job",
+        "+on=cpu",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +214,8 @@ def test_only_recipe_and_placement_change_places():
         ("algorithm.kl_target=0.1", "algorithm.kl_target=0.1"),
         ("+exp=grpo_no_think algorithm.kl_coef=0.1 algorithm.kl_estimator=k1", "algorithm.kl_estimator=k1"),
         (
-            "+exp=grpo_no_think simulator=openai simulator.openai.model=m simulator.openai.max_concurrent=1 simulator.replicas=2",
+            "+exp=grpo_no_think simulator=openai simulator.openai.model=m simulator.openai.max_concurrent=1 "
+            "simulator.replicas=2",
             "use 2 or more",
         ),
         ("+exp=ppo_think critic.zero_stage=0 critic.offload_optimizer=false", "critic.zero_stage=0"),
@@ -193,17 +240,27 @@ def test_a_bad_value_is_named_with_the_way_out(override, words):
 
 @pytest.mark.parametrize("overrides", [["+exp=grpo_think"], ["+exp=ppo_think", "critic.trunk=frozen"]])
 def test_a_critic_that_trains_nothing_in_bfloat16_may_do_without_zero(overrides):
-    assert composed(*overrides, "critic.zero_stage=0", "critic.offload_optimizer=false").critic.zero_stage == 0
+    assert (
+        composed(*overrides, "critic.zero_stage=0", "critic.offload_optimizer=false").critic.zero_stage == 0
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_derived_placement_spreads_and_offloads_the_learners(recipe):
     config = composed(f"+exp={recipe}")
     for learner in (config.learner, config.critic):
-        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (3, True, True)
+        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (
+            3,
+            True,
+            True,
+        )
     config = composed(f"+exp={recipe}", "+on=cpu")
     for learner in (config.learner, config.critic):
-        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (1, False, False)
+        assert (learner.zero_stage, learner.offload_optimizer, learner.gradient_checkpointing) == (
+            1,
+            False,
+            False,
+        )
 
 
 def test_a_misspelt_key_is_refused():
@@ -218,7 +275,9 @@ def test_defaults_are_valid():
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rlver_dist.launch", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
@@ -230,7 +289,10 @@ def test_check_prints_the_arithmetic_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("recipe", "steps"), [("ppo_think", "8 an iteration, 7760 in all"), ("grpo_think", "8 an iteration, 8000 in all")])
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [("ppo_think", "8 an iteration, 7760 in all"), ("grpo_think", "8 an iteration, 8000 in all")],
+)
 def test_check_counts_no_steps_of_the_policy_while_the_critic_learns_alone(recipe, steps):
     config = composed(f"+exp={recipe}", "critic.pretrain_iterations=30")
     assert f"optimizer steps       {steps}" in describe(config, [], [])
@@ -240,9 +302,12 @@ def test_check_imports_nothing_heavy(tmp_path):
     code = (
         "import sys; sys.argv = ['launch', '+exp=grpo_no_think', '+on=cpu', 'check=true'];"
         "from rlver_dist.launch import main; main();"
-        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'wandb'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'wandb'} & set(sys.modules); assert "
+        "not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -256,11 +321,20 @@ def test_a_refused_value_exits_with_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("learner.lr=fast", "learner.lr: Value 'fast' of type 'str' could not be converted to Float; see README.md"),
-        ("algorithm.name=sac", "algorithm.name: Invalid value 'sac', expected one of [grpo, ppo]; see README.md"),
+        (
+            "learner.lr=fast",
+            "learner.lr: Value 'fast' of type 'str' could not be converted to Float; see README.md",
+        ),
+        (
+            "algorithm.name=sac",
+            "algorithm.name: Invalid value 'sac', expected one of [grpo, ppo]; see README.md",
+        ),
         ("learner.lrr=1", "learner.lrr: Key 'lrr' not in 'LearnerConfig'; see README.md"),
         ("output_dir=${nowhere}", "output_dir: Interpolation key 'nowhere' not found; see README.md"),
-        ("+model=huge", "In 'config': Could not find 'model/huge' Available options in 'model': qwen2_5_7b_instruct "),
+        (
+            "+model=huge",
+            "In 'config': Could not find 'model/huge' Available options in 'model': qwen2_5_7b_instruct ",
+        ),
         ("learner.lr", "Error parsing override 'learner.lr' missing EQUAL at '<EOF>' "),
     ],
 )
@@ -272,13 +346,30 @@ def test_what_cannot_be_composed_exits_with_one_line(override, words, tmp_path):
 
 def test_a_warning_given_while_the_run_goes_on_is_seen(tmp_path):
     warn = "logging.getLogger('rlver_dist.tracking.wandb').warning('W&B log failed')"
-    source = f"import logging; from rlver_dist import launch; launch.run = lambda config: {warn}; launch.main()"
-    done = subprocess.run([sys.executable, "-c", source, "+on=cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    source = (
+        f"import logging; from rlver_dist import launch; launch.run = lambda config: {warn}; launch.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, "+on=cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert done.stderr == "W&B log failed\n"
 
 
 def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
-    row = {"id": "p1", "name": "A", "profile": "x", "scene": "y", "temperament": "passive", "hidden_intent": "praise", "want": "z"}
+    row = {
+        "id": "p1",
+        "name": "A",
+        "profile": "x",
+        "scene": "y",
+        "temperament": "passive",
+        "hidden_intent": "praise",
+        "want": "z",
+    }
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
     done = launch("+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", cwd=tmp_path)
     assert done.returncode == 2
@@ -288,15 +379,27 @@ def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     done = launch("+exp=grpo_no_think", "+on=cpu", "model.path=./nowhere", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: model.path=./nowhere: no config.json in that folder; name a Hugging Face model folder"
+    assert (
+        done.stderr.strip()
+        == "error: model.path=./nowhere: no config.json in that folder; name a Hugging Face model folder"
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["simulator=openai", "simulator.openai.model=m"], "simulator.openai.api_key_env=OPENAI_API_KEY: not set in the environment"),
-        (["simulator=vllm", "simulator.engine.model=./nowhere"], "simulator.engine.model=./nowhere: no config.json in that folder"),
-        (["simulator=vllm", "simulator.engine.kv_cache_gib=100000"], "simulator.engine.model=smollm2-135m-instruct: weights, optimizers"),
+        (
+            ["simulator=openai", "simulator.openai.model=m"],
+            "simulator.openai.api_key_env=OPENAI_API_KEY: not set in the environment",
+        ),
+        (
+            ["simulator=vllm", "simulator.engine.model=./nowhere"],
+            "simulator.engine.model=./nowhere: no config.json in that folder",
+        ),
+        (
+            ["simulator=vllm", "simulator.engine.kv_cache_gib=100000"],
+            "simulator.engine.model=smollm2-135m-instruct: weights, optimizers",
+        ),
     ],
 )
 def test_what_the_users_cannot_do_without_is_missed_before_anything_starts(tmp_path, overrides, words):
@@ -307,7 +410,15 @@ def test_what_the_users_cannot_do_without_is_missed_before_anything_starts(tmp_p
 
 
 def test_chat_models_speak_for_personas_that_rules_cannot(tmp_path):
-    row = {"id": "p1", "name": "A", "profile": "x", "scene": "y", "temperament": "passive", "hidden_intent": "praise", "want": "z"}
+    row = {
+        "id": "p1",
+        "name": "A",
+        "profile": "x",
+        "scene": "y",
+        "temperament": "passive",
+        "hidden_intent": "praise",
+        "want": "z",
+    }
     (tmp_path / "mine.jsonl").write_text(json.dumps({**row, "language": "zh"}) + "\n")
     arguments = ["+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", "simulator=vllm", "check=true"]
     assert launch(*arguments, cwd=tmp_path).returncode == 0

@@ -138,7 +138,9 @@ def test_a_count_that_begins_anew_has_a_rate_of_its_own(monkeypatch):
     assert stage.line() == "update: 1000 of 20000 tokens, 250 a second, about 76 s left"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (45, "45 s"), (599, "599 s"), (600, "10 min"), (7199, "2 h 0 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.21, "3.2 s"), (45, "45 s"), (599, "599 s"), (600, "10 min"), (7199, "2 h 0 min")]
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
@@ -200,7 +202,10 @@ def test_iteration_line_and_its_change():
     console.iteration(summary)
     console.iteration({"progress/iteration": 4.0, "reward/emotion_final": 40.44, "time/iteration_s": 7.25})
     assert raw.getvalue().decode().splitlines() == [
-        "iteration 3/25  emotion 41.2  reward 0.412  success 0.04  format 0.97  len 38  kl 0.0012  42 s (rollout 9, learner 31, sync 1)",
+        (
+            "iteration 3/25  emotion 41.2  reward 0.412  success 0.04  format 0.97  len 38  kl 0.0012  42 s "
+            "(rollout 9, learner 31, sync 1)"
+        ),
         "iteration 4/25  emotion 40.4 (-0.8)  7.2 s",
     ]
 
@@ -217,17 +222,31 @@ def test_end_of_a_run_as_plain_text(tmp_path):
         "wall_s": 1500.0,
         "second_appraiser": {"before": 41.0, "after": 40.0, "difference": -1.0, "interval95": [-2.0, 0.5]},
         "warm_up": {
-            "before": 40.0, "after": 41.2, "difference": 1.2, "interval95": [-1.0, 3.5],
-            "thinking_distinct2": {"before": 0.0, "after": 0.8}, "perplexity": {"before": 6.0, "after": 12.0},
+            "before": 40.0,
+            "after": 41.2,
+            "difference": 1.2,
+            "interval95": [-1.0, 3.5],
+            "thinking_distinct2": {"before": 0.0, "after": 0.8},
+            "perplexity": {"before": 6.0, "after": 12.0},
             "well_formed": {"before": 1.0, "after": 0.0},
-            "second_appraiser": {"before": 43.0, "after": 41.0, "difference": -2.0, "interval95": [-3.0, -1.0]},
+            "second_appraiser": {
+                "before": 43.0,
+                "after": 41.0,
+                "difference": -2.0,
+                "interval95": [-3.0, -1.0],
+            },
         },
         "well_formed": {"before": 0.0, "after": 0.0},
         "distinct2": {"before": 0.712, "after": 0.66},
         "thinking_distinct2": {"before": 0.8, "after": 0.25},
         "perplexity": {"before": 12.0, "after": 13.5},
-    }  # fmt: skip
-    console.finish([40.0, 44.0, 48.0], tmp_path, summary, [(make_dialogue("Oh\n no.", "They\n grieve."), make_dialogue("A hard day."))])
+    }
+    console.finish(
+        [40.0, 44.0, 48.0],
+        tmp_path,
+        summary,
+        [(make_dialogue("Oh\n no.", "They\n grieve."), make_dialogue("A hard day."))],
+    )
     lines = raw.getvalue().decode().splitlines()
     assert "  emotion                    41.2 -> 46.3 (+5.1, 95 % interval +2.1 to +8.0)" in lines
     assert "  emotion, second judge      41.0 -> 40.0 (-1.0, 95 % interval -2.0 to +0.5)" in lines

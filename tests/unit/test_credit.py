@@ -14,7 +14,14 @@ from torch import Tensor
 from rlver_dist.config.algorithm import AlgorithmConfig, EndRewardConfig
 from rlver_dist.config.enums import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
-from rlver_dist.experience.credit import compared_parts, dialogue_advantages, grpo_credit, ppo_credit, samples_of, token_rewards
+from rlver_dist.experience.credit import (
+    compared_parts,
+    dialogue_advantages,
+    grpo_credit,
+    ppo_credit,
+    samples_of,
+    token_rewards,
+)
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
 
@@ -28,22 +35,41 @@ def make_dialogue(
     user: int = 1,
     edited: bool = False,
 ) -> Dialogue:
-    """A dialogue with `replies` sampled tokens a turn and `user` tokens before each; where `edited`, no prompt extends the last."""
+    """A dialogue with `replies` sampled tokens a turn and `user` tokens before each; where `edited`, no
+    prompt extends the last."""
     turns: list[Turn] = []
     for index, length in enumerate(replies):
         history = turns[-1].prompt_ids + turns[-1].reply_ids if turns else []
         prompt = [100 + index] * user + history if edited else history + [100 + index] * user
         turns.append(
             Turn(
-                index=index, prompt_ids=prompt, reply_ids=[200 + index] * length, logprobs=[-1.0] * length, reply="hm", thinking="",
-                truncated=False, emotion_before=30.0, emotion_after=35.0, appraisal=None, user_message=None,
-                policy_version=(0, 0), well_formed=True,
+                index=index,
+                prompt_ids=prompt,
+                reply_ids=[200 + index] * length,
+                logprobs=[-1.0] * length,
+                reply="hm",
+                thinking="",
+                truncated=False,
+                emotion_before=30.0,
+                emotion_after=35.0,
+                appraisal=None,
+                user_message=None,
+                policy_version=(0, 0),
+                well_formed=True,
             )
-        )  # fmt: skip
+        )
     return Dialogue(
-        id=name, persona_id="p", group_id=group, seed=1, opening="hi", start_emotion=30.0, turns=turns, end_reason=end,
-        final_emotion=45.0, error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
-    )  # fmt: skip
+        id=name,
+        persona_id="p",
+        group_id=group,
+        seed=1,
+        opening="hi",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=end,
+        final_emotion=45.0,
+        error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,9 +81,14 @@ class PaidSample(TurnSample):
 
 def make_sample(name: str, turn: int, num_trained: int, reward: float = 0.0, group: str = "g") -> PaidSample:
     return PaidSample(
-        token_ids=[1] * (num_trained + 1), loss_mask=[False] + [True] * num_trained, rollout_logprobs=[0.0] + [-1.0] * num_trained,
-        reward=reward, dialogue_id=name, group_id=group, turn_index=turn,
-    )  # fmt: skip
+        token_ids=[1] * (num_trained + 1),
+        loss_mask=[False] + [True] * num_trained,
+        rollout_logprobs=[0.0] + [-1.0] * num_trained,
+        reward=reward,
+        dialogue_id=name,
+        group_id=group,
+        turn_index=turn,
+    )
 
 
 def tensors(*columns: list[float]) -> list[Tensor]:
@@ -73,14 +104,22 @@ TURNS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 def at_the_end(samples: list[PaidSample]) -> list[Tensor]:
     """Each dialogue's reward on the last token of its last row."""
-    last = {sample.dialogue_id: sample.turn_index for sample in sorted(samples, key=lambda sample: sample.turn_index)}
+    last = {
+        sample.dialogue_id: sample.turn_index
+        for sample in sorted(samples, key=lambda sample: sample.turn_index)
+    }
     return [
-        torch.tensor([0.0] * (sample.num_trained - 1) + [sample.reward * (last[sample.dialogue_id] == sample.turn_index)])
+        torch.tensor(
+            [0.0] * (sample.num_trained - 1)
+            + [sample.reward * (last[sample.dialogue_id] == sample.turn_index)]
+        )
         for sample in samples
     ]
 
 
-def whole(samples: list[PaidSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float) -> list[Tensor]:
+def whole(
+    samples: list[PaidSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float
+) -> list[Tensor]:
     """GRPO of whole dialogues, paid at the end."""
     parts = {sample.dialogue_id: [0] for sample in samples}
     for sample in samples:
@@ -92,9 +131,13 @@ def ppo(gamma: float = 1.0, gae_lambda: float = 1.0, whiten: bool = False) -> Al
     return AlgorithmConfig(gamma=gamma, gae_lambda=gae_lambda, whiten_advantages=whiten)
 
 
-@pytest.mark.parametrize("end", [EndReason.EMOTION_HIGH, EndReason.EMOTION_LOW, EndReason.GOODBYE, EndReason.MAX_TURNS])
+@pytest.mark.parametrize(
+    "end", [EndReason.EMOTION_HIGH, EndReason.EMOTION_LOW, EndReason.GOODBYE, EndReason.MAX_TURNS]
+)
 def test_ends_that_are_not_the_policys_are_paid_by_emotion(end: EndReason):
-    nothing = EndRewardConfig(malformed=EndReward.zero, over_long=EndReward.zero, context_overflow=EndReward.zero)
+    nothing = EndRewardConfig(
+        malformed=EndReward.zero, over_long=EndReward.zero, context_overflow=EndReward.zero
+    )
     assert dialogue_reward(make_dialogue(end=end), nothing) == pytest.approx(0.45)
 
 
@@ -106,7 +149,9 @@ def test_ends_that_the_policy_caused_follow_their_own_rule(end: EndReason):
     for paid in (EndReward.emotion, EndReward.zero):
         unlike = EndReward.zero if paid is EndReward.emotion else EndReward.emotion
         rules = EndRewardConfig(**{other.value: unlike for other in FAULTS} | {end.value: paid})
-        assert dialogue_reward(make_dialogue(end=end), rules) == pytest.approx(0.45 if paid is EndReward.emotion else 0.0)
+        assert dialogue_reward(make_dialogue(end=end), rules) == pytest.approx(
+            0.45 if paid is EndReward.emotion else 0.0
+        )
 
 
 def test_an_infrastructure_failure_is_never_scored():
@@ -129,7 +174,9 @@ MIXED = [
     ("min_group", "kept", "counts"),
     [(1, ["a0", "a2", "b1"], (4, 0, 0)), (2, ["a0", "a2"], (4, 1, 1)), (3, [], (4, 2, 3))],
 )
-def test_selection_drops_failures_then_groups_that_are_too_small(min_group: int, kept: list[str], counts: tuple[int, int, int]):
+def test_selection_drops_failures_then_groups_that_are_too_small(
+    min_group: int, kept: list[str], counts: tuple[int, int, int]
+):
     selection = select_trainable(MIXED, min_group)
     assert [dialogue.id for dialogue in selection.kept] == kept
     assert (selection.num_failed, selection.num_dropped_groups, selection.num_dropped) == counts
@@ -138,12 +185,19 @@ def test_selection_drops_failures_then_groups_that_are_too_small(min_group: int,
 
 def test_grpo_gives_every_token_of_a_dialogue_its_advantage_over_the_group():
     samples = [
-        make_sample("a", 0, 2, 0.2, "g"), make_sample("a", 1, 1, 0.2, "g"), make_sample("b", 0, 3, 0.6, "g"),
-        make_sample("c", 0, 1, 0.9, "h"), make_sample("d", 0, 1, 0.3, "h"),
-    ]  # fmt: skip
+        make_sample("a", 0, 2, 0.2, "g"),
+        make_sample("a", 1, 1, 0.2, "g"),
+        make_sample("b", 0, 3, 0.6, "g"),
+        make_sample("c", 0, 1, 0.9, "h"),
+        make_sample("d", 0, 1, 0.3, "h"),
+    ]
     advantages = whole(samples, AlgorithmConfig(normalize_by_std=False), None, kl_coef=5.0)
-    assert lists(advantages) == [pytest.approx(row) for row in ([-0.2, -0.2], [-0.2], [0.2, 0.2, 0.2], [0.3], [-0.3])]
-    assert dialogue_advantages(samples, advantages) == pytest.approx({"a": -0.2, "b": 0.2, "c": 0.3, "d": -0.3})
+    assert lists(advantages) == [
+        pytest.approx(row) for row in ([-0.2, -0.2], [-0.2], [0.2, 0.2, 0.2], [0.3], [-0.3])
+    ]
+    assert dialogue_advantages(samples, advantages) == pytest.approx(
+        {"a": -0.2, "b": 0.2, "c": 0.3, "d": -0.3}
+    )
     # 0.2 and 0.6 deviate by 0.4 / sqrt 2.
     scaled = whole(samples, AlgorithmConfig(normalize_by_std=True), None, kl_coef=5.0)
     assert scaled[2].tolist() == pytest.approx([math.sqrt(0.5)] * 3, abs=1e-5)
@@ -152,7 +206,9 @@ def test_grpo_gives_every_token_of_a_dialogue_its_advantage_over_the_group():
 def test_grpo_takes_the_kl_of_the_whole_dialogue_off_its_reward():
     samples = [make_sample("a", 0, 2, 0.5), make_sample("a", 1, 1, 0.5), make_sample("b", 0, 1, 0.8)]
     # Rewards: 0.5 - 0.1 * (0.5 + 0.5 + 1) = 0.3 and 0.8 - 0.1 * -1 = 0.9, about 0.6.
-    advantages = whole(samples, AlgorithmConfig(normalize_by_std=False), tensors([0.5, 0.5], [1.0], [-1.0]), kl_coef=0.1)
+    advantages = whole(
+        samples, AlgorithmConfig(normalize_by_std=False), tensors([0.5, 0.5], [1.0], [-1.0]), kl_coef=0.1
+    )
     assert lists(advantages) == [pytest.approx(row) for row in ([-0.3, -0.3], [-0.3], [0.3])]
 
 
@@ -160,7 +216,9 @@ def test_ppo_carries_across_the_turns_of_a_dialogue():
     samples = [make_sample("a", 0, 2, 1.0), make_sample("b", 0, 1, 0.4), make_sample("a", 1, 1, 1.0)]
     values = tensors([0.5, 0.2], [0.1], [0.6])
     # Dialogue a: rewards 0, 0, 1, deltas -0.3, 0.4, 0.4; b: 0.4 - 0.1.
-    advantages, returns = ppo_credit(samples, ppo(gae_lambda=0.5), at_the_end(samples), values, None, kl_coef=5.0)
+    advantages, returns = ppo_credit(
+        samples, ppo(gae_lambda=0.5), at_the_end(samples), values, None, kl_coef=5.0
+    )
     assert lists(advantages) == [pytest.approx(row, abs=1e-6) for row in ([0.0, 0.6], [0.3], [0.4])]
     assert lists(returns) == [pytest.approx(row, abs=1e-6) for row in ([0.5, 0.8], [0.4], [1.0])]
     assert dialogue_advantages(samples, advantages) == pytest.approx({"a": 1.0 / 3, "b": 0.3}, abs=1e-6)
@@ -191,9 +249,14 @@ def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
 
 
 @given(
-    replies=TURNS, emotions=st.lists(st.floats(0, 100), min_size=4, max_size=4), reward=st.floats(0, 1), edited=st.booleans(),
-)  # fmt: skip
-def test_turn_rewards_sum_to_the_reward_less_the_start(replies: list[int], emotions: list[float], reward: float, edited: bool):
+    replies=TURNS,
+    emotions=st.lists(st.floats(0, 100), min_size=4, max_size=4),
+    reward=st.floats(0, 1),
+    edited=st.booleans(),
+)
+def test_turn_rewards_sum_to_the_reward_less_the_start(
+    replies: list[int], emotions: list[float], reward: float, edited: bool
+):
     dialogue = moved(make_dialogue("a", replies=tuple(replies), edited=edited), *emotions[: len(replies)])
     samples = samples_of([dialogue])
     for placement, total in ((RewardPlacement.end, reward), (RewardPlacement.turns, reward - 0.3)):
@@ -222,8 +285,8 @@ def test_grpo_by_turns_compares_a_turn_by_what_is_still_to_come(edited: bool):
         moved(make_dialogue("c", replies=(1, 0, 2), edited=edited), 25.0, 27.0, 22.0),
     ]
     rewards = {"a": 0.50, "b": 0.30, "c": 0.22}
-    # To go: first turns 0.20, 0.00, -0.08 about 0.04; second turns 0.10 and -0.04 about 0.03 (c says nothing); third turns 0.12 and -0.05
-    # about 0.035.
+    # To go: first turns 0.20, 0.00, -0.08 about 0.04; second turns 0.10 and -0.04 about 0.03 (c says
+    # nothing); third turns 0.12 and -0.05 about 0.035.
     expected = [*(0.16, 0.16, 0.07, 0.085), *(-0.04, -0.07, -0.07), *(-0.12, -0.085, -0.085)]
     assert torch.cat(credited(dialogues, rewards)).tolist() == pytest.approx(expected, abs=1e-6)
     # Squared distances sum to 0.0416 (first turns), 0.0098 and 0.01445, with 2 + 1 + 1 degrees of freedom.
@@ -233,28 +296,48 @@ def test_grpo_by_turns_compares_a_turn_by_what_is_still_to_come(edited: bool):
 
 
 def test_grpo_by_turns_gives_nothing_to_a_turn_that_no_other_dialogue_reached():
-    dialogues = [moved(make_dialogue("a", replies=(1, 2)), 40.0, 50.0), moved(make_dialogue("b", replies=(1,)), 35.0)]
-    assert torch.cat(credited(dialogues, {"a": 0.5, "b": 0.35})).tolist() == pytest.approx([0.075, 0.0, 0.0, -0.075], abs=1e-6)
+    dialogues = [
+        moved(make_dialogue("a", replies=(1, 2)), 40.0, 50.0),
+        moved(make_dialogue("b", replies=(1,)), 35.0),
+    ]
+    assert torch.cat(credited(dialogues, {"a": 0.5, "b": 0.35})).tolist() == pytest.approx(
+        [0.075, 0.0, 0.0, -0.075], abs=1e-6
+    )
     # KL 1 and 2 nats of the later turn count for the first as well: 0.2 - 0.1 * 3 = -0.1 against 0.05.
     with_kl = credited(dialogues, {"a": 0.5, "b": 0.35}, kl=tensors([0.0, 1.0, 2.0], [0.0]))
     assert torch.cat(with_kl).tolist() == pytest.approx([-0.075, 0.0, 0.0, 0.075], abs=1e-6)
 
 
 @settings(deadline=None)
-@given(emotions=st.lists(st.floats(0, 100), min_size=2, max_size=4), lengths=st.lists(TURNS, min_size=4, max_size=4))
-def test_dialogues_of_one_turn_are_paid_the_same_by_turns_or_at_the_end(emotions: list[float], lengths: list[list[int]]):
+@given(
+    emotions=st.lists(st.floats(0, 100), min_size=2, max_size=4),
+    lengths=st.lists(TURNS, min_size=4, max_size=4),
+)
+def test_dialogues_of_one_turn_are_paid_the_same_by_turns_or_at_the_end(
+    emotions: list[float], lengths: list[list[int]]
+):
     dialogues = [
         moved(make_dialogue(f"d{n}", replies=(lengths[n][0],)), emotion) for n, emotion in enumerate(emotions)
-    ]  # fmt: skip
+    ]
     rewards = {dialogue.id: dialogue.final_emotion / 100 for dialogue in dialogues}
     at_end = credited(dialogues, rewards, placement=RewardPlacement.end)
-    assert lists(credited(dialogues, rewards)) == [pytest.approx(column, abs=1e-6) for column in lists(at_end)]
+    assert lists(credited(dialogues, rewards)) == [
+        pytest.approx(column, abs=1e-6) for column in lists(at_end)
+    ]
 
 
 @settings(deadline=None)
-@given(paths=st.lists(st.lists(st.integers(0, 1000), min_size=2, max_size=2), min_size=2, max_size=4), last=st.integers(0, 1000))
-def test_grpo_by_turns_finds_nothing_between_first_turns_that_led_to_the_same_end(paths: list[list[int]], last: int):
-    dialogues = [moved(make_dialogue(f"d{n}", replies=(1, 2, 1)), *(step / 10 for step in (*path, last))) for n, path in enumerate(paths)]
+@given(
+    paths=st.lists(st.lists(st.integers(0, 1000), min_size=2, max_size=2), min_size=2, max_size=4),
+    last=st.integers(0, 1000),
+)
+def test_grpo_by_turns_finds_nothing_between_first_turns_that_led_to_the_same_end(
+    paths: list[list[int]], last: int
+):
+    dialogues = [
+        moved(make_dialogue(f"d{n}", replies=(1, 2, 1)), *(step / 10 for step in (*path, last)))
+        for n, path in enumerate(paths)
+    ]
     columns = credited(dialogues, {dialogue.id: last / 1000 for dialogue in dialogues}, scaled=True)
     assert max(abs(float(column[0])) for column in columns) < 1e-6
 
@@ -263,13 +346,17 @@ def test_ppo_takes_the_kl_of_each_token_off_its_own_reward():
     samples = [make_sample("a", 0, 2, 1.0), make_sample("a", 1, 1, 1.0)]
     kl_tokens = tensors([1.0, 2.0], [-1.0])
     # Rewards -0.1, -0.2, 1.1 and values 0: sums from behind 0.8, 0.9, 1.1.
-    advantages, returns = ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), kl_tokens, kl_coef=0.1)
+    advantages, returns = ppo_credit(
+        samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), kl_tokens, kl_coef=0.1
+    )
     assert lists(advantages) == lists(returns) == [pytest.approx([0.8, 0.9]), pytest.approx([1.1])]
 
 
 def test_ppo_whitens_over_all_trained_tokens_and_leaves_the_returns():
     samples = [make_sample("a", 0, 3, 1.0), make_sample("b", 0, 1, 5.0)]
-    advantages, returns = ppo_credit(samples, ppo(whiten=True), at_the_end(samples), tensors([0.0] * 3, [0.0]), None, kl_coef=0.0)
+    advantages, returns = ppo_credit(
+        samples, ppo(whiten=True), at_the_end(samples), tensors([0.0] * 3, [0.0]), None, kl_coef=0.0
+    )
     assert lists(advantages) == [pytest.approx([-1 / math.sqrt(3)] * 3), pytest.approx([math.sqrt(3)])]
     assert lists(returns) == [[1.0, 1.0, 1.0], [5.0]]
 
@@ -285,18 +372,33 @@ def test_ppo_whitens_over_all_trained_tokens_and_leaves_the_returns():
     seed=st.integers(0, 1000),
 )
 def test_only_trained_tokens_count_however_they_lie_in_rows(
-    replies: list[list[int]], placement: RewardPlacement, users: list[int], gamma: float, lam: float, whiten: bool, seed: int
+    replies: list[list[int]],
+    placement: RewardPlacement,
+    users: list[int],
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    seed: int,
 ):
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(2, sum(map(sum, replies)), generator=generator).unbind()
     results = []
     # The user's tokens, then one row a dialogue against one row a turn.
     for user, edited in ((1, False), (users[0], False), (users[1], True), (users[2], True)):
-        dialogues = [make_dialogue(f"d{n}", replies=tuple(row), user=user, edited=edited) for n, row in enumerate(replies)]
+        dialogues = [
+            make_dialogue(f"d{n}", replies=tuple(row), user=user, edited=edited)
+            for n, row in enumerate(replies)
+        ]
         samples = samples_of(dialogues)
-        paid = token_rewards(samples, dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))}, placement)
-        assert len(samples) == (sum(1 for row in replies for length in row if length) if edited else len(replies))
-        values, kl_tokens = ([part for part in column.split([sample.num_trained for sample in samples])] for column in numbers)
+        paid = token_rewards(
+            samples, dialogues, {f"d{n}": 0.3 * (n + 1) for n in range(len(replies))}, placement
+        )
+        assert len(samples) == (
+            sum(1 for row in replies for length in row if length) if edited else len(replies)
+        )
+        values, kl_tokens = (
+            [part for part in column.split([sample.num_trained for sample in samples])] for column in numbers
+        )
         columns = ppo_credit(samples, ppo(gamma, lam, whiten), paid, values, kl_tokens, kl_coef=0.1)
         results.append([torch.cat(column) for column in columns])
     for other in results[1:]:
@@ -306,7 +408,9 @@ def test_only_trained_tokens_count_however_they_lie_in_rows(
 @given(TURNS, st.floats(0, 1, width=32), st.integers(0, 1000))
 def test_without_discount_an_advantage_is_reward_less_value(replies: list[int], reward: float, seed: int):
     samples = [make_sample("d", turn, length, reward) for turn, length in enumerate(replies)]
-    values = [torch.rand(length, generator=torch.Generator().manual_seed(seed + length)) for length in replies]
+    values = [
+        torch.rand(length, generator=torch.Generator().manual_seed(seed + length)) for length in replies
+    ]
     advantages, returns = ppo_credit(samples, ppo(), at_the_end(samples), values, None, kl_coef=0.0)
     assert torch.cat(advantages).tolist() == pytest.approx((reward - torch.cat(values)).tolist(), abs=1e-6)
     assert torch.cat(returns).tolist() == pytest.approx([reward] * sum(replies), abs=1e-6)
@@ -314,10 +418,14 @@ def test_without_discount_an_advantage_is_reward_less_value(replies: list[int], 
 
 @given(st.permutations(range(5)))
 def test_the_order_of_samples_is_free(order: list[int]):
-    samples = [make_sample("a", turn, 2, 0.5) for turn in (0, 1, 3)] + [make_sample("b", turn, 1, 0.7) for turn in (0, 2)]
+    samples = [make_sample("a", turn, 2, 0.5) for turn in (0, 1, 3)] + [
+        make_sample("b", turn, 1, 0.7) for turn in (0, 2)
+    ]
     values = [torch.arange(sample.num_trained) * 0.1 + 0.01 * index for index, sample in enumerate(samples)]
     for credit in (
-        lambda samples, values: ppo_credit(samples, ppo(0.9, 0.8, whiten=True), at_the_end(samples), values, None, 0.0)[0],
+        lambda samples, values: ppo_credit(
+            samples, ppo(0.9, 0.8, whiten=True), at_the_end(samples), values, None, 0.0
+        )[0],
         lambda samples, values: whole(samples, AlgorithmConfig(), values, 0.1),
     ):
         plain = credit(samples, values)
@@ -329,7 +437,10 @@ def test_the_order_of_samples_is_free(order: list[int]):
     ("columns", "message"),
     [
         (tensors([0.0, 0.0]), "values: 1 columns for 2 samples"),
-        (tensors([0.0, 0.0], [0.0, 0.0]), r"values of dialogue a, turn 1: shape \(2,\) does not fit 1 trained tokens"),
+        (
+            tensors([0.0, 0.0], [0.0, 0.0]),
+            r"values of dialogue a, turn 1: shape \(2,\) does not fit 1 trained tokens",
+        ),
         (tensors([0.0, math.nan], [0.0]), "values of dialogue a, turn 0: not finite"),
     ],
 )
@@ -349,7 +460,12 @@ def test_an_iteration_of_300_000_tokens_takes_under_a_second_and_travels_without
     samples = [make_sample(f"d{number // 8}", number % 8, 300, 0.5) for number in range(1000)]
     started = time.process_time()
     advantages, returns = ppo_credit(
-        samples, ppo(gae_lambda=0.9, whiten=True), at_the_end(samples), [torch.zeros(300)] * 1000, None, kl_coef=0.0
+        samples,
+        ppo(gae_lambda=0.9, whiten=True),
+        at_the_end(samples),
+        [torch.zeros(300)] * 1000,
+        None,
+        kl_coef=0.0,
     )
     assert time.process_time() - started < 1.0
     assert len(pickle.dumps([advantages, returns])) < 2 * 300_000 * 4 * 1.5

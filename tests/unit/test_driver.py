@@ -1,4 +1,5 @@
-"""The loop in one process: real collector, users, credit, ledger and checkpoints; an engine and a learner that only count."""
+"""The loop in one process: real collector, users, credit, ledger and checkpoints; an engine and a learner
+that only count."""
 
 import asyncio
 import math
@@ -36,7 +37,12 @@ from rlver_dist.trainer.components import Parts
 from rlver_dist.trainer.driver import Driver
 from rlver_dist.trainer.forecast import Forecast
 
-WORDS = ("So the letter came on Friday.", "And your brother said nothing?", "I see.", "That was four years of work.")
+WORDS = (
+    "So the letter came on Friday.",
+    "And your brother said nothing?",
+    "I see.",
+    "That was four years of work.",
+)
 
 
 class ByLength:
@@ -48,7 +54,8 @@ class ByLength:
 
 
 class CountingPolicy:
-    """Records what it is asked to do, in order, in `journal`; every trained token is `kl` nats from the reference."""
+    """Records what it is asked to do, in order, in `journal`; every trained token is `kl` nats from the
+    reference."""
 
     kl = 0.5
 
@@ -84,7 +91,9 @@ class CountingPolicy:
         return 1, 2
 
     async def base_nll(self, samples):
-        return 2.0 * sum(sum(sample.loss_mask) for sample in samples), sum(sum(sample.loss_mask) for sample in samples)
+        return 2.0 * sum(sum(sample.loss_mask) for sample in samples), sum(
+            sum(sample.loss_mask) for sample in samples
+        )
 
     async def save(self, directory: Path):
         (directory / "weights").write_text("w")
@@ -123,15 +132,23 @@ class Harness:
     """A driver with its parts and the journal of what they did."""
 
     def __init__(
-        self, folder: Path, renderer: Renderer, fail: str = "", plain_renderer: Renderer | None = None, budget: int = 10**6, **changes
+        self,
+        folder: Path,
+        renderer: Renderer,
+        fail: str = "",
+        plain_renderer: Renderer | None = None,
+        budget: int = 10**6,
+        **changes,
     ) -> None:
-        """`fail`: ids that match fail from their start; `budget`: appraisals of training dialogues until there is no more."""
+        """`fail`: ids that match fail from their start; `budget`: appraisals of training dialogues until
+        there is no more."""
         self.journal: list = []
         self.began: set[str] = set()
         """Kinds of dialogues that replies were asked for in, and `imitate`."""
         self.asked: list[str] = []
         self.evaluated_after: dict[str, str] = {}
-        """What was the newest in the journal when a first evaluation dialogue began, by what the evaluation is for."""
+        """What was the newest in the journal when a first evaluation dialogue began, by what the evaluation
+        is for."""
         self.version = -1
         self.appraised = 0
         self.sync_failures: dict[int, Exception] = {}
@@ -178,7 +195,9 @@ class Harness:
             forecast=Forecast(self.config),
             ranks={"policy_learner": "3"},
         )
-        self.driver = Driver(self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation"))
+        self.driver = Driver(
+            self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation")
+        )
 
     async def go_on(self, checkpoint: Path) -> None:
         """Resume and run to the end."""
@@ -193,7 +212,12 @@ class Harness:
         if phase in ("control", "before", "after"):
             self.evaluated_after.setdefault(phase, f"{len(self.journal)}: {self.journal[-1]}")
         ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
-        return Generation(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(self.version, self.version))
+        return Generation(
+            token_ids=ids,
+            logprobs=[-1.0] * len(ids),
+            finish_reason="stop",
+            policy_version=(self.version, self.version),
+        )
 
     async def sync(self, version):
         self.journal.append(f"sync {version}")
@@ -221,7 +245,9 @@ def test_an_iteration_is_collect_update_sync(tmp_path, renderer):
     assert before.emotion == after.emotion and before.persona_ids == after.persona_ids
     for iteration in (1, 2):
         records = read_records(tmp_path / "dialogues" / f"train_{iteration:06d}.parquet")
-        assert {record.dialogue.turns[0].policy_version for record in records} == {(iteration - 1, iteration - 1)}
+        assert {record.dialogue.turns[0].policy_version for record in records} == {
+            (iteration - 1, iteration - 1)
+        }
         assert all(record.reward == record.dialogue.final_emotion / 100 for record in records)
         assert all(record.advantage is not None for record in records)
 
@@ -243,9 +269,13 @@ def test_a_failed_dialogue_takes_its_group_along_and_is_counted(tmp_path, render
     assert (first["rollout/failed"], first["rollout/dropped_groups"]) == (1, 1)
     assert (second["rollout/failed"], second["rollout/dropped_groups"]) == (0, 0)
     assert len(harness.policy.advantages[0]) == 2 and len(harness.policy.advantages[1]) == 4
-    records = {record.dialogue.id: record for record in read_records(tmp_path / "dialogues" / "train_000001.parquet")}
+    records = {
+        record.dialogue.id: record for record in read_records(tmp_path / "dialogues" / "train_000001.parquet")
+    }
     failed = records["train-000000-0000-01"]
-    assert failed.reward is None and failed.dialogue.error is not None and "engine gone" in failed.dialogue.error
+    assert (
+        failed.reward is None and failed.dialogue.error is not None and "engine gone" in failed.dialogue.error
+    )
 
 
 def test_an_iteration_without_a_whole_group_updates_nothing(tmp_path, renderer):
@@ -257,7 +287,9 @@ def test_an_iteration_without_a_whole_group_updates_nothing(tmp_path, renderer):
 
 def test_a_run_ends_where_every_dialogue_fails_and_keeps_what_it_learned(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, fail="train-000001", save_every=0, num_iterations=3)
-    with pytest.raises(BoundaryError, match=r"^iteration 2: rollout: all 4 dialogues failed, 4 of them with: .*engine gone"):
+    with pytest.raises(
+        BoundaryError, match=r"^iteration 2: rollout: all 4 dialogues failed, 4 of them with: .*engine gone"
+    ):
         asyncio.run(harness.driver.run())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0", "step_1"]
 
@@ -272,7 +304,10 @@ def test_resume_meets_the_same_users_as_an_uninterrupted_run(tmp_path, renderer)
     second = Harness(tmp_path / "cut", renderer)
     checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
     assert checkpoint is not None
-    assert CheckpointStore.read(checkpoint).shape == {**first.config.resume_fingerprint, "policy_learner": "3"}
+    assert CheckpointStore.read(checkpoint).shape == {
+        **first.config.resume_fingerprint,
+        "policy_learner": "3",
+    }
 
     asyncio.run(second.go_on(checkpoint))
     assert second.journal == ["load step_1", "sync 1", "update", "sync 2", "export policy"]
@@ -302,10 +337,15 @@ def test_ppo_asks_the_critic_first_and_updates_both(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, algorithm=ppo(whiten_advantages=False), num_iterations=1)
     asyncio.run(harness.driver.run())
     # The updates run at the same time (test_training_step.py), so either may be the first.
-    assert harness.journal[:2] == ["sync 0", "values"] and sorted(harness.journal[2:4]) == ["critic", "update"]
+    assert harness.journal[:2] == ["sync 0", "values"] and sorted(harness.journal[2:4]) == [
+        "critic",
+        "update",
+    ]
     records = read_records(tmp_path / "dialogues" / "train_000001.parquet")
     assert len({record.dialogue.persona_id for record in records}) == 4
-    for record, advantages, returns in zip(records, harness.policy.advantages[0], harness.critic.returns[0], strict=True):
+    for record, advantages, returns in zip(
+        records, harness.policy.advantages[0], harness.critic.returns[0], strict=True
+    ):
         # gamma = lambda = 1: every token is paid the reward, over what the critic expected.
         assert torch.allclose(advantages, torch.full_like(advantages, record.reward - 0.25), atol=1e-6)
         assert torch.allclose(returns, torch.full_like(returns, record.reward), atol=1e-6)
@@ -314,7 +354,9 @@ def test_ppo_asks_the_critic_first_and_updates_both(tmp_path, renderer):
 
 
 def test_the_critic_can_learn_alone_first(tmp_path, renderer):
-    harness = Harness(tmp_path, renderer, algorithm=ppo(), critic=CriticConfig(zero_stage=0, pretrain_iterations=1))
+    harness = Harness(
+        tmp_path, renderer, algorithm=ppo(), critic=CriticConfig(zero_stage=0, pretrain_iterations=1)
+    )
     asyncio.run(harness.driver.run())
     assert harness.journal.count("critic") == 2 and harness.journal.count("update") == 1
 
@@ -360,7 +402,9 @@ def test_a_used_up_budget_saves_what_was_learned(tmp_path, renderer):
 
 @pytest.fixture(scope="module")
 def thinking():
-    return Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True)
+    return Renderer(
+        AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True
+    )
 
 
 WARMED_UP = {
@@ -376,7 +420,9 @@ def latest(folder: Path) -> Path:
     return checkpoint
 
 
-def test_the_first_evaluation_begins_after_the_warm_up_also_where_it_was_cut_off_between(tmp_path, thinking, renderer):
+def test_the_first_evaluation_begins_after_the_warm_up_also_where_it_was_cut_off_between(
+    tmp_path, thinking, renderer
+):
     harness = Harness(tmp_path, thinking, plain_renderer=renderer, fail="before", **WARMED_UP)
     with pytest.raises(BoundaryError, match=r"^evaluation before: all 2 dialogues failed"):
         asyncio.run(harness.driver.run())
@@ -388,7 +434,9 @@ def test_the_first_evaluation_begins_after_the_warm_up_also_where_it_was_cut_off
     assert again.driver.progress.control and again.driver.progress.before
 
 
-def test_a_first_evaluation_of_another_policy_than_the_warmed_up_one_is_made_anew(tmp_path, thinking, renderer):
+def test_a_first_evaluation_of_another_policy_than_the_warmed_up_one_is_made_anew(
+    tmp_path, thinking, renderer
+):
     unwarmed = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
     unwarmed.driver.progress.before = {"made": "before the warm-up"}
     asyncio.run(unwarmed.driver.run())
@@ -472,8 +520,12 @@ def test_an_adapted_kl_weight_starts_anew_where_it_was_0(tmp_path, renderer):
     assert second.policy.kl_coefs == [0.3]
 
 
-@pytest.mark.parametrize("failure", [WeightSyncError("engine 1 differs"), ConnectionError("engine 1 is gone")])
-def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learned(tmp_path, renderer, failure):
+@pytest.mark.parametrize(
+    "failure", [WeightSyncError("engine 1 differs"), ConnectionError("engine 1 is gone")]
+)
+def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learned(
+    tmp_path, renderer, failure
+):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = Harness(tmp_path / "whole", renderer, save_every=0, num_iterations=3)
@@ -549,10 +601,15 @@ def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_
     asyncio.run(first.driver.run())
     folder = tmp_path / "dialogues"
     assert (folder / "after_000003.parquet").exists()
-    old = {name: (folder / name).stat().st_mtime_ns for name in ("before_000000.parquet", "train_000001.parquet")}
+    old = {
+        name: (folder / name).stat().st_mtime_ns for name in ("before_000000.parquet", "train_000001.parquet")
+    }
     second = Harness(tmp_path, renderer, num_iterations=2, keep_checkpoints=3)
     asyncio.run(second.go_on(tmp_path / "checkpoints" / "step_1"))
-    assert {path.name for path in folder.iterdir()} == old.keys() | {"train_000002.parquet", "after_000002.parquet"}
+    assert {path.name for path in folder.iterdir()} == old.keys() | {
+        "train_000002.parquet",
+        "after_000002.parquet",
+    }
     assert {name: (folder / name).stat().st_mtime_ns for name in old} == old
     # A finished run that is made longer keeps what it ended with before.
     third = Harness(tmp_path, renderer, num_iterations=3, keep_checkpoints=3)
@@ -561,7 +618,9 @@ def test_going_on_from_an_older_checkpoint_drops_the_dialogues_of_the_line_that_
 
 
 @pytest.mark.parametrize("stage", ["control", "controls", "replies", "imitation", "before"])
-def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(tmp_path, thinking, renderer, stage):
+def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(
+    tmp_path, thinking, renderer, stage
+):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = Harness(tmp_path / "whole", thinking, plain_renderer=renderer, **WARMED_UP)
@@ -580,9 +639,15 @@ def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(tmp_p
     # Each stage that had ended is missing from the second start, and no other.
     if stage == "before":
         kept.add("imitate")
-    assert second.began & {"control", "warm_up", "before", "imitate"} == {"control", "warm_up", "before", "imitate"} - kept
+    assert (
+        second.began & {"control", "warm_up", "before", "imitate"}
+        == {"control", "warm_up", "before", "imitate"} - kept
+    )
     for name in ("control", "warm_up", "before"):
-        ledgers = [read_records(folder / "dialogues" / f"{name}_000000.parquet") for folder in (tmp_path / "whole", tmp_path / "cut")]
+        ledgers = [
+            read_records(folder / "dialogues" / f"{name}_000000.parquet")
+            for folder in (tmp_path / "whole", tmp_path / "cut")
+        ]
         assert ledgers[0] == ledgers[1]
     assert replace(second.driver.progress, wall_s=0) == replace(whole.driver.progress, wall_s=0)
 
@@ -608,8 +673,12 @@ def cut_off(harness: Harness, stage: str) -> None:
         harness.driver._parts.generate = generate_until
 
 
-@pytest.mark.parametrize("change", ["fewer replies", "shorter replies", "fewer users", "a failed dialogue", "no ledger"])
-def test_dialogues_are_held_anew_where_others_are_asked_for_or_one_had_failed(tmp_path, thinking, renderer, change):
+@pytest.mark.parametrize(
+    "change", ["fewer replies", "shorter replies", "fewer users", "a failed dialogue", "no ledger"]
+)
+def test_dialogues_are_held_anew_where_others_are_asked_for_or_one_had_failed(
+    tmp_path, thinking, renderer, change
+):
     failing = {"fail": "warm_up-0001$"} if change == "a failed dialogue" else {}
     first = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP, **failing)
     cut_off(first, "imitation")
@@ -626,11 +695,18 @@ def test_dialogues_are_held_anew_where_others_are_asked_for_or_one_had_failed(tm
     asyncio.run(second.go_on(latest(tmp_path)))
     # The control's results are there, and are not measured again.
     assert ("warm_up" in second.began) == (change != "fewer users") and "control" not in second.began
-    assert len(read_records(tmp_path / "dialogues" / "warm_up_000000.parquet")) == second.config.warm_up.dialogues
+    assert (
+        len(read_records(tmp_path / "dialogues" / "warm_up_000000.parquet"))
+        == second.config.warm_up.dialogues
+    )
 
 
-def test_a_first_evaluation_is_not_read_from_the_ledger_after_a_warm_up_that_came_later(tmp_path, thinking, renderer):
-    first = Harness(tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, "warm_up": WarmUpConfig(dialogues=0)})
+def test_a_first_evaluation_is_not_read_from_the_ledger_after_a_warm_up_that_came_later(
+    tmp_path, thinking, renderer
+):
+    first = Harness(
+        tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, "warm_up": WarmUpConfig(dialogues=0)}
+    )
     first.driver._train_to_the_end = first.policy.stop
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(first.driver.run())

@@ -17,7 +17,17 @@ EMOTION = st.floats(min_value=0.0, max_value=100.0)
 
 @pytest.mark.parametrize(
     ("emotion", "state"),
-    [(100, "S"), (99.999, "A"), (70, "A"), (69.99, "B"), (40, "B"), (39.99, "C"), (10, "C"), (9.99, "F"), (0, "F")],
+    [
+        (100, "S"),
+        (99.999, "A"),
+        (70, "A"),
+        (69.99, "B"),
+        (40, "B"),
+        (39.99, "C"),
+        (10, "C"),
+        (9.99, "F"),
+        (0, "F"),
+    ],
 )
 def test_states_are_half_open(emotion: float, state: str) -> None:
     assert state_of(emotion) is EmotionState(state)
@@ -94,6 +104,15 @@ def test_presets_and_knobs() -> None:
     assert challenging.expressiveness < vanilla.expressiveness
     assert challenging.hides_aim and not vanilla.hides_aim
     assert resolve_rules(SimulatorConfig()) == vanilla
-    turned = resolve_rules(SimulatorConfig(preset=Preset.sage, start_emotion=0.0, max_change=5.0, acceptance=0.0, expressiveness=0.0))
-    assert (turned.emotion.start, turned.emotion.max_change, turned.acceptance, turned.expressiveness) == (0.0, 5.0, 0.0, 0.0)
+    turned = resolve_rules(
+        SimulatorConfig(
+            preset=Preset.sage, start_emotion=0.0, max_change=5.0, acceptance=0.0, expressiveness=0.0
+        )
+    )
+    assert (turned.emotion.start, turned.emotion.max_change, turned.acceptance, turned.expressiveness) == (
+        0.0,
+        5.0,
+        0.0,
+        0.0,
+    )
     assert turned.emotion.max_user_messages == 10

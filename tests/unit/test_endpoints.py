@@ -29,12 +29,25 @@ NOW = datetime(2030, 1, 1, 12, 0, 0, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        ("7", 7), (" 0 ", 0), ("1.5", 1.5), ("999999999", 86400), ("Tue, 01 Jan 2030 12:00:30 GMT", 30),
-        ("Tue, 01 Jan 2030 11:00:00 GMT", 0), ("Tue, 01 Jan 2030 13:00:10 +0100", 10), ("Wed, 01 Jan 2031 12:00:00 GMT", 86400),
-        (None, None), ("", None), ("soon", None), ("-5", None), ("nan", None), ("inf", None), ("1e5", None), ("9" * 400, None),
+        ("7", 7),
+        (" 0 ", 0),
+        ("1.5", 1.5),
+        ("999999999", 86400),
+        ("Tue, 01 Jan 2030 12:00:30 GMT", 30),
+        ("Tue, 01 Jan 2030 11:00:00 GMT", 0),
+        ("Tue, 01 Jan 2030 13:00:10 +0100", 10),
+        ("Wed, 01 Jan 2031 12:00:00 GMT", 86400),
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("nan", None),
+        ("inf", None),
+        ("1e5", None),
+        ("9" * 400, None),
         ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
     ],
-)  # fmt: skip
+)
 def test_retry_after(value: str | None, seconds: float | None) -> None:
     assert parse_retry_after(value, NOW) == seconds
 
@@ -109,7 +122,10 @@ def test_addresses() -> None:
     assert parse_address("http://127.0.0.1:8000/v1").name == "127.0.0.1:8000"
 
 
-@pytest.mark.parametrize("address", ["http://user:hunter2@host/v1", "https://host/v1?key=hunter2", "http://host:hunter2/v1", "http:///v1"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:hunter2@host/v1", "https://host/v1?key=hunter2", "http://host:hunter2/v1", "http:///v1"],
+)
 def test_addresses_with_a_secret_or_without_a_host_are_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"simulator\.openai\.endpoints") as caught:
         parse_address(address)
@@ -156,7 +172,9 @@ def test_cost_by_hand() -> None:
     # 600 fresh at 2, 400 cached at 0.5, 100 sampled at 8 per million.
     assert prices.cost(prompt_tokens=1000, cached_tokens=400, completion_tokens=100) == pytest.approx(0.0022)
     uncached = Prices(prompt=2.0, completion=8.0)
-    assert uncached.cost(prompt_tokens=1000, cached_tokens=400, completion_tokens=100) == pytest.approx(0.0028)
+    assert uncached.cost(prompt_tokens=1000, cached_tokens=400, completion_tokens=100) == pytest.approx(
+        0.0028
+    )
     assert [tokens_of(b"x" * size) for size in (0, 1, 4, 5)] == [0, 1, 1, 2]
 
 
@@ -168,7 +186,11 @@ def test_budget_ends_at_its_limit_and_names_the_option() -> None:
         assert tokens.charge(usage) == 0.0
     with pytest.raises(BudgetError, match=r"simulator\.openai\.max_tokens_total=200: used up \(200 tokens\)"):
         tokens.check()
-    money = Budget(HttpChatConfig(model="m", max_cost=0.001, price_per_million_prompt=5.0, price_per_million_completion=10.0))
+    money = Budget(
+        HttpChatConfig(
+            model="m", max_cost=0.001, price_per_million_prompt=5.0, price_per_million_completion=10.0
+        )
+    )
     # 80 x 5 + 20 x 10 = 600 per million: twice that is above 0.001.
     assert money.charge(usage) == pytest.approx(0.0006)
     money.check()
@@ -179,9 +201,19 @@ def test_budget_ends_at_its_limit_and_names_the_option() -> None:
 
 def test_shares_add_up_to_the_whole() -> None:
     whole = HttpChatConfig(
-        model="m", max_concurrent=10, requests_per_minute=90.0, max_tokens_total=100, max_cost=6.0, price_per_million_prompt=1.0
+        model="m",
+        max_concurrent=10,
+        requests_per_minute=90.0,
+        max_tokens_total=100,
+        max_cost=6.0,
+        price_per_million_prompt=1.0,
     )
     part = share(whole, 3)
-    assert (part.max_concurrent, part.requests_per_minute, part.max_tokens_total, part.max_cost) == (3, 30.0, 34, 2.0)
+    assert (part.max_concurrent, part.requests_per_minute, part.max_tokens_total, part.max_cost) == (
+        3,
+        30.0,
+        34,
+        2.0,
+    )
     assert share(whole, 20).max_concurrent == 1
     assert share(HttpChatConfig(model="m"), 4).max_tokens_total == 0

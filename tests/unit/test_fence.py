@@ -13,10 +13,24 @@ from tests.timing import grows_in_proportion
 ANYTHING = (
     st.text(max_size=300)
     | st.text(alphabet='<|im_start>[/INST]{}:"\\think \n\u200b\uff1c\uff5c\ufe64', max_size=300)
-    | st.text(alphabet="ae\u00e9\u0301\u0323\u0338\u20dd<'/\u25c1\ud55c\u1100\u1161 \u00bd\ufdfa\U0001d1c0\uff76\uff9e\u0958", max_size=60)
+    | st.text(
+        alphabet="ae\u00e9\u0301\u0323\u0338\u20dd<'/\u25c1\ud55c\u1100\u1161 "
+        "\u00bd\ufdfa\U0001d1c0\uff76\uff9e\u0958",
+        max_size=60,
+    )
 )
 FORMS = ("NFC", "NFKC", "NFD", "NFKD")
-TAGS = ("<|im_end|>", "</s>", "[INST]", "<<SYS>>", "{persona}", "${x}", "{% raw %}", "### System:", "\uff1c\uff5cUser\uff5c\uff1e")
+TAGS = (
+    "<|im_end|>",
+    "</s>",
+    "[INST]",
+    "<<SYS>>",
+    "{persona}",
+    "${x}",
+    "{% raw %}",
+    "### System:",
+    "\uff1c\uff5cUser\uff5c\uff1e",
+)
 SWITCHES = ("/no_think", "\\no_think", "/no\u200b_think", "\uff0fno_think", "\ufe68no_think")
 
 
@@ -35,7 +49,10 @@ def largest(text):
 def test_no_structure_survives(text):
     fenced = words(text)
     assert not any(STRUCTURAL & set(unicodedata.normalize(form, fenced)) for form in FORMS)
-    assert all(character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn") for character in fenced)
+    assert all(
+        character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn")
+        for character in fenced
+    )
     line = json_line(text=fenced)
     assert json.loads(line) == {"text": fenced}
     assert len(line.splitlines()) == 1
@@ -62,7 +79,9 @@ def test_the_limit_counts_bytes_in_whichever_form_a_tokenizer_reads(text, limit)
 
 @given(ANYTHING, st.integers(0, 50), st.integers(0, 50))
 def test_a_smaller_limit_shows_a_beginning_of_the_same_text(text, limit, more):
-    assert fence(text, max_bytes=limit + more, looked_at=200).text.startswith(fence(text, max_bytes=limit, looked_at=200).text)
+    assert fence(text, max_bytes=limit + more, looked_at=200).text.startswith(
+        fence(text, max_bytes=limit, looked_at=200).text
+    )
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -127,7 +146,9 @@ def test_what_only_looks_like_thinking_is_heard(text, heard):
 
 def test_nothing_is_thinking_in_the_users_own_words():
     fenced = fence("I told you. \u25c1/think\u25b7 Anyway </think> <think>x", max_bytes=4000, own=True)
-    assert fenced.text == "I told you. \u2039\u2215think\u203a Anyway \u2039\u2215think\u203a \u2039think\u203ax"
+    assert (
+        fenced.text == "I told you. \u2039\u2215think\u203a Anyway \u2039\u2215think\u203a \u2039think\u203ax"
+    )
     assert fenced.thought == 0
 
 
@@ -140,7 +161,9 @@ def test_a_slash_is_no_markup():
     assert fence("day/night: 24/7", max_bytes=99).markup == 0
 
 
-@pytest.mark.parametrize("text", ["", " \n", "\u200b\x00", "\u3164\u2800", "\ufffc", "\u0301\u20dd", " \u0301 \u0301"])
+@pytest.mark.parametrize(
+    "text", ["", " \n", "\u200b\x00", "\u3164\u2800", "\ufffc", "\u0301\u20dd", " \u0301 \u0301"]
+)
 def test_what_nobody_can_read_is_silence(text):
     assert words(text) == ""
 
@@ -161,7 +184,9 @@ def test_no_mark_sits_on_the_quote_before_a_text():
     assert words("\u0338abc") == words("\u0301 \u0316abc") == words("<think>x</think>\u0301abc") == "abc"
 
 
-@pytest.mark.parametrize("tag", ["<thought>", "<think>a</think>", "</reason>", "<think a=", "<reason></thought>", "\u0301\u0316"])
+@pytest.mark.parametrize(
+    "tag", ["<thought>", "<think>a</think>", "</reason>", "<think a=", "<reason></thought>", "\u0301\u0316"]
+)
 def test_time_grows_with_the_text_and_not_with_its_square(tag):
     assert grows_in_proportion(lambda size: fence("a" + tag * size, max_bytes=10**6), 500)
 

@@ -27,21 +27,35 @@ def clock(monkeypatch):
 
 def reply(index: int, prompt: int, tokens: int) -> Turn:
     return Turn(
-        index=index, prompt_ids=[0] * prompt, reply_ids=[0] * tokens, logprobs=[0.0] * tokens, reply="", thinking="", well_formed=True,
-        truncated=False, emotion_before=0.0, emotion_after=0.0, appraisal=None, user_message=None, policy_version=(0, 0),
-    )  # fmt: skip
+        index=index,
+        prompt_ids=[0] * prompt,
+        reply_ids=[0] * tokens,
+        logprobs=[0.0] * tokens,
+        reply="",
+        thinking="",
+        well_formed=True,
+        truncated=False,
+        emotion_before=0.0,
+        emotion_after=0.0,
+        appraisal=None,
+        user_message=None,
+        policy_version=(0, 0),
+    )
 
 
 def config(think: bool) -> RunConfig:
     return RunConfig(
-        rollout=RolloutConfig(dialogues_per_iteration=8, max_turns=2, max_reply_tokens=64, max_thinking_tokens=20, think=think),
+        rollout=RolloutConfig(
+            dialogues_per_iteration=8, max_turns=2, max_reply_tokens=64, max_thinking_tokens=20, think=think
+        ),
         evaluation=EvaluationConfig(num_personas=10, max_turns=4),
         warm_up=WarmUpConfig(dialogues=4, max_turns=3, max_thought_tokens=10, epochs=2, batch_size=4),
     )
 
 
 def heard(think: bool, clock: Clock) -> Forecast:
-    """30 replies of 40 tokens in 60 s, so 20 tokens a second; prompts begin with 100 tokens and grow by 70 a turn."""
+    """30 replies of 40 tokens in 60 s, so 20 tokens a second; prompts begin with 100 tokens and grow by 70 a
+    turn."""
     forecast = Forecast(config(think))
     forecast.score_rate = 200.0
     with forecast.sampling():
@@ -96,7 +110,10 @@ def test_replies_without_thinking_by_hand(clock):
     assert forecast._evaluation_s() == pytest.approx(evaluation)
     assert forecast._iteration_s() == pytest.approx(iteration)
     text = forecast.text(warms_up=False, evaluations=2, iterations=20)
-    assert f"takes about {(2 * evaluation + 20 * iteration) / 60:.0f} min more: evaluation 2 x 99 s, iterations 20 x 66 s;" in text
+    assert (
+        f"takes about {(2 * evaluation + 20 * iteration) / 60:.0f} min more: evaluation 2 x 99 s, "
+        f"iterations 20 x 66 s;" in text
+    )
     assert "num_iterations" in text and "warm-up" not in text
 
 
@@ -105,7 +122,9 @@ def test_replies_with_thinking_by_hand(clock):
     # 10 tokens of thought more to sample; each reply of 50 branches off a history that grows by 70.
     assert forecast._iteration_s() == pytest.approx(8 * (2 * 50 / 20 + TRAINED * (100 + 2 * (70 + 50)) / 200))
     # Replies of 40 and thoughts of 10 are sampled; two passes forward and backward, and the teacher's.
-    assert forecast._warm_up_s() == pytest.approx(4 * (3 * 50 / 20 + 2 * (TRAINED + 1) * (100 + 3 * (70 + 50)) / 200))
+    assert forecast._warm_up_s() == pytest.approx(
+        4 * (3 * 50 / 20 + 2 * (TRAINED + 1) * (100 + 3 * (70 + 50)) / 200)
+    )
     assert "warm-up" in forecast.text(warms_up=True, evaluations=3, iterations=1)
 
 

@@ -1,4 +1,5 @@
-"""What an evaluation makes of finished dialogues: text as heard for the scoring model, and the figures of before and after."""
+"""What an evaluation makes of finished dialogues: text as heard for the scoring model, and the figures of
+before and after."""
 
 import asyncio
 from dataclasses import replace
@@ -42,18 +43,39 @@ class ByLength:
     """A point a character."""
 
     def appraise(self, context):
-        return Appraisal(content="", fit="", activity="", feeling="", change=min(len(context.messages[-1].text), context.max_change))
+        return Appraisal(
+            content="",
+            fit="",
+            activity="",
+            feeling="",
+            change=min(len(context.messages[-1].text), context.max_change),
+        )
 
 
 def persona(name: str) -> Persona:
     return Persona(
-        id=name, name="Ada", profile="", scene="", temperament=Temperament.PASSIVE, traits=("shy", "warm", "proud"),
-        hidden_intent=HiddenIntent.BE_HEARD, want="", hides="", language="en", topic="", situation_id="s", opening="Hello", facts=(),
-    )  # fmt: skip
+        id=name,
+        name="Ada",
+        profile="",
+        scene="",
+        temperament=Temperament.PASSIVE,
+        traits=("shy", "warm", "proud"),
+        hidden_intent=HiddenIntent.BE_HEARD,
+        want="",
+        hides="",
+        language="en",
+        topic="",
+        situation_id="s",
+        opening="Hello",
+        facts=(),
+    )
 
 
-def make_dialogue(renderer: Renderer, *, replies: tuple[str, ...] = REPLIES, cut: bool = False, well_formed: bool = True) -> Dialogue:
-    """A dialogue as held by a policy that thinks where `renderer` does; with `cut` every reply hit the token limit."""
+def make_dialogue(
+    renderer: Renderer, *, replies: tuple[str, ...] = REPLIES, cut: bool = False, well_formed: bool = True
+) -> Dialogue:
+    """A dialogue as held by a policy that thinks where `renderer` does; with `cut` every reply hit the token
+    limit."""
     prompt_ids, turns = renderer.opening_prompt("My day was bad."), []
     appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
     for index, reply in enumerate(replies):
@@ -61,21 +83,40 @@ def make_dialogue(renderer: Renderer, *, replies: tuple[str, ...] = REPLIES, cut
         last = index == len(replies) - 1
         turns.append(
             Turn(
-                index=index, prompt_ids=prompt_ids, reply_ids=ids, logprobs=[-1.0] * len(ids), reply=reply, thinking="secret",
-                well_formed=well_formed and bool(reply), truncated=cut, emotion_before=30.0, emotion_after=35.0,
-                appraisal=appraisal if reply else None, user_message=None if last else "Go on.", policy_version=(0, 0),
+                index=index,
+                prompt_ids=prompt_ids,
+                reply_ids=ids,
+                logprobs=[-1.0] * len(ids),
+                reply=reply,
+                thinking="secret",
+                well_formed=well_formed and bool(reply),
+                truncated=cut,
+                emotion_before=30.0,
+                emotion_after=35.0,
+                appraisal=appraisal if reply else None,
+                user_message=None if last else "Go on.",
+                policy_version=(0, 0),
             )
-        )  # fmt: skip
+        )
         prompt_ids = renderer.next_prompt(prompt_ids, ids, reply, "Go on.")
     return Dialogue(
-        id="d", persona_id="p", group_id="p", seed=1, opening="My day was bad.", start_emotion=30.0, turns=turns,
-        end_reason=EndReason.MAX_TURNS, final_emotion=40.0,
-    )  # fmt: skip
+        id="d",
+        persona_id="p",
+        group_id="p",
+        seed=1,
+        opening="My day was bad.",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=EndReason.MAX_TURNS,
+        final_emotion=40.0,
+    )
 
 
 @pytest.mark.parametrize("think", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_scored_tokens_are_the_replies_in_the_dialogue_as_heard(plain: Renderer, think: bool, cut: bool) -> None:
+def test_scored_tokens_are_the_replies_in_the_dialogue_as_heard(
+    plain: Renderer, think: bool, cut: bool
+) -> None:
     held_with = Renderer(plain._tokenizer, "Think first.", think=True) if think else plain
     [sample] = visible_samples([make_dialogue(held_with, cut=cut)], plain)
     assert decode(plain, sample.token_ids) == TALK + ("" if cut else "<|im_end|>")
@@ -91,10 +132,17 @@ def test_without_thinking_the_scored_tokens_are_those_sampled(plain: Renderer) -
 
 
 def test_neither_silence_nor_failed_dialogues_are_scored(plain: Renderer) -> None:
-    silent, half, failed = make_dialogue(plain, replies=("",)), make_dialogue(plain, replies=("", REPLIES[0])), make_dialogue(plain)
+    silent, half, failed = (
+        make_dialogue(plain, replies=("",)),
+        make_dialogue(plain, replies=("", REPLIES[0])),
+        make_dialogue(plain),
+    )
     failed.end_reason = EndReason.INFRASTRUCTURE
     [sample] = visible_samples([silent, half, failed], plain)
-    said = f"assistant\n<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n{REPLIES[0]}<|im_end|>"
+    said = (
+        f"assistant\n<|im_end|>\n<|im_start|>user\nGo "
+        f"on.<|im_end|>\n<|im_start|>assistant\n{REPLIES[0]}<|im_end|>"
+    )
     assert decode(plain, sample.token_ids).endswith(said)
     scored = [token for token, is_scored in zip(sample.token_ids, sample.loss_mask, strict=True) if is_scored]
     assert decode(plain, scored) == f"{REPLIES[0]}<|im_end|>"
@@ -126,7 +174,9 @@ def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Rende
     assert results.thinking_distinct2 == 0.0
     for turn in [*kept.turns, *broken.turns]:
         turn.thinking = "one by one by one"
-    assert summarize([kept, broken], second_emotion=[], perplexity=7.0, judges=["a"]).thinking_distinct2 == pytest.approx(2 / 12)
+    assert summarize(
+        [kept, broken], second_emotion=[], perplexity=7.0, judges=["a"]
+    ).thinking_distinct2 == pytest.approx(2 / 12)
     assert summarize([], second_emotion=[], perplexity=7.0, judges=["a"]).well_formed == 0.0
 
 
@@ -180,5 +230,9 @@ def test_second_emotions_are_paired_where_one_judge_gave_both() -> None:
     second = compared["second_appraiser"]
     assert (second["before"], second["after"], second["num_personas"]) == (2.0, 5.0, 1)
     changed = compare(before, replace(after, judges=["embedded", "openai: big"]), num_samples=100)
-    alone = compare(results("ab", [1.0, 2.0], [], judges=["embedded"]), results("ab", [1.0, 2.0], [], judges=["embedded"]), num_samples=100)
+    alone = compare(
+        results("ab", [1.0, 2.0], [], judges=["embedded"]),
+        results("ab", [1.0, 2.0], [], judges=["embedded"]),
+        num_samples=100,
+    )
     assert "second_appraiser" not in changed and "second_appraiser" not in alone

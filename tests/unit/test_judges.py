@@ -32,12 +32,22 @@ PERSONA = load_split("bank", "train")[0]
 
 
 def appraisal(change: float, words: str = "", **features: float) -> Appraisal:
-    return Appraisal(content=words, fit="", activity="", feeling="", change=change, features=features, source=words)
+    return Appraisal(
+        content=words, fit="", activity="", feeling="", change=change, features=features, source=words
+    )
 
 
 def request(reply: str = "I hear you.", emotion: float = 40.0) -> UserRequest:
     messages = (Message(role=Role.USER, text="It all went wrong."), Message(role=Role.ASSISTANT, text=reply))
-    return UserRequest(dialogue_id="d", turn_index=0, persona=PERSONA, messages=messages, emotion=emotion, seed=7, max_turns=8)
+    return UserRequest(
+        dialogue_id="d",
+        turn_index=0,
+        persona=PERSONA,
+        messages=messages,
+        emotion=emotion,
+        seed=7,
+        max_turns=8,
+    )
 
 
 class Says:
@@ -72,19 +82,39 @@ class Model:
         if request.schema_name == "appraise":
             fields["change"] = self.changes.pop(0)
         else:
-            fields = {"attitude": "neutral", "aim": "a", "tone": "t", "content": "c", "message": "And then?", "goodbye": False}
+            fields = {
+                "attitude": "neutral",
+                "aim": "a",
+                "tone": "t",
+                "content": "c",
+                "message": "And then?",
+                "goodbye": False,
+            }
         return ChatAnswer(
-            text=json.dumps(fields), prompt_tokens=9, cached_tokens=0, completion_tokens=3, seconds=0.1, retries=0, model=self.name
+            text=json.dumps(fields),
+            prompt_tokens=9,
+            cached_tokens=0,
+            completion_tokens=3,
+            seconds=0.1,
+            retries=0,
+            model=self.name,
         )
 
 
 def test_the_verdict_is_the_median_with_the_words_of_who_is_nearest():
-    verdict = combine([appraisal(5, "warm", merit=0.5), appraisal(-2, "cold"), appraisal(4, "mild", merit=0.4)])
+    verdict = combine(
+        [appraisal(5, "warm", merit=0.5), appraisal(-2, "cold"), appraisal(4, "mild", merit=0.4)]
+    )
     assert (verdict.change, verdict.content) == (4, "mild")
     assert verdict.features == {
-        "judge_spread": 7.0, "judge_disagreement": 1.0, "judge_1_change": 5, "judge_1_merit": 0.5, "judge_2_change": -2,
-        "judge_3_change": 4, "judge_3_merit": 0.4,
-    }  # fmt: skip
+        "judge_spread": 7.0,
+        "judge_disagreement": 1.0,
+        "judge_1_change": 5,
+        "judge_1_merit": 0.5,
+        "judge_2_change": -2,
+        "judge_3_change": 4,
+        "judge_3_merit": 0.4,
+    }
     assert json.loads(verdict.source) == ["warm", "cold", "mild"]
     # Of two the mean, and the first one's words; no change is neither a gain nor a loss.
     even = combine([appraisal(0, "flat"), appraisal(3, "glad")])
@@ -92,7 +122,10 @@ def test_the_verdict_is_the_median_with_the_words_of_who_is_nearest():
     assert combine([appraisal(2, "alone")]).change == 2
 
 
-@given(changes=st.lists(st.floats(-10, 10).map(lambda value: round(value, 2)), min_size=1, max_size=7), data=st.data())
+@given(
+    changes=st.lists(st.floats(-10, 10).map(lambda value: round(value, 2)), min_size=1, max_size=7),
+    data=st.data(),
+)
 def test_a_verdict_is_between_its_judges_and_knows_no_order(changes, data):
     verdict = combine([appraisal(change) for change in changes])
     assert min(changes) - 0.005 <= verdict.change <= max(changes) + 0.005
@@ -104,7 +137,11 @@ def test_a_verdict_is_between_its_judges_and_knows_no_order(changes, data):
 
 def test_one_judge_more_extreme_than_the_rest_moves_nothing():
     calm = [appraisal(1), appraisal(2), appraisal(3)]
-    assert combine([*calm, appraisal(2), appraisal(10)]).change == combine([*calm, appraisal(2), appraisal(4)]).change == 2
+    assert (
+        combine([*calm, appraisal(2), appraisal(10)]).change
+        == combine([*calm, appraisal(2), appraisal(4)]).change
+        == 2
+    )
 
 
 def test_rules_and_models_sit_on_one_panel():
@@ -120,7 +157,10 @@ def test_rules_and_models_sit_on_one_panel():
         JudgePanel([])
 
 
-@pytest.mark.parametrize("reply", ["", "\u200b\u2060", "\u3164", "\u0301", "\ufffc", "<think>I hear you.</think>", "[THINK]I hear you."])
+@pytest.mark.parametrize(
+    "reply",
+    ["", "\u200b\u2060", "\u3164", "\u0301", "\ufffc", "<think>I hear you.</think>", "[THINK]I hear you."],
+)
 def test_rules_and_models_take_the_same_replies_for_silence(reply):
     rules = RuleJudge(appraiser=LexicalAppraiser(), rules=RULES)
     model = LlmSimulator(rules=RULES, backend=Model("m"), settings=LlmUserConfig())
@@ -162,7 +202,9 @@ def test_all_judges_are_asked_at_once_each_under_its_own_name():
 
 
 def test_replies_are_counted_once_and_answers_by_all():
-    first, second = (LlmSimulator(rules=RULES, backend=Model("m", 0), settings=LlmUserConfig()) for _ in range(2))
+    first, second = (
+        LlmSimulator(rules=RULES, backend=Model("m", 0), settings=LlmUserConfig()) for _ in range(2)
+    )
     panel = JudgePanel([first, second])
     asyncio.run(panel.appraise(request("<b>Hm.</b>")))
     assert panel.metrics()["replies_with_markup"] == 1.0
@@ -172,7 +214,9 @@ def test_replies_are_counted_once_and_answers_by_all():
 
 def test_users_with_one_model_are_judged_under_several_seeds_and_answer_by_the_median():
     model = Model("m", 8, -1, 4)
-    config = SimulatorConfig(backend=SimulatorBackend.vllm, judges=3, llm=LlmUserConfig(temperature=0.7, seed=5))
+    config = SimulatorConfig(
+        backend=SimulatorBackend.vllm, judges=3, llm=LlmUserConfig(temperature=0.7, seed=5)
+    )
     response = asyncio.run(llm_users(rules=RULES, backend=model, config=config).respond(request()))
     assert (response.appraisal.change, response.emotion, response.message) == (4, 44.0, "And then?")
     asked = [chat for chat in model.asked if chat.schema_name == "appraise"]
@@ -185,25 +229,52 @@ def test_users_with_one_model_are_judged_under_several_seeds_and_answer_by_the_m
 
 def test_further_models_judge_in_turn_and_the_users_own_model_speaks():
     own, b, c = Model("a", 1), Model("b", 2, 9), Model("c", 3)
-    config = SimulatorConfig(backend=SimulatorBackend.vllm, judges=4, judge_models="b, c", llm=LlmUserConfig(temperature=0.5))
-    response = asyncio.run(llm_users(rules=RULES, backend=own, config=config, judge_backends=[b, c]).respond(request()))
+    config = SimulatorConfig(
+        backend=SimulatorBackend.vllm, judges=4, judge_models="b, c", llm=LlmUserConfig(temperature=0.5)
+    )
+    response = asyncio.run(
+        llm_users(rules=RULES, backend=own, config=config, judge_backends=[b, c]).respond(request())
+    )
     assert response.appraisal.change == pytest.approx(2.5)  # of 1, 2, 3 and 9
     assert [len(model.asked) for model in (own, b, c)] == [2, 2, 1]  # the reply is the user's own
-    assert [json.loads(source)["model"] for source in json.loads(response.appraisal.source)] == ["a", "b", "c", "b"]
+    assert [json.loads(source)["model"] for source in json.loads(response.appraisal.source)] == [
+        "a",
+        "b",
+        "c",
+        "b",
+    ]
 
 
 def talk(name: str, *appraisals: Appraisal) -> Dialogue:
     turns = [
         Turn(
-            index=index, prompt_ids=[1], reply_ids=[2], logprobs=[-1.0], reply="Yes.", thinking="", well_formed=True, truncated=False,
-            emotion_before=30.0, emotion_after=30.0, appraisal=one, user_message="So.", policy_version=(0, 0),
+            index=index,
+            prompt_ids=[1],
+            reply_ids=[2],
+            logprobs=[-1.0],
+            reply="Yes.",
+            thinking="",
+            well_formed=True,
+            truncated=False,
+            emotion_before=30.0,
+            emotion_after=30.0,
+            appraisal=one,
+            user_message="So.",
+            policy_version=(0, 0),
         )
         for index, one in enumerate(appraisals)
-    ]  # fmt: skip
+    ]
     return Dialogue(
-        id=name, persona_id="p", group_id="p", seed=1, opening="Hi.", start_emotion=30.0, turns=turns,
-        end_reason=EndReason.MAX_TURNS, final_emotion=30.0,
-    )  # fmt: skip
+        id=name,
+        persona_id="p",
+        group_id="p",
+        seed=1,
+        opening="Hi.",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=EndReason.MAX_TURNS,
+        final_emotion=30.0,
+    )
 
 
 def test_the_ledger_keeps_every_judges_number_and_metrics_say_how_far_they_are_apart(tmp_path):
@@ -214,7 +285,10 @@ def test_the_ledger_keeps_every_judges_number_and_metrics_say_how_far_they_are_a
     write_dialogues(tmp_path / "d.parquet", judged, iteration=1, phase="train", rewards={})
     assert read_dialogues(tmp_path / "d.parquet") == judged
     values = reduce_metrics(dialogue_metrics(judged, {}))
-    assert (values["judges/spread"], values["judges/disagreement"]) == (pytest.approx((6 + 0 + 9) / 3), pytest.approx(1 / 3))
+    assert (values["judges/spread"], values["judges/disagreement"]) == (
+        pytest.approx((6 + 0 + 9) / 3),
+        pytest.approx(1 / 3),
+    )
     assert (values["judges/1_change"], values["judges/2_change"]) == (2.0, 3.0)
     alone = reduce_metrics(dialogue_metrics([talk("c", appraisal(4))], {}))
     assert not any(key.startswith("judges/") for key in alone)
@@ -225,8 +299,14 @@ def test_the_ledger_keeps_every_judges_number_and_metrics_say_how_far_they_are_a
     [
         ({"judges": 1, "judge_models": "b"}, "simulator.judge_models=b: set simulator.judges above 1"),
         ({"judges": 2, "llm": LlmUserConfig(calls=LlmCalls.one)}, "simulator.llm.calls=one: use two"),
-        ({"judges": 2}, "simulator.llm.temperature=0.0: use a value above 0, or name 1 models in simulator.judge_models"),
-        ({"judges": 3, "judge_models": "b"}, "simulator.llm.temperature=0.0: use a value above 0, or name 2 models"),
+        (
+            {"judges": 2},
+            "simulator.llm.temperature=0.0: use a value above 0, or name 1 models in simulator.judge_models",
+        ),
+        (
+            {"judges": 3, "judge_models": "b"},
+            "simulator.llm.temperature=0.0: use a value above 0, or name 2 models",
+        ),
     ],
 )
 def test_judges_that_could_not_differ_are_refused(options, message):
@@ -247,7 +327,11 @@ OPENAI = HttpChatConfig(endpoints="http://127.0.0.1:9/v1", model="big", api_key_
         (SecondJudge.lexical, SimulatorConfig(), ["embedded", "lexical"]),
         (SecondJudge.none, SimulatorConfig(), ["embedded"]),
         (SecondJudge.openai, SimulatorConfig(openai=OPENAI), ["embedded", "openai: big"]),
-        (SecondJudge.lexical, SimulatorConfig(backend=SimulatorBackend.openai, openai=OPENAI), ["openai: big", "lexical"]),
+        (
+            SecondJudge.lexical,
+            SimulatorConfig(backend=SimulatorBackend.openai, openai=OPENAI),
+            ["openai: big", "lexical"],
+        ),
         (
             SecondJudge.none,
             SimulatorConfig(backend=SimulatorBackend.openai, openai=OPENAI, judges=2, judge_models="small"),
@@ -265,14 +349,26 @@ def test_an_evaluation_names_its_judges(second, simulator, names):
 
     counts = asyncio.run(build())
     assert (counts is None) == (second is SecondJudge.none)
-    assert not counts if second is not SecondJudge.openai else {"schema_retries", "chat_cost", "chat_prompt_tokens"} < counts
+    assert (
+        not counts
+        if second is not SecondJudge.openai
+        else {"schema_retries", "chat_cost", "chat_prompt_tokens"} < counts
+    )
 
 
 @pytest.mark.parametrize(
     ("evaluation", "simulator", "message"),
     [
-        ({"second_judge": SecondJudge.embedded}, SimulatorConfig(), "evaluation.second_judge=embedded: use lexical, openai or none"),
-        ({"second_judge": SecondJudge.openai}, SimulatorConfig(), "evaluation.judge_model='': evaluation.second_judge=openai needs"),
+        (
+            {"second_judge": SecondJudge.embedded},
+            SimulatorConfig(),
+            "evaluation.second_judge=embedded: use lexical, openai or none",
+        ),
+        (
+            {"second_judge": SecondJudge.openai},
+            SimulatorConfig(),
+            "evaluation.judge_model='': evaluation.second_judge=openai needs",
+        ),
         (
             {"second_judge": SecondJudge.openai, "judge_model": "big"},
             SimulatorConfig(backend=SimulatorBackend.openai, openai=OPENAI),

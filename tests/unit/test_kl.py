@@ -1,4 +1,5 @@
-"""KL estimators: values by hand, expectations and gradients against the exact KL of a small distribution; the adapted weight."""
+"""KL estimators: values by hand, expectations and gradients against the exact KL of a small distribution; the
+adapted weight."""
 
 import math
 
@@ -52,7 +53,9 @@ def test_mean_gradients_are_what_the_docstring_says():
         gradients[kind] = logits.grad
     logits = POLICY.clone().requires_grad_()
     logprobs = torch.log_softmax(logits, dim=0)
-    (reverse,) = torch.autograd.grad((logprobs.exp() * (logprobs - REFERENCE)).sum(), logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad(
+        (logprobs.exp() * (logprobs - REFERENCE)).sum(), logits, retain_graph=True
+    )
     (forward,) = torch.autograd.grad((REFERENCE.exp() * (REFERENCE - logprobs)).sum(), logits)
     assert gradients["k1"].tolist() == pytest.approx([0.0] * 4, abs=1e-12)
     assert gradients["k2"].tolist() == pytest.approx(reverse.tolist(), rel=1e-9)
@@ -81,8 +84,12 @@ def test_bad_input_is_refused():
         (0.00, 9000, 0.5 * 0.8),
     ],
 )
-def test_the_weight_goes_up_above_the_target_and_down_below(measured: float, num_dialogues: int, expected: float):
-    assert kl.adapt(0.5, measured, target=0.1, horizon=1000.0, num_dialogues=num_dialogues) == pytest.approx(expected, rel=1e-12)
+def test_the_weight_goes_up_above_the_target_and_down_below(
+    measured: float, num_dialogues: int, expected: float
+):
+    assert kl.adapt(0.5, measured, target=0.1, horizon=1000.0, num_dialogues=num_dialogues) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_adapting_needs_a_target_a_horizon_and_a_number():

@@ -13,9 +13,19 @@ from rlver_dist.errors import ConfigError, DataError, ResourceError
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 
 
-def layout(cluster: ClusterConfig, gpus: int, cpus: int = 2, has_critic: bool = False, users: UserEngineConfig | None = None):
-    simulator = SimulatorConfig() if users is None else SimulatorConfig(backend=SimulatorBackend.vllm, engine=users)
-    config = RunConfig(cluster=cluster, algorithm=PPO if has_critic else AlgorithmConfig(), simulator=simulator)
+def layout(
+    cluster: ClusterConfig,
+    gpus: int,
+    cpus: int = 2,
+    has_critic: bool = False,
+    users: UserEngineConfig | None = None,
+):
+    simulator = (
+        SimulatorConfig() if users is None else SimulatorConfig(backend=SimulatorBackend.vllm, engine=users)
+    )
+    config = RunConfig(
+        cluster=cluster, algorithm=PPO if has_critic else AlgorithmConfig(), simulator=simulator
+    )
     return resolve_layout(config, num_gpus=gpus, num_cpus=cpus)
 
 
@@ -48,8 +58,16 @@ def test_cpu_shares_all_cores_in_turn():
     ("cluster", "gpus", "words"),
     [
         (ClusterConfig(), 0, ["at least 1 GPU", "Ray sees none", "+on=cpu"]),
-        (ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4), 0, ["needs 8 GPUs", "Ray sees 0", "+on=cpu"]),
-        (ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4), 6, ["needs 8 GPUs", "Ray sees 6", "+on=gpu1"]),
+        (
+            ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4),
+            0,
+            ["needs 8 GPUs", "Ray sees 0", "+on=cpu"],
+        ),
+        (
+            ClusterConfig(device=Device.gpu, engines=4, learner_ranks=4),
+            6,
+            ["needs 8 GPUs", "Ray sees 6", "+on=gpu1"],
+        ),
     ],
 )
 def test_too_few_gpus_say_what_is_needed_there_and_would_run(cluster, gpus, words):
@@ -66,7 +84,9 @@ def test_a_critic_takes_half_of_the_learner_ranks(ranks, policy, critic):
 
 
 def test_a_single_learner_rank_shares_its_gpu_with_the_critic():
-    cluster = ClusterConfig(device=Device.gpu, engines=1, learner_ranks=1, gpus_per_engine_rank=0.4, gpus_per_learner_rank=0.6)
+    cluster = ClusterConfig(
+        device=Device.gpu, engines=1, learner_ranks=1, gpus_per_engine_rank=0.4, gpus_per_learner_rank=0.6
+    )
     placed = layout(cluster, 1, has_critic=True)
     assert (placed.learner_ranks, placed.critic_ranks) == (1, 1)
     assert placed.num_gpus == pytest.approx(1.0) and placed.gpus_per_learner_rank == pytest.approx(0.3)
@@ -90,7 +110,12 @@ def test_a_critic_on_cpus_is_an_actor_of_its_own():
 )
 def test_auto_gives_a_quarter_to_the_users_engines(gpus, policy, users, ranks, transfer):
     placed = layout(ClusterConfig(), gpus, users=UserEngineConfig())
-    assert (placed.policy.count, placed.users.count, placed.learner_ranks, placed.num_gpus) == (policy, users, ranks, gpus)
+    assert (placed.policy.count, placed.users.count, placed.learner_ranks, placed.num_gpus) == (
+        policy,
+        users,
+        ranks,
+        gpus,
+    )
     assert placed.weight_transfer == transfer
 
 
@@ -107,7 +132,9 @@ def test_users_engines_beside_configured_ones_are_counted_and_shown():
     assert (placed.num_gpus, placed.split) == (32, "policy engines 8 + users 8 + learners 16")
     assert not placed.shares_gpus
     assert "user_engine_0 to user_engine_3, each: 2 x 1 GPU, 85% of its memory" in placed.rows()
-    with pytest.raises(ResourceError, match=r"needs 32 GPUs \(policy engines 8 \+ users 8 \+ learners 16\) and Ray sees 24"):
+    with pytest.raises(
+        ResourceError, match=r"needs 32 GPUs \(policy engines 8 \+ users 8 \+ learners 16\) and Ray sees 24"
+    ):
         layout(cluster, 24, users=users)
 
 
@@ -117,8 +144,16 @@ SHARED = dict(gpus_per_engine_rank=0.4, gpus_per_learner_rank=0.6)
 @pytest.mark.parametrize(
     ("cluster", "users", "words"),
     [
-        (dict(engines=1, learner_ranks=2, gpus_per_learner_rank=0.5), None, r"^cluster\.gpus_per_learner_rank=0\.5: use more than 0\.5"),
-        (dict(engines=1, learner_ranks=1, tensor_parallel=2, gpus_per_engine_rank=0.2), None, r"^cluster\.gpus_per_engine_rank=0\.2: "),
+        (
+            dict(engines=1, learner_ranks=2, gpus_per_learner_rank=0.5),
+            None,
+            r"^cluster\.gpus_per_learner_rank=0\.5: use more than 0\.5",
+        ),
+        (
+            dict(engines=1, learner_ranks=1, tensor_parallel=2, gpus_per_engine_rank=0.2),
+            None,
+            r"^cluster\.gpus_per_engine_rank=0\.2: ",
+        ),
         (
             dict(engines=1, learner_ranks=1),
             UserEngineConfig(tensor_parallel=2, gpus_per_rank=0.5),
@@ -143,13 +178,19 @@ def test_shares_that_keep_the_ranks_of_a_group_apart_are_taken():
     ("cluster", "gpus", "way_out"),
     [
         (ClusterConfig(device=Device.cpu), 0, r"Ray starts on this machine$"),
-        (ClusterConfig(device=Device.gpu, engines=1, learner_ranks=1, **SHARED), 8, r", or give every engine and learner rank a whole GPU"),
+        (
+            ClusterConfig(device=Device.gpu, engines=1, learner_ranks=1, **SHARED),
+            8,
+            r", or give every engine and learner rank a whole GPU",
+        ),
     ],
 )
 def test_weights_that_travel_by_file_take_one_node(cluster, gpus, way_out):
     config = RunConfig(cluster=cluster)
     assert resolve_layout(config, num_gpus=gpus, num_cpus=2).weight_transfer == "shared_file"
-    with pytest.raises(ResourceError, match=rf"Ray's cluster has 3 nodes; leave cluster\.address .*{way_out}"):
+    with pytest.raises(
+        ResourceError, match=rf"Ray's cluster has 3 nodes; leave cluster\.address .*{way_out}"
+    ):
         resolve_layout(config, num_gpus=gpus, num_cpus=2, num_nodes=3)
 
 
@@ -162,11 +203,15 @@ def test_a_checkpoint_of_other_ranks_is_refused():
     assert placed.ranks == {"policy_learner": "3", "critic_learner": "2"}
     placed.require_ranks("step_1", {"model.path": "tiny"} | placed.ranks)
     placed.require_ranks("step_1", {"model.path": "tiny"})
-    words = r"^step_1 was written with critic_learner ranks=3 and this run has 2; use cluster\.learner_ranks=6,"
+    words = (
+        r"^step_1 was written with critic_learner ranks=3 and this run has 2; use cluster\.learner_ranks=6,"
+    )
     with pytest.raises(DataError, match=words):
         placed.require_ranks("step_1", {"policy_learner": "3", "critic_learner": "3"})
     alone = layout(ClusterConfig(device=Device.cpu, engines=1, learner_ranks=5), 0)
-    with pytest.raises(DataError, match=r"policy_learner ranks=3 and this run has 5; use cluster\.learner_ranks=3,"):
+    with pytest.raises(
+        DataError, match=r"policy_learner ranks=3 and this run has 5; use cluster\.learner_ranks=3,"
+    ):
         alone.require_ranks("step_1", placed.ranks)
 
 

@@ -68,14 +68,37 @@ DIALOGUES = st.builds(
 
 
 def make_dialogue(name: str = "d") -> Dialogue:
-    appraisal = Appraisal(content="c", fit="f", activity="a", feeling="f", change=8.0, features={"need": 0.25})
+    appraisal = Appraisal(
+        content="c", fit="f", activity="a", feeling="f", change=8.0, features={"need": 0.25}
+    )
     shared = {
-        "prompt_ids": [1], "reply_ids": [2], "logprobs": [-0.5], "thinking": "", "well_formed": True, "truncated": False,
+        "prompt_ids": [1],
+        "reply_ids": [2],
+        "logprobs": [-0.5],
+        "thinking": "",
+        "well_formed": True,
+        "truncated": False,
         "policy_version": (0, 1),
-    }  # fmt: skip
+    }
     turns = [
-        Turn(index=0, reply="one", emotion_before=30.0, emotion_after=38.0, appraisal=appraisal, user_message="and then", **shared),
-        Turn(index=1, reply="two", emotion_before=38.0, emotion_after=38.0, appraisal=None, user_message=None, **shared),
+        Turn(
+            index=0,
+            reply="one",
+            emotion_before=30.0,
+            emotion_after=38.0,
+            appraisal=appraisal,
+            user_message="and then",
+            **shared,
+        ),
+        Turn(
+            index=1,
+            reply="two",
+            emotion_before=38.0,
+            emotion_after=38.0,
+            appraisal=None,
+            user_message=None,
+            **shared,
+        ),
     ]
     return Dialogue(
         id=name,
@@ -90,20 +113,28 @@ def make_dialogue(name: str = "d") -> Dialogue:
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(dialogues=st.lists(DIALOGUES, max_size=3, unique_by=lambda dialogue: dialogue.id), reward=NUMBER)
 def test_round_trip(tmp_path, dialogues, reward):
     path = tmp_path / "train_000001.parquet"
     scored = {dialogue.id: reward for dialogue in dialogues[:1]}
     write_dialogues(path, dialogues, iteration=1, phase="train", rewards=scored)
     assert read_dialogues(path) == dialogues
-    assert [record.reward for record in read_records(path)] == [scored.get(dialogue.id) for dialogue in dialogues]
+    assert [record.reward for record in read_records(path)] == [
+        scored.get(dialogue.id) for dialogue in dialogues
+    ]
 
 
 def test_records_hold_what_the_run_made_of_a_dialogue(tmp_path):
     path = dialogues_path(tmp_path, phase="train", iteration=3)
     dialogues = [make_dialogue("a"), make_dialogue("b")]
-    write_dialogues(path, dialogues, iteration=3, phase="train", rewards={"a": 0.38, "b": 0.4}, advantages={"b": -1.5})
+    write_dialogues(
+        path, dialogues, iteration=3, phase="train", rewards={"a": 0.38, "b": 0.4}, advantages={"b": -1.5}
+    )
     first, second = read_records(path)
     assert path.relative_to(tmp_path).as_posix() == "dialogues/train_000003.parquet"
     assert (first.iteration, first.phase, first.reward, first.advantage) == (3, Phase.train, 0.38, None)
@@ -119,7 +150,12 @@ def test_appraisal_hash_by_hand():
 
 def test_hash_changes_with_persona_and_every_message():
     heard = [Message(role=Role.USER, text="hello"), Message(role=Role.ASSISTANT, text="one")]
-    others = [("q", heard), ("p", heard[:1]), ("p", [heard[0], Message(role=Role.ASSISTANT, text="one ")]), ("p", heard[::-1])]
+    others = [
+        ("q", heard),
+        ("p", heard[:1]),
+        ("p", [heard[0], Message(role=Role.ASSISTANT, text="one ")]),
+        ("p", heard[::-1]),
+    ]
     hashes = {input_hash(persona_id, messages) for persona_id, messages in [("p", heard), *others]}
     assert len(hashes) == 5
 
@@ -159,11 +195,24 @@ def test_ids_and_rewards_are_checked(tmp_path):
 
 
 def test_unreadable_files_are_named_with_a_way_out(tmp_path):
-    missing, foreign, newer = tmp_path / "missing.parquet", tmp_path / "foreign.parquet", tmp_path / "newer.parquet"
+    missing, foreign, newer = (
+        tmp_path / "missing.parquet",
+        tmp_path / "foreign.parquet",
+        tmp_path / "newer.parquet",
+    )
     foreign.write_text("not parquet")
-    pq.write_table(pa.Table.from_pylist([], schema=SCHEMA.with_metadata({VERSION_KEY: str(SCHEMA_VERSION + 1).encode()})), newer)
+    pq.write_table(
+        pa.Table.from_pylist(
+            [], schema=SCHEMA.with_metadata({VERSION_KEY: str(SCHEMA_VERSION + 1).encode()})
+        ),
+        newer,
+    )
     unreadable = "not a readable dialogue file"
-    for path, complaint in ((missing, unreadable), (foreign, unreadable), (newer, f"schema version {SCHEMA_VERSION + 1}")):
+    for path, complaint in (
+        (missing, unreadable),
+        (foreign, unreadable),
+        (newer, f"schema version {SCHEMA_VERSION + 1}"),
+    ):
         with pytest.raises(DataError, match=f"{path.name}: .*{complaint}") as raised:
             read_dialogues(path)
         assert "\n" not in str(raised.value)
@@ -177,13 +226,24 @@ def test_folder_names_add_no_columns(tmp_path):
 
 def test_later_iterations_are_dropped_and_everything_else_stays(tmp_path):
     drop_later(tmp_path, 3)  # There may be no ledger yet.
-    written = [("control", 0), ("before", 0), ("train", 1), ("train", 3), ("after", 3), ("train", 4), ("train", 1_000_000), ("after", 4)]
+    written = [
+        ("control", 0),
+        ("before", 0),
+        ("train", 1),
+        ("train", 3),
+        ("after", 3),
+        ("train", 4),
+        ("train", 1_000_000),
+        ("after", 4),
+    ]
     for phase, iteration in written:
         path = dialogues_path(tmp_path, phase=phase, iteration=iteration)
         write_dialogues(path, [make_dialogue()], iteration=iteration, phase=phase, rewards={})
     for name in ("train_best.parquet", "notes_000009.parquet", "train_000009.csv"):
         (tmp_path / "dialogues" / name).write_text("somebody's own")
     drop_later(tmp_path, 3)
-    kept = {dialogues_path(tmp_path, phase=phase, iteration=iteration).name for phase, iteration in written[:5]}
+    kept = {
+        dialogues_path(tmp_path, phase=phase, iteration=iteration).name for phase, iteration in written[:5]
+    }
     kept |= {"train_best.parquet", "notes_000009.parquet", "train_000009.csv"}
     assert {path.name for path in (tmp_path / "dialogues").iterdir()} == kept

@@ -1,4 +1,5 @@
-"""The LLM user's own logic: what is asked, what is read from an answer, how the emotion moves, when the talk ends."""
+"""The LLM user's own logic: what is asked, what is read from an answer, how the emotion moves, when the talk
+ends."""
 
 import asyncio
 import json
@@ -12,14 +13,27 @@ from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
 from rlver_dist.errors import BoundaryError
-from rlver_dist.simulator.llm.schema import SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema
+from rlver_dist.simulator.llm.schema import (
+    SchemaError,
+    appraisal_schema,
+    opening_schema,
+    parse_answer,
+    reply_schema,
+)
 from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import PRESETS
 from rlver_dist.simulator.protocol import UserRequest
 
 PERSONA = load_split("bank", "train")[0]
 NOTES = {"content": "c", "fit": "f", "activity": "a", "feeling": "l"}
-REPLY = {"attitude": "neutral", "aim": "a", "tone": "t", "content": "c", "message": "And then it rained.", "goodbye": False}
+REPLY = {
+    "attitude": "neutral",
+    "aim": "a",
+    "tone": "t",
+    "content": "c",
+    "message": "And then it rained.",
+    "goodbye": False,
+}
 SCHEMA = appraisal_schema(language="en", max_tokens=400)
 
 
@@ -34,7 +48,15 @@ class Network:
         self.asked.append(request)
         answer = self.answers.pop(0)
         text = answer if isinstance(answer, str) else json.dumps(answer)
-        return ChatAnswer(text=text, prompt_tokens=9, cached_tokens=0, completion_tokens=3, seconds=0.1, retries=0, model="m")
+        return ChatAnswer(
+            text=text,
+            prompt_tokens=9,
+            cached_tokens=0,
+            completion_tokens=3,
+            seconds=0.1,
+            retries=0,
+            model="m",
+        )
 
     def metrics(self):
         return {}
@@ -107,7 +129,11 @@ def test_equal_requests_ask_equal_questions():
 @pytest.mark.parametrize("calls", LlmCalls)
 @pytest.mark.parametrize(
     ("emotion", "change", "turn", "end"),
-    [(95.0, 5, 0, EndReason.EMOTION_HIGH), (12.0, -3, 0, EndReason.EMOTION_LOW), (50.0, 1, 7, EndReason.MAX_TURNS)],
+    [
+        (95.0, 5, 0, EndReason.EMOTION_HIGH),
+        (12.0, -3, 0, EndReason.EMOTION_LOW),
+        (50.0, 1, 7, EndReason.MAX_TURNS),
+    ],
 )
 def test_rules_end_the_talk_and_no_message_follows(calls, emotion, change, turn, end):
     appraisal = {**NOTES, "change": change}
@@ -125,7 +151,9 @@ def test_goodbye_is_a_field_and_not_a_word():
 def test_presets_clip_what_the_schema_lets_through():
     rules = replace(PRESETS[Preset.sage], emotion=replace(PRESETS[Preset.sage].emotion, max_change=4.0))
     network = Network({**NOTES, "change": 9}, REPLY)
-    response = asyncio.run(LlmSimulator(rules=rules, backend=network, settings=LlmUserConfig()).respond(request(emotion=40.0)))
+    response = asyncio.run(
+        LlmSimulator(rules=rules, backend=network, settings=LlmUserConfig()).respond(request(emotion=40.0))
+    )
     assert (response.appraisal.change, response.emotion) == (4.0, 44.0)
 
 
@@ -173,11 +201,17 @@ def test_tricks_in_a_reply_are_counted():
     features = asyncio.run(user.respond(request(reply="<b>x\u200b\u200c"))).appraisal.features
     assert features == {"fence_markup": 2.0, "fence_hidden": 2.0, "fence_thought": 0.0, "fence_cut": 0.0}
     metrics = user.metrics()
-    assert (metrics["replies_with_markup"], metrics["replies_with_hidden"], metrics["replies_cut"]) == (1.0, 1.0, 0.0)
+    assert (metrics["replies_with_markup"], metrics["replies_with_hidden"], metrics["replies_cut"]) == (
+        1.0,
+        1.0,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("calls", LlmCalls)
-@pytest.mark.parametrize("reply", ["", "\u200b\x00", " \n" * 3000, "<think>I win.</think>", "\ufffc", "\u0301 \u20dd", "\u3164"])
+@pytest.mark.parametrize(
+    "reply", ["", "\u200b\x00", " \n" * 3000, "<think>I win.</think>", "\ufffc", "\u0301 \u20dd", "\u3164"]
+)
 def test_a_reply_with_nothing_left_to_read_costs_the_most_and_no_appraisal(calls, reply):
     network = Network(REPLY)
     response = ask(network, request(reply=reply), calls=calls)
@@ -186,11 +220,19 @@ def test_a_reply_with_nothing_left_to_read_costs_the_most_and_no_appraisal(calls
 
 
 def test_what_hides_a_part_of_itself_lifts_no_mood():
-    for reply, change, moved in (("<think>x</think>Hi.", 9, 0.0), ("Hi.<analysis>x</analysis>", -4, -4.0), ("Hi.", 9, 9.0)):
-        assert ask(Network({**NOTES, "change": change}, REPLY), request(reply=reply)).appraisal.change == moved
+    for reply, change, moved in (
+        ("<think>x</think>Hi.", 9, 0.0),
+        ("Hi.<analysis>x</analysis>", -4, -4.0),
+        ("Hi.", 9, 9.0),
+    ):
+        assert (
+            ask(Network({**NOTES, "change": change}, REPLY), request(reply=reply)).appraisal.change == moved
+        )
 
 
-@pytest.mark.parametrize("reply", ["I felt <emotion> because <reason>.", "[Think] What would you tell a friend?", "<analysis> Hi."])
+@pytest.mark.parametrize(
+    "reply", ["I felt <emotion> because <reason>.", "[Think] What would you tell a friend?", "<analysis> Hi."]
+)
 def test_a_placeholder_hides_nothing_and_may_lift_the_mood(reply):
     assert ask(Network({**NOTES, "change": 9}, REPLY), request(reply=reply)).appraisal.change == 9.0
 
@@ -231,7 +273,9 @@ def test_an_answer_outside_its_schema_is_refused(text):
 
 def test_an_answers_length_is_what_the_model_wrote():
     # U+2474 is a one in brackets, three characters once it is plain.
-    assert parse_answer(json.dumps({**NOTES, "fit": "\u2474" * 255, "change": 1}), SCHEMA)["fit"] == "(1)" * 255
+    assert (
+        parse_answer(json.dumps({**NOTES, "fit": "\u2474" * 255, "change": 1}), SCHEMA)["fit"] == "(1)" * 255
+    )
     for text in ("x" + "\u200b" * 255, "\u200b", " \u0301"):
         with pytest.raises(SchemaError, match=f"fit: {len(text)} characters"):
             parse_answer(json.dumps({**NOTES, "fit": text, "change": 1}), SCHEMA)

@@ -1,4 +1,5 @@
-"""Policy and value loss, importance weights, KL loss and entropy: numbers by hand, the same gradient however a batch is cut."""
+"""Policy and value loss, importance weights, KL loss and entropy: numbers by hand, the same gradient however
+a batch is cut."""
 
 import math
 
@@ -13,11 +14,14 @@ from rlver_dist.algorithms.reduce import global_mean
 
 
 def test_clipped_surrogate_by_hand():
-    # ratio, A, clip to [0.8, 1.3]:   1.5, 2 -> 2.6 | 0.5, 1 -> 0.5 | 0.5, -1 -> -0.8 | 1.5, -2 -> -3.0 | 1.1, 1 -> 1.1
+    # ratio, A, clip to [0.8, 1.3]:   1.5, 2 -> 2.6 | 0.5, 1 -> 0.5 | 0.5, -1 -> -0.8 | 1.5, -2 -> -3.0 | 1.1,
+    # 1 -> 1.1
     ratios, advantages = torch.tensor([1.5, 0.5, 0.5, 1.5, 1.1]), torch.tensor([2.0, 1.0, -1.0, -2.0, 1.0])
     old = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0])
     logprobs = (old + ratios.log()).requires_grad_()
-    loss, sums = losses.policy_loss(logprobs, old, advantages, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5]), 0.2, 0.3, global_count=10)
+    loss, sums = losses.policy_loss(
+        logprobs, old, advantages, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5]), 0.2, 0.3, global_count=10
+    )
     assert loss.item() == pytest.approx(-(2.6 + 0.5 - 0.8 - 3.0 + 0.55) / 10, rel=1e-5)
     assert sums["clip_fraction"] == (2.0, 5.0)
     assert sums["ratio"] == (pytest.approx(5.1), 5.0)
@@ -29,7 +33,9 @@ def test_clipped_surrogate_by_hand():
 
 def test_on_policy_gradient_is_minus_advantage_and_old_logprobs_get_none():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss, sums = losses.policy_loss(logprobs, logprobs, torch.tensor([3.0, -1.0]), torch.ones(2), 0.2, 0.2, global_count=2)
+    loss, sums = losses.policy_loss(
+        logprobs, logprobs, torch.tensor([3.0, -1.0]), torch.ones(2), 0.2, 0.2, global_count=2
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-1.0)
     assert logprobs.grad.tolist() == pytest.approx([-1.5, 0.5])
@@ -43,7 +49,10 @@ def test_kl_loss_by_hand():
     expected = {
         "k1": ((0.2 - 0.5) / 4, [0.25, 0.25]),
         "k2": ((0.02 + 0.125) / 4, [0.05, -0.125]),
-        "k3": ((math.exp(-0.2) - 0.8 + math.exp(0.5) - 1.5) / 4, [(1 - math.exp(-0.2)) / 4, (1 - math.exp(0.5)) / 4]),
+        "k3": (
+            (math.exp(-0.2) - 0.8 + math.exp(0.5) - 1.5) / 4,
+            [(1 - math.exp(-0.2)) / 4, (1 - math.exp(0.5)) / 4],
+        ),
     }
     for kind, (value, gradient) in expected.items():
         loss = losses.kl_loss(logprobs, reference, kind, global_count=4)
@@ -73,11 +82,15 @@ def test_truncated_importance_weights_by_hand():
 
 
 def test_value_loss_by_hand():
-    # value, old, return, clipped to old +- 0.5 -> larger squared error:
-    #   0.2, 0.0, 1.0 -> 0.2: 0.64, inside the range | 0.9, 0.0, 1.0 -> 0.5: 0.25, left it towards the return, gradient cut off
-    #   -0.9, 0.0, 1.0 -> -0.5: 3.61, left it the other way | 2.0, 0.0, 0.3 -> 0.5: 2.89, past the return
+    # value, old, return, clipped to old +- 0.5 -> larger squared error: 0.2, 0.0, 1.0 -> 0.2: 0.64, inside
+    # the range | 0.9, 0.0, 1.0 -> 0.5: 0.25, left it towards the return, gradient cut off -0.9, 0.0, 1.0 ->
+    # -0.5: 3.61, left it the other way | 2.0, 0.0, 0.3 -> 0.5: 2.89, past the return
     columns = torch.tensor([[0.2, 0.9, -0.9, 2.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.3]])
-    values, old, returns = columns[0].clone().requires_grad_(), columns[1].clone().requires_grad_(), columns[2].clone().requires_grad_()
+    values, old, returns = (
+        columns[0].clone().requires_grad_(),
+        columns[1].clone().requires_grad_(),
+        columns[2].clone().requires_grad_(),
+    )
     loss, sums = losses.value_loss(values, old, returns, clip=0.5, global_count=8)
     assert loss.item() == pytest.approx(0.5 * (0.64 + 0.25 + 3.61 + 2.89) / 8, rel=1e-6)
     assert sums == {"clip_fraction": (1.0, 4.0)}
@@ -130,7 +143,9 @@ def total_loss(logprobs: Tensor, columns: Tensor, parts: list[list[int]]) -> Ten
         loss, _ = losses.policy_loss(mine, old, advantages, weights, 0.2, 0.2, count)
         value_loss, _ = losses.value_loss(mine, old, advantages, 0.3, count)
         entropy = global_mean(mine.square(), count)
-        total = total + loss + 0.1 * losses.kl_loss(mine, reference, "k3", count) - 0.01 * entropy + value_loss
+        total = (
+            total + loss + 0.1 * losses.kl_loss(mine, reference, "k3", count) - 0.01 * entropy + value_loss
+        )
     return total
 
 
@@ -144,7 +159,10 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(num_tokens: int, num_parts: 
         parts[random.randrange(num_parts)].append(token)
     results = []
     for cut in ([list(range(num_tokens))], parts):
-        logprobs = (torch.randn(num_tokens, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) * 0.5).requires_grad_()
+        logprobs = (
+            torch.randn(num_tokens, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+            * 0.5
+        ).requires_grad_()
         loss = total_loss(logprobs, columns, cut)
         loss.backward()
         results.append([loss.item(), *logprobs.grad.tolist()])

@@ -18,11 +18,15 @@ from rlver_dist.simulator.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 THINGS = ("axe", "bin", "cat", "dog", "egg", "fan", "gate", "hen", "ink", "jar")
-FACTS = tuple(f"Fact number {number} is about the {thing} in the yard." for number, thing in enumerate(THINGS))
+FACTS = tuple(
+    f"Fact number {number} is about the {thing} in the yard." for number, thing in enumerate(THINGS)
+)
 OPENING = "There has been some trouble with the yard."
 
 
-def persona(temperament: Temperament = Temperament.PASSIVE, intent: HiddenIntent = HiddenIntent.BE_HEARD) -> Persona:
+def persona(
+    temperament: Temperament = Temperament.PASSIVE, intent: HiddenIntent = HiddenIntent.BE_HEARD
+) -> Persona:
     return Persona(
         id="p1",
         name="Ada",
@@ -51,18 +55,30 @@ def context(
     **who,
 ) -> MessageContext:
     """A dialogue from alternating texts: opening, reply, user message, reply ..."""
-    messages = tuple(Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(texts))
+    messages = tuple(
+        Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(texts)
+    )
     return MessageContext(
-        persona=persona(**who), messages=messages, emotion=emotion, change=change, truncated=truncated, rules=PRESETS[preset], seed=seed
+        persona=persona(**who),
+        messages=messages,
+        emotion=emotion,
+        change=change,
+        truncated=truncated,
+        rules=PRESETS[preset],
+        seed=seed,
     )
 
 
-def talk(num_turns: int, *, emotions: list[float], changes: list[float], seed: int = 1, **who) -> list[str | None]:
+def talk(
+    num_turns: int, *, emotions: list[float], changes: list[float], seed: int = 1, **who
+) -> list[str | None]:
     """The user's messages when every reply moves emotion as given; stops at a goodbye."""
     texts, said = [OPENING], []
     for turn in range(num_turns):
         texts.append(f"Reply {turn} speaks of thing {turn * 7} and of nothing else, number {turn * 13}.")
-        said.append(next_message(context(*texts, emotion=emotions[turn], change=changes[turn], seed=seed, **who)))
+        said.append(
+            next_message(context(*texts, emotion=emotions[turn], change=changes[turn], seed=seed, **who))
+        )
         if said[-1] is None:
             break
         texts.append(said[-1])
@@ -104,7 +120,12 @@ def test_lines_are_short_plain_and_not_repeated() -> None:
             assert line.isascii() and line == line.strip() and len(line.split()) <= 20
             assert line[-1] in ".?!"
     for temperament in (t.value for t in Temperament):
-        reactions = [line for state in material()["reactions"][temperament].values() for pool in state.values() for line in pool]
+        reactions = [
+            line
+            for state in material()["reactions"][temperament].values()
+            for pool in state.values()
+            for line in pool
+        ]
         assert len(set(reactions)) == len(reactions)
 
 
@@ -120,9 +141,13 @@ def test_facts_come_in_order_and_once() -> None:
     st.sampled_from(list(HiddenIntent)),
     st.lists(st.tuples(st.floats(10, 99.9), st.floats(-10, 10)), min_size=9, max_size=9),
 )
-def test_nothing_is_said_twice(seed: int, temperament: Temperament, intent: HiddenIntent, path: list[tuple[float, float]]) -> None:
+def test_nothing_is_said_twice(
+    seed: int, temperament: Temperament, intent: HiddenIntent, path: list[tuple[float, float]]
+) -> None:
     emotions, changes = [e for e, _ in path], [c for _, c in path]
-    everything = talk(9, emotions=emotions, changes=changes, seed=seed, temperament=temperament, intent=intent)
+    everything = talk(
+        9, emotions=emotions, changes=changes, seed=seed, temperament=temperament, intent=intent
+    )
     said = [text for text in everything if text is not None]
     assert said and len(set(said)) == len(said)
     for fact in FACTS:
@@ -135,8 +160,13 @@ def test_nothing_is_said_twice(seed: int, temperament: Temperament, intent: Hidd
 
 def test_a_message_depends_on_its_context_alone() -> None:
     here = context(OPENING, "That sounds hard. What happened?", seed=5)
-    program = "from tests.unit.test_messages import *; print(next_message(context(OPENING, 'That sounds hard. What happened?', seed=5)))"
-    fresh = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    program = (
+        "from tests.unit.test_messages import *; print(next_message(context(OPENING, 'That sounds hard. "
+        "What happened?', seed=5)))"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.strip()
     assert next_message(here) == next_message(here) == fresh
     assert len({next_message(replace(here, seed=seed)) for seed in range(40)}) > 8
 
@@ -154,7 +184,15 @@ def test_low_users_hold_back_after_a_bad_reply_but_not_twice(temperament: Temper
     held = material()["held_back"][temperament.value]
     low = context(OPENING, "Calm down.", emotion=22.0, change=-8.0, temperament=temperament)
     assert 15 < sum(next_message(replace(low, seed=seed)) in held for seed in range(60)) < 55
-    again = context(OPENING, "Calm down.", held[0], "Really, calm down now.", emotion=15.0, change=-7.0, temperament=temperament)
+    again = context(
+        OPENING,
+        "Calm down.",
+        held[0],
+        "Really, calm down now.",
+        emotion=15.0,
+        change=-7.0,
+        temperament=temperament,
+    )
     open_minded = replace(low, emotion=45.0)
     for seed in range(30):
         assert FACTS[0] in next_message(replace(again, seed=seed))
@@ -166,7 +204,10 @@ def test_guarded_facts_wait_for_an_open_user() -> None:
     opened = next_message(context(OPENING, "I see.", *rest, emotion=45.0, change=2.0))
     assert FACTS[8] in opened and opened.startswith(tuple(material()["trust"]["passive"]))
     assert FACTS[8] in next_message(context(OPENING, "I see.", *rest, emotion=45.0, change=-2.0))
-    assert next_message(context(OPENING, "I see.", *rest, emotion=30.0, change=2.0)) in material()["closing"]["passive"]["improved"]
+    assert (
+        next_message(context(OPENING, "I see.", *rest, emotion=30.0, change=2.0))
+        in material()["closing"]["passive"]["improved"]
+    )
 
 
 @pytest.mark.parametrize(("emotion", "change", "num_facts"), [(80.0, 5.0, 2), (80.0, 0.0, 1), (60.0, 5.0, 1)])
@@ -179,14 +220,21 @@ def test_goodbye_when_all_is_told_and_nothing_comes_back() -> None:
     everything = [text for fact in FACTS for text in (fact, "I see.")]
     first = next_message(context(OPENING, "I see.", *everything, emotion=50.0, change=0.0))
     assert first in material()["closing"]["passive"]["same"]
-    assert next_message(context(OPENING, "I see.", *everything, first, "Hm.", emotion=50.0, change=-1.0)) is None
-    assert next_message(context(OPENING, "I see.", *everything, first, "Hm.", emotion=50.0, change=4.0)) is not None
+    assert (
+        next_message(context(OPENING, "I see.", *everything, first, "Hm.", emotion=50.0, change=-1.0)) is None
+    )
+    assert (
+        next_message(context(OPENING, "I see.", *everything, first, "Hm.", emotion=50.0, change=4.0))
+        is not None
+    )
 
 
 def test_the_form_of_a_reply_is_remarked_on() -> None:
     def remarks(occasion: str, *texts: str, truncated: bool = False) -> int:
         lines = material()["occasions"][occasion]["negative"]
-        here = context(*texts, change=-2.0, emotion=45.0, truncated=truncated, temperament=Temperament.NEGATIVE)
+        here = context(
+            *texts, change=-2.0, emotion=45.0, truncated=truncated, temperament=Temperament.NEGATIVE
+        )
         return sum(next_message(replace(here, seed=seed)).startswith(tuple(lines)) for seed in range(60))
 
     line = "You should really talk to somebody about the whole thing."
@@ -206,7 +254,10 @@ def test_expressiveness_and_a_hidden_aim_limit_what_shows() -> None:
     hints = material()["hints"]["be_heard"]
 
     def hinted(preset: Preset) -> int:
-        said = [next_message(context(OPENING, "A reply.", change=0.0, seed=seed, preset=preset)) for seed in range(100)]
+        said = [
+            next_message(context(OPENING, "A reply.", change=0.0, seed=seed, preset=preset))
+            for seed in range(100)
+        ]
         return sum(text.startswith(tuple(hints)) for text in said)
 
     assert hinted(Preset.rlver_vanilla) > 10

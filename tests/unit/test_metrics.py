@@ -16,7 +16,9 @@ from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import NON_FINITE, Metric, Reduction, reduce_metrics
 
 
-def make_turn(index: int, reply: str, num_tokens: int, before: float, after: float, *, appraised: bool = True) -> Turn:
+def make_turn(
+    index: int, reply: str, num_tokens: int, before: float, after: float, *, appraised: bool = True
+) -> Turn:
     appraisal = Appraisal(content="c", fit="f", activity="a", feeling="f", change=after - before)
     return Turn(
         index=index,
@@ -56,7 +58,9 @@ def test_mean_is_weighted_and_not_a_mean_of_means():
 
 def test_max_sum_and_last():
     others = (Reduction.max, Reduction.sum, Reduction.last)
-    records = [Metric(f"g/{reduction.value}", value, reduction) for reduction in others for value in (2.0, 7.0, 3.0)]
+    records = [
+        Metric(f"g/{reduction.value}", value, reduction) for reduction in others for value in (2.0, 7.0, 3.0)
+    ]
     assert reduce_metrics(records) == {"g/max": 7.0, "g/sum": 12.0, "g/last": 3.0, NON_FINITE: 0.0}
 
 
@@ -96,7 +100,9 @@ def test_weight_is_checked(weight):
 def test_mean_does_not_depend_on_the_shards(values, data):
     cut = data.draw(st.integers(0, len(values)))
     shards = [part for part in (values[:cut], values[cut:]) if part]
-    reduced = reduce_metrics([Metric("k", sum(part) / len(part), Reduction.mean, len(part)) for part in shards])
+    reduced = reduce_metrics(
+        [Metric("k", sum(part) / len(part), Reduction.mean, len(part)) for part in shards]
+    )
     assert reduced["k"] == pytest.approx(sum(values) / len(values), rel=1e-9, abs=1e-6)
 
 
@@ -140,7 +146,12 @@ def test_dialogues_that_ended_before_a_reply_count_as_ended():
     overflowed = make_dialogue("a", [], EndReason.CONTEXT_OVERFLOW, 30)
     spoken = make_dialogue("b", [make_turn(0, "hm", 5, 30, 40)], EndReason.MAX_TURNS, 40)
     reduced = reduce_metrics(dialogue_metrics([overflowed, spoken], {"b": 0.4}))
-    expected = {"rollout/end_context_overflow": 0.5, "rollout/turns_per_dialogue": 0.5, "rollout/failed": 0, "reward/emotion_final": 35}
+    expected = {
+        "rollout/end_context_overflow": 0.5,
+        "rollout/turns_per_dialogue": 0.5,
+        "rollout/failed": 0,
+        "reward/emotion_final": 35,
+    }
     assert {key: reduced[key] for key in expected} == pytest.approx(expected)
 
 
@@ -157,8 +168,14 @@ def test_dialogue_metrics_refuses_a_reward_without_dialogue():
 
 def test_every_key_written_in_the_code_is_documented():
     root = Path(__file__).parents[2]
-    literal = re.compile(r'"((?:rollout|reward|guard|judges|simulator|learner|critic|warm_up|sync|time|perf|progress)/[a-z0-9_]+)"')
-    keys = {key for source in (root / "rlver_dist").rglob("*.py") for key in literal.findall(source.read_text(encoding="utf-8"))}
+    literal = re.compile(
+        r'"((?:rollout|reward|guard|judges|simulator|learner|critic|warm_up|sync|time|perf|progress)/[a-z0-9_]+)"'
+    )
+    keys = {
+        key
+        for source in (root / "rlver_dist").rglob("*.py")
+        for key in literal.findall(source.read_text(encoding="utf-8"))
+    }
     documented = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert "reward/emotion_final" in keys
     assert not {key for key in keys if f"`{key}`" not in documented}
@@ -177,7 +194,11 @@ def test_jsonl_resume_drops_repeated_iterations_and_a_cut_line(tmp_path):
     for iteration in (1, 2, 3):
         tracker.log(iteration, {"reward/mean": iteration / 10, "learner/loss": math.nan})
     tracker.close()
-    assert json.loads(path.read_text().splitlines()[0]) == {"iteration": 1, "reward/mean": 0.1, "learner/loss": None}
+    assert json.loads(path.read_text().splitlines()[0]) == {
+        "iteration": 1,
+        "reward/mean": 0.1,
+        "learner/loss": None,
+    }
     with path.open("a") as file:
         file.write('{"iteration": 4, "rew')
     resumed = JsonlTracker(path, first_iteration=3)

@@ -20,7 +20,18 @@ def installed(tmp_path_factory) -> Path:
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "conf", "rlver_dist"]
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(source / "out"), str(source)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(source / "out"),
+        str(source),
+    ]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
     with zipfile.ZipFile(next((source / "out").glob("*.whl"))) as wheel:
         wheel.extractall(folder)
@@ -30,7 +41,15 @@ def installed(tmp_path_factory) -> Path:
 def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run the wheel's code, not the checkout's, in `cwd`."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_the_wheels_own_files_are_used(installed, tmp_path):
@@ -40,7 +59,9 @@ def test_the_wheels_own_files_are_used(installed, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "placement"), itertools.product(RECIPES, PLACEMENTS))
 def test_every_pair_composes_from_a_wheel_in_an_empty_directory(installed, tmp_path, recipe, placement):
-    done = run(installed, tmp_path, "-m", "rlver_dist.launch", f"+on={placement}", f"+exp={recipe}", "check=true")
+    done = run(
+        installed, tmp_path, "-m", "rlver_dist.launch", f"+on={placement}", f"+exp={recipe}", "check=true"
+    )
     assert done.returncode == 0, done.stderr
     assert "240 training" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -48,7 +69,8 @@ def test_every_pair_composes_from_a_wheel_in_an_empty_directory(installed, tmp_p
 
 def test_the_wheel_holds_the_users_material(installed):
     material = (
-        "simulator/messages_en.yaml simulator/rules/heads.safetensors data/people.yaml data/bank/train.jsonl persona_synthesis/seeds.yaml"
+        "simulator/messages_en.yaml simulator/rules/heads.safetensors data/people.yaml "
+        "data/bank/train.jsonl persona_synthesis/seeds.yaml"
     )
     for name in material.split():
         assert (installed / "rlver_dist" / name).stat().st_size > 0

@@ -15,15 +15,22 @@ DRAWN_SAMPLE = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1,
 
 
 def make_sample(token_ids: list[int], loss_mask: list[bool]) -> TurnSample:
-    rollout_logprobs = [-token / 8 if trained else 0.0 for token, trained in zip(token_ids, loss_mask, strict=True)]
+    rollout_logprobs = [
+        -token / 8 if trained else 0.0 for token, trained in zip(token_ids, loss_mask, strict=True)
+    ]
     return TurnSample(
-        token_ids=token_ids, loss_mask=loss_mask, rollout_logprobs=rollout_logprobs, dialogue_id="d", group_id="g", turn_index=0
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        rollout_logprobs=rollout_logprobs,
+        dialogue_id="d",
+        group_id="g",
+        turn_index=0,
     )
 
 
 def test_plan_by_hand():
-    # Longest first: 9 and 7 to ranks 0 and 1, 5 to rank 1 (7 < 9), 4 to rank 0 (9 < 12), 3 to rank 1 (12 < 13).
-    # Rank 0 holds 9, 4 in rows of up to 10: [9], [4]. Rank 1 holds 7, 5, 3: [7, 3], [5].
+    # Longest first: 9 and 7 to ranks 0 and 1, 5 to rank 1 (7 < 9), 4 to rank 0 (9 < 12), 3 to rank 1 (12 <
+    # 13). Rank 0 holds 9, 4 in rows of up to 10: [9], [4]. Rank 1 holds 7, 5, 3: [7, 3], [5].
     assert plan_micro_batches([5, 9, 3, 7, 4], num_ranks=2, max_tokens=10) == [[[1], [4]], [[2, 3], [0]]]
 
 
@@ -40,7 +47,9 @@ def test_plan_invariants(lengths: list[int], num_ranks: int, max_tokens: int):
     plan = plan_micro_batches(lengths, num_ranks, max_tokens)
     assert len(plan) == num_ranks
     assert len({len(micro_batches) for micro_batches in plan}) == 1
-    assert sorted(index for micro_batches in plan for row in micro_batches for index in row) == list(range(len(lengths)))
+    assert sorted(index for micro_batches in plan for row in micro_batches for index in row) == list(
+        range(len(lengths))
+    )
     for micro_batches in plan:
         for row in micro_batches:
             assert len(row) <= 1 or sum(lengths[index] for index in row) <= max_tokens
@@ -83,7 +92,11 @@ def alone(*indices: int) -> list[Unit]:
 
 
 def test_pack_by_hand():
-    samples = [make_sample([10, 11, 12], [False, True, True]), make_sample([99], [False]), make_sample([20, 21], [False, True])]
+    samples = [
+        make_sample([10, 11, 12], [False, True, True]),
+        make_sample([99], [False]),
+        make_sample([20, 21], [False, True]),
+    ]
     row = pack(samples, alone(2, 0))
     assert row.indices == [2, 0]
     assert row.token_ids.tolist() == [20, 21, 10, 11, 12]
@@ -91,8 +104,16 @@ def test_pack_by_hand():
     assert row.spans == [Span(length=2), Span(length=3)]
     assert row.target_index.tolist() == [1, 3, 4]
     assert row.logit_index.tolist() == [0, 2, 3]
-    assert column([torch.tensor([1.5, 2.5]), torch.tensor([]), torch.tensor([-2.0])], row).tolist() == [-2.0, 1.5, 2.5]
-    assert column([sample.trained_logprobs() for sample in samples], row).tolist() == [-21 / 8, -11 / 8, -12 / 8]
+    assert column([torch.tensor([1.5, 2.5]), torch.tensor([]), torch.tensor([-2.0])], row).tolist() == [
+        -2.0,
+        1.5,
+        2.5,
+    ]
+    assert column([sample.trained_logprobs() for sample in samples], row).tolist() == [
+        -21 / 8,
+        -11 / 8,
+        -12 / 8,
+    ]
 
 
 def test_no_unit_gives_a_row_that_trains_nothing():
@@ -105,7 +126,9 @@ def test_all_rows_have_the_same_types():
     sample = make_sample([1, 2], [False, True])
     for indices in ([], [0], [0, 0]):
         row = pack([sample], alone(*indices)).to("cpu")
-        assert {tensor.dtype for tensor in (row.token_ids, row.position_ids, row.target_index, row.logit_index)} == {torch.int64}
+        assert {
+            tensor.dtype for tensor in (row.token_ids, row.position_ids, row.target_index, row.logit_index)
+        } == {torch.int64}
         assert column([torch.ones(1)], row).dtype == torch.float32
         assert len(row.token_ids) == len(row.position_ids) == sum(span.length for span in row.spans)
 
@@ -116,8 +139,15 @@ def test_pack_refuses_a_first_token_that_is_trained():
 
 
 @given(st.lists(DRAWN_SAMPLE, max_size=6), st.integers(1, 3), st.integers(1, 12))
-def test_planned_and_packed_rows_split_back_into_the_samples(drawn: list[list[tuple[int, bool]]], num_ranks: int, max_tokens: int):
-    samples = [make_sample([token for token, _ in rows], [at > 0 and trained for at, (_, trained) in enumerate(rows)]) for rows in drawn]
+def test_planned_and_packed_rows_split_back_into_the_samples(
+    drawn: list[list[tuple[int, bool]]], num_ranks: int, max_tokens: int
+):
+    samples = [
+        make_sample(
+            [token for token, _ in rows], [at > 0 and trained for at, (_, trained) in enumerate(rows)]
+        )
+        for rows in drawn
+    ]
     units = make_units(samples, range(len(samples)), share=False, max_tokens=max_tokens)
     values = [index + torch.arange(sample.num_trained) / 8 for index, sample in enumerate(samples)]
     seen = []
@@ -128,11 +158,17 @@ def test_planned_and_packed_rows_split_back_into_the_samples(drawn: list[list[tu
                 continue
             seen += row.indices
             lengths = [span.length for span in row.spans]
-            assert [part.tolist() for part in row.token_ids.split(lengths)] == [samples[index].token_ids for index in row.indices]
+            assert [part.tolist() for part in row.token_ids.split(lengths)] == [
+                samples[index].token_ids for index in row.indices
+            ]
             assert row.position_ids.tolist() == [position for length in lengths for position in range(length)]
             mask = torch.zeros(len(row.token_ids), dtype=torch.bool)
             mask[row.target_index] = True
-            assert [part.tolist() for part in mask.split(lengths)] == [samples[index].loss_mask for index in row.indices]
+            assert [part.tolist() for part in mask.split(lengths)] == [
+                samples[index].loss_mask for index in row.indices
+            ]
             assert torch.equal(row.logit_index, row.target_index - 1)
-            assert column(values, row).tolist() == [value for index in row.indices for value in values[index].tolist()]
+            assert column(values, row).tolist() == [
+                value for index in row.indices for value in values[index].tolist()
+            ]
     assert sorted(seen) == list(range(len(samples)))

@@ -13,7 +13,9 @@ HONEST = (
 )
 HEARD = ["A guy I was seeing has gone quiet, it happens to everybody. I've still got his key and so on."]
 SHOWING = {
-    "repetition": "You are not alone in this. You are not alone in this. You are not alone in this. You are not alone.",
+    "repetition": (
+        "You are not alone in this. You are not alone in this. You are not alone in this. You are not alone."
+    ),
     "apologies": "I'm sorry about it, I'm so sorry, really, I apologise.",
     "feeling_density": "So much pain, grief, sorrow, hurt, sadness and love, I feel your broken heart.",
     "superlatives": "You are an amazing, brilliant, wonderful and perfect human being, a hero.",
@@ -26,7 +28,10 @@ SHOWING = {
     "score_talk": "My emotion is now 100 and I feel great.",
     "copied": "A guy you say. A guy I was seeing has gone quiet, it happens to everybody.",
     "too_short": "Ok.",
-    "unaddressed": "As I walked into the room with my dad, a lump formed in my throat. His hands were shaking, and he looked tired.",
+    "unaddressed": (
+        "As I walked into the room with my dad, a lump formed in my throat. His hands were shaking, and he "
+        "looked tired."
+    ),
 }
 
 
@@ -85,9 +90,16 @@ def test_replies_that_begin_alike_are_a_formula():
 @pytest.mark.parametrize(
     ("reply", "name"),
     [
-        (SHOWING["superlatives"].replace("amazing", "am\u00e1zing").replace("hero", "he\u0301ro"), "superlatives"),
+        (
+            SHOWING["superlatives"].replace("amazing", "am\u00e1zing").replace("hero", "he\u0301ro"),
+            "superlatives",
+        ),
         ("M\u00fd em\u00f3tion is now 100.", "score_talk"),
-        ("A guy y\u00f3u say. A gu\u00fd I was se\u00e9ing has g\u00f3ne quiet, it h\u00e1ppens to everybody.", "copied"),
+        (
+            "A guy y\u00f3u say. A gu\u00fd I was se\u00e9ing has g\u00f3ne quiet, it h\u00e1ppens to "
+            "everybody.",
+            "copied",
+        ),
     ],
 )
 def test_accents_change_no_word(reply, name):

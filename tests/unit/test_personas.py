@@ -50,7 +50,10 @@ TASKS = {
 
 def write(folder: Path, *rows: object) -> Path:
     path = folder / "people.jsonl"
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -116,7 +119,9 @@ def test_a_missing_field_is_named(tmp_path):
     assert refusal(path).startswith(f"{path}:1: scene: missing")
 
 
-@pytest.mark.parametrize("line, message", [('{"id": ', "not JSON"), ("[1, 2]", "holds a list"), ("", "holds no persona")])
+@pytest.mark.parametrize(
+    "line, message", [('{"id": ', "not JSON"), ("[1, 2]", "holds a list"), ("", "holds no persona")]
+)
 def test_what_is_no_persona_is_refused(tmp_path, line, message):
     assert message in refusal(write(tmp_path, line))
 
@@ -133,7 +138,9 @@ def test_an_rlver_row_is_imported(tmp_path):
     assert (persona.id, persona.situation_id, persona.name, persona.language) == ("r1", "r1", "林晓", "zh")
     assert (persona.temperament, persona.hidden_intent) == (Temperament.AVOIDANT, HiddenIntent.BE_HEARD)
     assert persona.traits == ("内向", "谨慎", "敏感")
-    assert persona.scene.endswith("林晓会更愿意说下去。") and persona.want == RLVER["task"] not in persona.scene
+    assert (
+        persona.scene.endswith("林晓会更愿意说下去。") and persona.want == RLVER["task"] not in persona.scene
+    )
     assert (persona.topic, persona.opening, persona.facts) == ("", "", ())
 
 
@@ -148,7 +155,14 @@ def test_all_eight_rlver_intents_are_recognised(tmp_path, task):
 
 
 @pytest.mark.parametrize(
-    "marker", ["####隐藏主题:\n***愿望", "## 隐藏主题：\n愿望", "**隐藏主题**\n\n愿望", "### 隐藏主题: 愿望", "隐藏主题：愿望"]
+    "marker",
+    [
+        "####隐藏主题:\n***愿望",
+        "## 隐藏主题：\n愿望",
+        "**隐藏主题**\n\n愿望",
+        "### 隐藏主题: 愿望",
+        "隐藏主题：愿望",
+    ],
 )
 def test_the_marker_is_split_off_in_every_form(marker):
     body = "## 背景\n他走了。\n\n- **NPC偏离角色隐藏主题的回复**：\n  会失望。"
@@ -175,7 +189,9 @@ def test_bad_rlver_rows_are_refused_with_file_line_and_field(tmp_path, change, m
 def test_people_of_both_splits_are_reported_in_one_line(tmp_path):
     def rows(split: str, *sheets: str) -> list[Persona]:
         scenes = [RLVER["scene"].replace("餐馆", f"{split}{n}") for n in range(len(sheets))]
-        people = [{"id": f"{split}{n}", "player": sheet, "scene": scenes[n]} for n, sheet in enumerate(sheets)]
+        people = [
+            {"id": f"{split}{n}", "player": sheet, "scene": scenes[n]} for n, sheet in enumerate(sheets)
+        ]
         return load_personas(write(tmp_path, *(RLVER | row for row in people)))
 
     ann, bo, cy = (f"* 姓名：{name}\n* 年龄：30岁" for name in ("安", "博", "岑"))
@@ -193,13 +209,19 @@ def test_the_bank_shares_nobody():
 
 
 def test_a_run_says_at_load_that_training_people_are_evaluated(tmp_path, capsys):
-    rows = [OWN | {"id": name, "scene": f"{name} was late.", "opening": "I was late.", "facts": ["I was late again."]} for name in "abc"]
+    rows = [
+        OWN
+        | {"id": name, "scene": f"{name} was late.", "opening": "I was late.", "facts": ["I was late again."]}
+        for name in "abc"
+    ]
     train, evaluation = tmp_path / "train.jsonl", tmp_path / "evaluation.jsonl"
     train.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]), encoding="utf-8")
     evaluation.write_text(json.dumps(rows[2]) + "\n", encoding="utf-8")
     data = DataConfig(train=str(train), evaluation=str(evaluation))
     assert launch.run(RunConfig(data=data, evaluation=EvaluationConfig(num_personas=1), check=True)) == 0
-    assert capsys.readouterr().err.startswith("warning: data.evaluation: 1 of 1 personas reuse the person sheet of a training persona")
+    assert capsys.readouterr().err.startswith(
+        "warning: data.evaluation: 1 of 1 personas reuse the person sheet of a training persona"
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason="the sample of RLVER's profiles is not on this machine")

@@ -14,7 +14,8 @@ from rlver_dist.rollout.engine import EngineSettings, set_environment
 
 def layout(users: UserEngineConfig, **cluster) -> Layout:
     config = RunConfig(
-        cluster=ClusterConfig(device=Device.gpu, **cluster), simulator=SimulatorConfig(backend=SimulatorBackend.vllm, engine=users)
+        cluster=ClusterConfig(device=Device.gpu, **cluster),
+        simulator=SimulatorConfig(backend=SimulatorBackend.vllm, engine=users),
     )
     return resolve_layout(config, num_gpus=32, num_cpus=8)
 
@@ -26,7 +27,8 @@ def test_engines_of_several_gpus_take_the_bundles_after_the_policys():
     assert [one["name"] for one in options] == ["user_engine_0", "user_engine_1"]
     assert [one["runtime_env"]["env_vars"]["VLLM_RAY_BUNDLE_INDICES"] for one in options] == ["3,4", "5,6"]
     assert [one["num_gpus"] for one in options] == [0, 0]
-    # An asynchronous actor takes 1,000 calls at once by itself; the others would wait outside of vLLM's batch.
+    # An asynchronous actor takes 1,000 calls at once by itself; the others would wait outside of vLLM's
+    # batch.
     assert all(one["max_concurrency"] > 1000 for one in options)
 
 
@@ -41,16 +43,25 @@ def test_shares_of_one_gpu_stand_in_the_actors_order():
 def test_learners_on_gpus_share_out_the_cores_for_what_steps_on_the_host():
     placed = layout(UserEngineConfig(), engines=1, learner_ranks=3)
     assert placed.threads == 8 // 3
-    assert _learner_options("policy_learner_0", placed, None, 2)["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "2"}}
+    assert _learner_options("policy_learner_0", placed, None, 2)["runtime_env"] == {
+        "env_vars": {"OMP_NUM_THREADS": "2"}
+    }
     assert "runtime_env" not in _engine_options("rollout_engine", placed, placed.policy, None, 0)[0]
     assert layout(UserEngineConfig(), engines=1, learner_ranks=16).threads == 1
 
 
 def test_learners_on_cpus_get_their_threads():
     """Ray gives an actor that reserves no cores a single thread."""
-    placed = resolve_layout(RunConfig(cluster=ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)), num_gpus=0, num_cpus=6)
+    placed = resolve_layout(
+        RunConfig(cluster=ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)),
+        num_gpus=0,
+        num_cpus=6,
+    )
     assert placed.threads == 6
-    assert _learner_options("policy_learner_0", placed, None, 1)["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "6"
+    assert (
+        _learner_options("policy_learner_0", placed, None, 1)["runtime_env"]["env_vars"]["OMP_NUM_THREADS"]
+        == "6"
+    )
 
 
 def test_reward_services_take_more_calls_than_rays_thousand():
@@ -67,6 +78,13 @@ def test_a_cpu_engine_takes_the_cores_that_it_is_given(monkeypatch):
     """vLLM's own choice binds one core and keeps another free, which are both of a small machine."""
     for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "auto")
-    settings = EngineSettings(model_path="m", dtype=Precision.float32, device=Device.cpu, seed=0, max_context_tokens=64, cpu_threads=3)
+    settings = EngineSettings(
+        model_path="m",
+        dtype=Precision.float32,
+        device=Device.cpu,
+        seed=0,
+        max_context_tokens=64,
+        cpu_threads=3,
+    )
     set_environment(settings)
     assert (os.environ["VLLM_CPU_OMP_THREADS_BIND"], os.environ["OMP_NUM_THREADS"]) == ("nobind", "3")

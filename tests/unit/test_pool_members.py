@@ -32,7 +32,9 @@ class StandIn:
 
 
 def ask(dialogue: str, turn: int = 0) -> GenerateRequest:
-    return GenerateRequest(dialogue_id=dialogue, turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0)
+    return GenerateRequest(
+        dialogue_id=dialogue, turn_index=turn, prompt_ids=[1], max_tokens=1, temperature=1.0, seed=0
+    )
 
 
 def gone() -> RayTaskError:

@@ -107,6 +107,13 @@ def test_without_zero_auto_is_refused_since_it_may_be_bfloat16():
 @pytest.mark.parametrize(("has", "dtype"), [("0", "float32"), ("1", "bfloat16")])
 def test_check_says_the_format_that_the_run_would_take(has, dtype):
     command = [sys.executable, "-m", "rlver_dist.launch", "+exp=ppo_think", "+on=cpu", "check=true"]
-    done = subprocess.run(command, env={**os.environ, OVERRIDE: has}, capture_output=True, text=True, timeout=hang_limit(120), check=True)
+    done = subprocess.run(
+        command,
+        env={**os.environ, OVERRIDE: has},
+        capture_output=True,
+        text=True,
+        timeout=hang_limit(120),
+        check=True,
+    )
     assert f"model.dtype={dtype}, chosen since this CPU has" in done.stdout
     assert f"smollm2-135m-instruct ({dtype})" in done.stdout

@@ -1,4 +1,5 @@
-"""Samples that share a shared prefix: which ones, and that every token still sees its own sample's prefix and nothing else."""
+"""Samples that share a shared prefix: which ones, and that every token still sees its own sample's prefix and
+nothing else."""
 
 import pytest
 from hypothesis import given
@@ -16,9 +17,13 @@ def make_sample(context: list[int], trained: list[int], *, dialogue: str = "d", 
     token_ids = context + trained + [7] * after
     mask = [False] * len(context) + [True] * len(trained) + [False] * after
     return TurnSample(
-        token_ids=token_ids, loss_mask=mask, rollout_logprobs=[-1.0 if trained else 0.0 for trained in mask],
-        dialogue_id=dialogue, group_id="g", turn_index=0,
-    )  # fmt: skip
+        token_ids=token_ids,
+        loss_mask=mask,
+        rollout_logprobs=[-1.0 if trained else 0.0 for trained in mask],
+        dialogue_id=dialogue,
+        group_id="g",
+        turn_index=0,
+    )
 
 
 def units_of(samples: list[TurnSample], *, share: bool = True, max_tokens: int = UNLIMITED) -> list[Unit]:
@@ -45,7 +50,9 @@ THINK = [
 
 
 def test_turns_of_a_think_dialogue_branch_off_the_longest_history():
-    assert units_of(THINK) == [Unit(indices=[0, 1, 2], shared_prefix=[1, 2, 3, 4, 5, 6], num_tokens=6 + 3 + 2 + 4)]
+    assert units_of(THINK) == [
+        Unit(indices=[0, 1, 2], shared_prefix=[1, 2, 3, 4, 5, 6], num_tokens=6 + 3 + 2 + 4)
+    ]
     assert units_of(THINK, share=False) == [
         Unit(indices=[index], shared_prefix=[], num_tokens=length) for index, length in enumerate((5, 6, 10))
     ]
@@ -55,7 +62,11 @@ def test_a_shared_row_by_hand():
     row = pack(THINK[:2], units_of(THINK[:2]))
     assert row.token_ids.tolist() == [1, 2, 3, 4, 50, 51, 3, 60, 5]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 4, 5]
-    assert [(span.length, span.context_start, span.context_length) for span in row.spans] == [(4, 0, 0), (3, 0, 2), (2, 0, 4)]
+    assert [(span.length, span.context_start, span.context_length) for span in row.spans] == [
+        (4, 0, 0),
+        (3, 0, 2),
+        (2, 0, 4),
+    ]
     assert row.target_index.tolist() == [4, 5, 6, 7, 8]
     assert row.logit_index.tolist() == [1, 4, 5, 3, 7]
     assert visible(row)[6] == [0, 1, 4, 5, 6]
@@ -80,18 +91,22 @@ def test_two_lines_of_history_are_two_prefixes():
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "expected"), [(15, [[0, 1, 2]]), (14, [[0, 2], [1]]), (12, [[1, 2], [0]]), (9, [[2], [0, 1]]), (4, [[2], [1], [0]])]
+    ("max_tokens", "expected"),
+    [(15, [[0, 1, 2]]), (14, [[0, 2], [1]]), (12, [[1, 2], [0]]), (9, [[2], [0, 1]]), (4, [[2], [1], [0]])],
 )
 def test_a_unit_of_several_keeps_to_the_budget(max_tokens: int, expected: list[list[int]]):
     assert [unit.indices for unit in units_of(THINK, max_tokens=max_tokens)] == expected
 
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=4)
-DRAWN_DIALOGUE = st.lists(st.tuples(TOKENS, TOKENS, st.sampled_from(["grow", "edit"]), st.integers(0, 1)), max_size=5)
+DRAWN_DIALOGUE = st.lists(
+    st.tuples(TOKENS, TOKENS, st.sampled_from(["grow", "edit"]), st.integers(0, 1)), max_size=5
+)
 
 
 def draw_samples(dialogues: list[list[tuple[list[int], list[int], str, int]]]) -> list[TurnSample]:
-    """Samples of dialogues whose context grows, or starts again at an edit; some have context after their trained tokens."""
+    """Samples of dialogues whose context grows, or starts again at an edit; some have context after their
+    trained tokens."""
     samples = []
     for number, turns in enumerate(dialogues):
         context: list[int] = []
@@ -114,10 +129,16 @@ def test_every_token_sees_exactly_its_own_samples_prefix(dialogues, share: bool,
     assert len(row.token_ids) == sum(unit.num_tokens for unit in units)
     seen, tokens, positions = visible(row), row.token_ids.tolist(), row.position_ids.tolist()
     expected = [
-        (samples[index].token_ids, place) for index in row.indices for place, trained in enumerate(samples[index].loss_mask) if trained
+        (samples[index].token_ids, place)
+        for index in row.indices
+        for place, trained in enumerate(samples[index].loss_mask)
+        if trained
     ]
-    for target, logit_index, (token_ids, place) in zip(row.target_index.tolist(), row.logit_index.tolist(), expected, strict=True):
-        # The predicting token has seen the whole sample up to itself, each token at its own place, and nothing besides.
+    for target, logit_index, (token_ids, place) in zip(
+        row.target_index.tolist(), row.logit_index.tolist(), expected, strict=True
+    ):
+        # The predicting token has seen the whole sample up to itself, each token at its own place, and
+        # nothing besides.
         assert tokens[target] == token_ids[place]
         assert [tokens[index] for index in seen[logit_index]] == token_ids[:place]
         assert [positions[index] for index in seen[logit_index]] == list(range(place))

@@ -17,17 +17,23 @@ from rlver_dist.preflight.requirements import GIB, check_layers, check_memory
 
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 CPU = ClusterConfig(engines=1, learner_ranks=1, kv_cache_gib=2)
-USERS = SimulatorConfig(backend=SimulatorBackend.vllm, engine=UserEngineConfig(engines=2, kv_cache_gib=3, dtype=Precision.bfloat16))
+USERS = SimulatorConfig(
+    backend=SimulatorBackend.vllm,
+    engine=UserEngineConfig(engines=2, kv_cache_gib=3, dtype=Precision.bfloat16),
+)
 MILLION = 10**6
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """A policy of a million numbers, a quarter in each of two layers, the embeddings and the head; users of three millions in two files."""
+    """A policy of a million numbers, a quarter in each of two layers, the embeddings and the head; users of
+    three millions in two files."""
     quarter = torch.zeros(MILLION // 4)
     layers = {f"model.layers.{number}.q.weight": quarter.clone() for number in range(2)}
     files = {
-        "policy": [{"model.embed_tokens.weight": quarter.clone(), "lm_head.weight": quarter.clone(), **layers}],
+        "policy": [
+            {"model.embed_tokens.weight": quarter.clone(), "lm_head.weight": quarter.clone(), **layers}
+        ],
         "users": [{"a": torch.zeros(MILLION)}, {"b": torch.zeros(2 * MILLION)}],
     }
     for name, tensors in files.items():
@@ -53,11 +59,16 @@ def folders(tmp_path):
     ],
 )
 def test_memory_of_all_engines_and_learners_is_added_up(folders, changes, engine, learners):
-    config = RunConfig(**{"model": ModelConfig(dtype=Precision.float32), "cluster": CPU, "simulator": USERS, **changes})
+    config = RunConfig(
+        **{"model": ModelConfig(dtype=Precision.float32), "cluster": CPU, "simulator": USERS, **changes}
+    )
     need = 2 * GIB + 2 * 3 * GIB + int((engine + learners + 2 * 3 * 2) * MILLION)
     check_memory(config, *folders, have=need)
     parts = "engines 2.0, learners 0.0, users' engines 6.0"
-    with pytest.raises(ResourceError, match=rf"^simulator.engine.model=.* need 8.0 GiB of memory \({parts}\) and this machine"):
+    with pytest.raises(
+        ResourceError,
+        match=rf"^simulator.engine.model=.* need 8.0 GiB of memory \({parts}\) and this machine",
+    ):
         check_memory(config, *folders, have=need - 1)
 
 
@@ -74,9 +85,19 @@ def test_layers_that_the_model_lacks_are_named():
     with pytest.raises(ConfigError, match=r"critic.num_layers=3: the model has 2 layers; use at most that"):
         check_layers(RunConfig(algorithm=PPO, critic=CriticConfig(num_layers=3)), resolve(TINY))
     check_layers(RunConfig(critic=CriticConfig(num_layers=3)), resolve(TINY))
-    check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj, up_proj"))), resolve(TINY))
+    check_layers(
+        RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj, up_proj"))), resolve(TINY)
+    )
     with pytest.raises(
-        ConfigError, match=r"no linear layer 'query' below its head; use all-linear or names among down_proj,gate_proj,k_proj,o_proj,q_proj"
+        ConfigError,
+        match=r"no linear layer 'query' below its head; use all-linear or names among "
+        r"down_proj,gate_proj,k_proj,o_proj,q_proj",
     ):
-        check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj,query"))), resolve(TINY))
-    check_layers(RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="query"))), "Qwen/Qwen2.5-7B-Instruct")
+        check_layers(
+            RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj,query"))),
+            resolve(TINY),
+        )
+    check_layers(
+        RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="query"))),
+        "Qwen/Qwen2.5-7B-Instruct",
+    )

@@ -1,4 +1,5 @@
-"""Prompts as joined token lists, against the chat template's own tokens; replies read with and without thinking."""
+"""Prompts as joined token lists, against the chat template's own tokens; replies read with and without
+thinking."""
 
 import copy
 import re
@@ -17,8 +18,10 @@ from rlver_dist.rollout.think_format import CLOSE_TAG, OPEN_TAG, split_thinking
 SYSTEM = "You are a close friend."
 TALK = ["I failed my exam, again.", "That hurts. What happened?", "I froze\n\nand left; it's 3 a.m. now."]
 LLAMA_STYLE = (
-    "<|endoftext|>{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_end|>\n' + message['content'] | trim"
-    " + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n' }}{% endif %}"
+    "<|endoftext|>{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_end|>\n' + "
+    "message['content'] | trim"
+    " + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n' "
+    "}}{% endif %}"
 )
 
 
@@ -39,14 +42,18 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase, system: str, talk: list[
 
 @pytest.mark.parametrize("system", [SYSTEM, ""])
 @pytest.mark.parametrize("template", [None, LLAMA_STYLE])
-def test_joined_tokens_are_the_templates(tokenizer: PreTrainedTokenizerBase, system: str, template: str | None) -> None:
+def test_joined_tokens_are_the_templates(
+    tokenizer: PreTrainedTokenizerBase, system: str, template: str | None
+) -> None:
     own, tokenizer.chat_template = tokenizer.chat_template, template or tokenizer.chat_template
     try:
         renderer = Renderer(tokenizer, system)
         opening = renderer.opening_prompt(TALK[0])
         assert opening == template_tokens(tokenizer, system, TALK[:1])
         reply_ids = [*encode(tokenizer, TALK[1]), renderer.end_token_id]
-        assert renderer.next_prompt(opening, reply_ids, TALK[1], TALK[2]) == template_tokens(tokenizer, system, TALK)
+        assert renderer.next_prompt(opening, reply_ids, TALK[1], TALK[2]) == template_tokens(
+            tokenizer, system, TALK
+        )
     finally:
         tokenizer.chat_template = own
 
@@ -56,7 +63,9 @@ def test_cut_reply_is_closed_by_the_prompt(tokenizer: PreTrainedTokenizerBase) -
     opening = renderer.opening_prompt("Hi")
     text = "That is hard because"
     cut = encode(tokenizer, text)
-    assert renderer.next_prompt(opening, cut, text, "Yes.") == renderer.next_prompt(opening, [*cut, renderer.end_token_id], text, "Yes.")
+    assert renderer.next_prompt(opening, cut, text, "Yes.") == renderer.next_prompt(
+        opening, [*cut, renderer.end_token_id], text, "Yes."
+    )
 
 
 @given(text=st.text(max_size=80), reply_ids=st.lists(st.integers(0, 49151), max_size=12))
@@ -95,15 +104,21 @@ def test_half_a_character_at_the_cut_is_not_heard(tokenizer: PreTrainedTokenizer
     ("template", "reason"),
     [
         ("{{ messages[0]['content'] }}", "drops or reorders the opening message"),
-        ("{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}", "no special token follows"),
+        (
+            "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+            "no special token follows",
+        ),
         ("{{ raise_exception('no system role') }}", "no system role"),
         (
-            "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}<think>",
+            "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor "
+            "%}<think>",
             "its generation prompt already holds <think>",
         ),
     ],
 )
-def test_unusable_template_is_one_line(tokenizer: PreTrainedTokenizerBase, template: str, reason: str) -> None:
+def test_unusable_template_is_one_line(
+    tokenizer: PreTrainedTokenizerBase, template: str, reason: str
+) -> None:
     own, tokenizer.chat_template = tokenizer.chat_template, template
     try:
         with pytest.raises(ConfigError, match=reason) as caught:
@@ -125,8 +140,14 @@ def tokenizers(tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokeni
 
 KINDS = pytest.mark.parametrize("kind", ["several", "single", "special"])
 # Letters that the vocabulary can spell: some bytes of rare scripts have no token at all.
-LETTERS = st.characters(min_codepoint=32, max_codepoint=0x17F, exclude_categories=["Cc"]) | st.sampled_from("\n\u2019\u2026\U0001f622")
-SPOKEN = st.text(LETTERS, min_size=1, max_size=30).map(str.strip).filter(lambda text: text and "think>" not in text)
+LETTERS = st.characters(min_codepoint=32, max_codepoint=0x17F, exclude_categories=["Cc"]) | st.sampled_from(
+    "\n\u2019\u2026\U0001f622"
+)
+SPOKEN = (
+    st.text(LETTERS, min_size=1, max_size=30)
+    .map(str.strip)
+    .filter(lambda text: text and "think>" not in text)
+)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +207,9 @@ def test_thinking_is_never_heard_and_never_enters_the_history(
 @KINDS
 @given(thinking=SPOKEN, reply=SPOKEN)
 @settings(max_examples=40, deadline=None)
-def test_encoded_reply_is_read_back(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str, thinking: str, reply: str) -> None:
+def test_encoded_reply_is_read_back(
+    tokenizers: dict[str, PreTrainedTokenizerBase], kind: str, thinking: str, reply: str
+) -> None:
     tokenizer = tokenizers[kind]
     renderer = Renderer(tokenizer, SYSTEM, think=True)
     ids = renderer.encode_reply(thinking, reply)
@@ -200,13 +223,19 @@ def test_encoded_reply_is_read_back(tokenizers: dict[str, PreTrainedTokenizerBas
     assert plain.encode_reply(thinking, reply) == [*renderer._encode_text(reply), plain.end_token_id]
 
 
-@pytest.mark.parametrize(("thinking", "reply"), [("", "Hi"), ("sad", " "), ("a</think>b", "Hi"), ("sad", "<think>")])
-def test_a_reply_that_breaks_the_format_is_not_encoded(tokenizer: PreTrainedTokenizerBase, thinking: str, reply: str) -> None:
+@pytest.mark.parametrize(
+    ("thinking", "reply"), [("", "Hi"), ("sad", " "), ("a</think>b", "Hi"), ("sad", "<think>")]
+)
+def test_a_reply_that_breaks_the_format_is_not_encoded(
+    tokenizer: PreTrainedTokenizerBase, thinking: str, reply: str
+) -> None:
     with pytest.raises(ValueError, match="no well-formed reply"):
         Renderer(tokenizer, SYSTEM, think=True).encode_reply(thinking, reply)
 
 
-def test_thinking_tokens_count_the_token_that_completes_the_last_tag(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_thinking_tokens_count_the_token_that_completes_the_last_tag(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     renderer = Renderer(tokenizer, SYSTEM, think=True)
     thought, said = encode(tokenizer, "<think>sad</think>"), encode(tokenizer, "I hear you.")
     assert renderer.parse_reply([*thought, *said]).thinking_tokens == len(thought) == 8
@@ -216,7 +245,9 @@ def test_thinking_tokens_count_the_token_that_completes_the_last_tag(tokenizer: 
 
 
 @KINDS
-def test_a_cut_reply_is_well_formed_only_behind_the_closing_tag(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str) -> None:
+def test_a_cut_reply_is_well_formed_only_behind_the_closing_tag(
+    tokenizers: dict[str, PreTrainedTokenizerBase], kind: str
+) -> None:
     renderer = Renderer(tokenizers[kind], SYSTEM, think=True)
     ids = renderer.encode_reply("They are sad.", "I hear you.")[:-1]
     num_thinking = renderer.parse_reply(ids).thinking_tokens
@@ -228,7 +259,9 @@ def test_a_cut_reply_is_well_formed_only_behind_the_closing_tag(tokenizers: dict
 
 
 @KINDS
-def test_system_message_names_the_tags_as_the_policy_writes_them(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str) -> None:
+def test_system_message_names_the_tags_as_the_policy_writes_them(
+    tokenizers: dict[str, PreTrainedTokenizerBase], kind: str
+) -> None:
     message = "Think in <think> first."
     expected = encode(tokenizers[kind], message)
     prompt = Renderer(tokenizers[kind], message, think=True).opening_prompt("Hi")
@@ -237,7 +270,12 @@ def test_system_message_names_the_tags_as_the_policy_writes_them(tokenizers: dic
 
 @pytest.mark.parametrize(
     ("system", "think", "expected"),
-    [("Be kind.", True, "Be kind. Think."), ("Be kind.", False, "Be kind."), ("", True, "Think."), ("", False, "")],
+    [
+        ("Be kind.", True, "Be kind. Think."),
+        ("Be kind.", False, "Be kind."),
+        ("", True, "Think."),
+        ("", False, ""),
+    ],
 )
 def test_system_prompt_of_each_mode(system: str, think: bool, expected: str) -> None:
     assert system_prompt(ModelConfig(system_prompt=system, think_instruction="Think."), think) == expected

@@ -14,6 +14,8 @@ def test_another_runs_checkpoint_is_named_until_there_is_an_own_one(tmp_path, mo
     assert start.endswith(f"-m rlver_dist.launch +exp=ppo_think {elsewhere} output_dir={tmp_path}/run")
     newest = write(CheckpointStore(tmp_path / "run", keep=1), 22)
     assert resume_hint(config, None).startswith("stopped with step_22 saved; go on with: ")
-    assert resume_hint(config, None).endswith(f"-m rlver_dist.launch +exp=ppo_think output_dir={tmp_path}/run")
+    assert resume_hint(config, None).endswith(
+        f"-m rlver_dist.launch +exp=ppo_think output_dir={tmp_path}/run"
+    )
     # The newest one was there already: the run goes on from an older one, whose line would be left.
     assert resume_hint(config, newest) == start

@@ -14,7 +14,11 @@ from rlver_dist.errors import DataError
 PERSONAS = load_split("bank", "evaluation")[:7]
 
 
-@given(seed=st.integers(0, 2**32), draws=st.lists(st.integers(0, 9), max_size=8), later=st.lists(st.integers(0, 9), max_size=6))
+@given(
+    seed=st.integers(0, 2**32),
+    draws=st.lists(st.integers(0, 9), max_size=8),
+    later=st.lists(st.integers(0, 9), max_size=6),
+)
 def test_a_restored_sampler_goes_on_exactly(seed, draws, later):
     sampler = PersonaSampler(PERSONAS, seed)
     for n in draws:
@@ -45,7 +49,11 @@ def test_the_order_is_fixed_by_the_seed_and_differs_between_epochs():
 
 def test_a_state_for_other_personas_is_refused():
     state = PersonaSampler(PERSONAS, 0).state()
-    for others in (PERSONAS[1:], PERSONAS[::-1], [replace(PERSONAS[0], want="something else"), *PERSONAS[1:]]):
+    for others in (
+        PERSONAS[1:],
+        PERSONAS[::-1],
+        [replace(PERSONAS[0], want="something else"), *PERSONAS[1:]],
+    ):
         with pytest.raises(DataError, match="other personas"):
             PersonaSampler(others, 0).restore(state)
 

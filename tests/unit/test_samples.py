@@ -11,19 +11,41 @@ from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.experience.samples import to_samples
 
 
-def make_turn(index: int, prompt_ids: list[int], reply_ids: list[int], logprobs: list[float] | None = None) -> Turn:
+def make_turn(
+    index: int, prompt_ids: list[int], reply_ids: list[int], logprobs: list[float] | None = None
+) -> Turn:
     return Turn(
-        index=index, prompt_ids=prompt_ids, reply_ids=reply_ids, reply="hm", thinking="", well_formed=True, truncated=False,
-        emotion_before=30.0, emotion_after=35.0, appraisal=None, user_message=None, policy_version=(0, 0),
+        index=index,
+        prompt_ids=prompt_ids,
+        reply_ids=reply_ids,
+        reply="hm",
+        thinking="",
+        well_formed=True,
+        truncated=False,
+        emotion_before=30.0,
+        emotion_after=35.0,
+        appraisal=None,
+        user_message=None,
+        policy_version=(0, 0),
         logprobs=[-float(token) for token in reply_ids] if logprobs is None else logprobs,
-    )  # fmt: skip
+    )
 
 
-def make_dialogue(turns: Sequence[Turn], end: EndReason = EndReason.MAX_TURNS, name: str = "d", group: str = "g") -> Dialogue:
+def make_dialogue(
+    turns: Sequence[Turn], end: EndReason = EndReason.MAX_TURNS, name: str = "d", group: str = "g"
+) -> Dialogue:
     return Dialogue(
-        id=name, persona_id="p", group_id=group, seed=1, opening="hi", start_emotion=30.0, turns=list(turns), end_reason=end,
-        final_emotion=45.0, error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
-    )  # fmt: skip
+        id=name,
+        persona_id="p",
+        group_id=group,
+        seed=1,
+        opening="hi",
+        start_emotion=30.0,
+        turns=list(turns),
+        end_reason=end,
+        final_emotion=45.0,
+        error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
+    )
 
 
 def test_turns_that_extend_the_history_merge_into_one_row():
@@ -39,9 +61,15 @@ def test_turns_that_extend_the_history_merge_into_one_row():
 
 def test_an_edited_history_opens_a_new_row():
     # Turn 1's prompt leaves out token 3 (say, thinking); turn 2 extends turn 1.
-    dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 4, 5], [6]), make_turn(2, [1, 2, 4, 5, 6, 7], [8])])
+    dialogue = make_dialogue(
+        [make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 4, 5], [6]), make_turn(2, [1, 2, 4, 5, 6, 7], [8])]
+    )
     first, second = to_samples(dialogue)
-    assert (first.token_ids, first.loss_mask, first.turn_index) == ([1, 2, 3, 4], [False, False, True, True], 0)
+    assert (first.token_ids, first.loss_mask, first.turn_index) == (
+        [1, 2, 3, 4],
+        [False, False, True, True],
+        0,
+    )
     assert (second.token_ids, second.turn_index) == ([1, 2, 4, 5, 6, 7, 8], 1)
     assert second.loss_mask == [False, False, False, False, True, False, True]
 
@@ -59,14 +87,23 @@ def test_an_empty_reply_trains_nothing_and_breaks_nothing():
 
 @given(
     st.lists(
-        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.lists(st.integers(0, 3), max_size=4), st.booleans()), max_size=6
+        st.tuples(
+            st.lists(st.integers(0, 3), min_size=1, max_size=4),
+            st.lists(st.integers(0, 3), max_size=4),
+            st.booleans(),
+        ),
+        max_size=6,
     )
 )
-def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn: list[tuple[list[int], list[int], bool]]):
+def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(
+    drawn: list[tuple[list[int], list[int], bool]],
+):
     turns, history, serial = [], [], 0
     for index, (context, reply, keeps_history) in enumerate(drawn):
         prompt = (history if keeps_history else []) + context
-        turns.append(make_turn(index, prompt, reply, [-float(serial + offset) for offset in range(len(reply))]))
+        turns.append(
+            make_turn(index, prompt, reply, [-float(serial + offset) for offset in range(len(reply))])
+        )
         serial += len(reply)
         history = prompt + reply
     before = [(list(turn.prompt_ids), list(turn.reply_ids)) for turn in turns]
@@ -75,7 +112,13 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(drawn:
         assert len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs)
         for position, is_trained in enumerate(sample.loss_mask):
             if is_trained:
-                trained.append((sample.token_ids[:position], sample.token_ids[position], sample.rollout_logprobs[position]))
+                trained.append(
+                    (
+                        sample.token_ids[:position],
+                        sample.token_ids[position],
+                        sample.rollout_logprobs[position],
+                    )
+                )
             else:
                 assert sample.rollout_logprobs[position] == 0.0
     expected = [

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.simulator.sentences import MAX_SENTENCES, content_words, ngrams, overlap, plain, ramp, sentences, words
+from rlver_dist.simulator.sentences import (
+    MAX_SENTENCES,
+    content_words,
+    ngrams,
+    overlap,
+    plain,
+    ramp,
+    sentences,
+    words,
+)
 
 
 def test_sentences_split_at_stops_and_lines_and_lose_their_bullets():
@@ -51,7 +60,12 @@ def test_canonically_equal_texts_have_equal_words(text):
 
 
 def test_content_words_drop_grammar_and_inflection():
-    assert content_words("You were scrubbing the walls, one scrub at a time, 580 times") == {"scrub", "wal", "580", "tim"}
+    assert content_words("You were scrubbing the walls, one scrub at a time, 580 times") == {
+        "scrub",
+        "wal",
+        "580",
+        "tim",
+    }
 
 
 def test_overlap_is_the_share_of_own_ngrams():

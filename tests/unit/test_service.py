@@ -27,13 +27,21 @@ class NumberAppraiser:
     """Takes a reply at its first word, the change in points. For tests of everything around the appraisal."""
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
-        return Appraisal(content="", fit="", activity="", feeling="", change=float(context.messages[-1].text.split()[0]))
+        return Appraisal(
+            content="", fit="", activity="", feeling="", change=float(context.messages[-1].text.split()[0])
+        )
 
 
 SIMULATOR = EmbeddedSimulator(rules=PRESETS[Preset.rlver_vanilla], appraiser=NumberAppraiser())
 
 
-def request(*replies: str, dialogue_id: str = "d1", emotion: float = 30.0, max_turns: int = 8, who: Persona | None = None) -> UserRequest:
+def request(
+    *replies: str,
+    dialogue_id: str = "d1",
+    emotion: float = 30.0,
+    max_turns: int = 8,
+    who: Persona | None = None,
+) -> UserRequest:
     """The request after the last of `replies`; between them the user told their facts."""
     messages = [Message(role=Role.USER, text=OPENING)]
     for turn, reply in enumerate(replies):
@@ -52,7 +60,9 @@ def request(*replies: str, dialogue_id: str = "d1", emotion: float = 30.0, max_t
 
 
 def test_opening() -> None:
-    assert SIMULATOR.respond(request()) == UserResponse(appraisal=None, emotion=30.0, message=OPENING, end_reason=None)
+    assert SIMULATOR.respond(request()) == UserResponse(
+        appraisal=None, emotion=30.0, message=OPENING, end_reason=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +75,9 @@ def test_opening() -> None:
         ("2", 30.0, 1, 32.0, EndReason.MAX_TURNS),
     ],
 )
-def test_emotion_and_end(reply: str, before: float, turns: int, after: float, reason: EndReason | None) -> None:
+def test_emotion_and_end(
+    reply: str, before: float, turns: int, after: float, reason: EndReason | None
+) -> None:
     answer = SIMULATOR.respond(request(reply, emotion=before, max_turns=turns))
     assert (answer.emotion, answer.end_reason) == (after, reason)
     assert (answer.message is None) == (reason is not None)
@@ -78,13 +90,18 @@ def test_goodbye_is_an_end() -> None:
     asked = replace(
         request("0", who=who, emotion=50.0),
         turn_index=2,
-        messages=tuple(Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(messages)),
+        messages=tuple(
+            Message(role=Role.ASSISTANT if i % 2 else Role.USER, text=text) for i, text in enumerate(messages)
+        ),
     )
     answer = SIMULATOR.respond(asked)
     assert (answer.message, answer.end_reason) == (None, EndReason.GOODBYE)
 
 
-@pytest.mark.parametrize(("change", "field"), [({"language": "zh"}, "language=zh"), ({"opening": ""}, "opening"), ({"facts": ()}, "facts")])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"language": "zh"}, "language=zh"), ({"opening": ""}, "opening"), ({"facts": ()}, "facts")],
+)
 def test_personas_that_rules_cannot_voice_are_refused(change: dict, field: str) -> None:
     strange = replace(persona(), id="p9", **change)
     with pytest.raises(DataError, match=rf"persona p9: {field}.*data.train=bank"):
@@ -100,8 +117,11 @@ def test_a_request_without_a_reply_is_refused() -> None:
 
 
 def test_real_appraiser_end_to_end() -> None:
-    """Same request, same response; no word at all costs the most; whatever is said, the rules of emotion hold."""
-    simulator = EmbeddedSimulator(rules=resolve_rules(SimulatorConfig(preset=Preset.sage)), appraiser=EmbeddedAppraiser())
+    """Same request, same response; no word at all costs the most; whatever is said, the rules of emotion
+    hold."""
+    simulator = EmbeddedSimulator(
+        rules=resolve_rules(SimulatorConfig(preset=Preset.sage)), appraiser=EmbeddedAppraiser()
+    )
     assert simulator.respond(request()).emotion == 40.0
     asked = request("That is a lot of trouble for one yard. What happened with the axe?", emotion=40.0)
     first = simulator.respond(asked)
@@ -112,7 +132,8 @@ def test_real_appraiser_end_to_end() -> None:
 
 
 class SlowSimulator:
-    """Answers after `seconds` and once `gate` is open, one call at a time, and fails for dialogues named "broken"."""
+    """Answers after `seconds` and once `gate` is open, one call at a time, and fails for dialogues named
+    "broken"."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.threads, self.inside, self.gate = seconds, set(), 0, threading.Event()
@@ -179,7 +200,8 @@ def test_many_at_once_use_one_thread_and_leave_the_loop_free() -> None:
 
 
 class WaitingSimulator:
-    """Waits `seconds` for something else, any number of calls at a time, and fails for dialogues named "broken"."""
+    """Waits `seconds` for something else, any number of calls at a time, and fails for dialogues named
+    "broken"."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.inside, self.most = seconds, 0, 0
@@ -210,7 +232,12 @@ def test_users_that_wait_for_others_are_asked_all_at_once_and_none_waits_for_ano
         await slow
         metrics = service.metrics()
         assert (metrics["requests"], metrics["failures"], metrics["queue_depth_max"]) == (52.0, 1.0, 51.0)
-        assert metrics["latency_p50_s"] <= metrics["latency_p95_s"] <= metrics["latency_p99_s"] <= metrics["latency_max_s"]
+        assert (
+            metrics["latency_p50_s"]
+            <= metrics["latency_p95_s"]
+            <= metrics["latency_p99_s"]
+            <= metrics["latency_max_s"]
+        )
         assert metrics["latency_p95_s"] < 0.4 <= metrics["latency_max_s"] and "batch_size_mean" not in metrics
         service.close()
 

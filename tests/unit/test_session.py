@@ -7,7 +7,10 @@ from rlver_dist.cluster.session import open_session
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.errors import ResourceError
 
-TIMED_OUT = "The current node timed out during startup. This\n  could happen because some of the raylet failed to startup " + "or so " * 200
+TIMED_OUT = (
+    "The current node timed out during startup. This\n  could happen because some of the raylet failed to "
+    "startup " + "or so " * 200
+)
 
 
 @pytest.fixture
@@ -23,12 +26,17 @@ def broken(monkeypatch):
 
 
 def test_ray_that_does_not_start_is_one_line_with_the_way_out(broken):
-    with pytest.raises(ResourceError, match=r"^Ray did not start \(load [\d.]+ on \d+ cores\): The current node timed out") as caught:
+    with pytest.raises(
+        ResourceError, match=r"^Ray did not start \(load [\d.]+ on \d+ cores\): The current node timed out"
+    ) as caught:
         open_session(ClusterConfig())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     assert "end what else runs on this machine and start again" in str(caught.value)
 
 
 def test_a_cluster_that_cannot_be_joined_is_named(broken):
-    with pytest.raises(ResourceError, match=r"^cluster.address=10.0.0.7:6379: no Ray cluster can be joined there \(The current node"):
+    with pytest.raises(
+        ResourceError,
+        match=r"^cluster.address=10.0.0.7:6379: no Ray cluster can be joined there \(The current node",
+    ):
         open_session(ClusterConfig(address="10.0.0.7:6379"))

@@ -28,7 +28,8 @@ def test_interval_is_near_the_normal_one_for_many_pairs_and_seeded():
 
 
 def test_pairs_are_kept_together():
-    # Values spread over 90 points, differences over 1: an unpaired resampling would give an interval tens of points wide.
+    # Values spread over 90 points, differences over 1: an unpaired resampling would give an interval tens of
+    # points wide.
     before = [float(value) for value in range(0, 90, 3)]
     low, high = paired_bootstrap(before, [value + 4 + value % 2 for value in before], 1000, seed=1)
     assert 4.0 <= low < 4.5 < high <= 5.0

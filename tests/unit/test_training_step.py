@@ -1,4 +1,5 @@
-"""A training step between the dialogues and the learners: what each token is paid and when the KL's weight moves."""
+"""A training step between the dialogues and the learners: what each token is paid and when the KL's weight
+moves."""
 
 import asyncio
 
@@ -20,14 +21,32 @@ def dialogue(name: str, *emotions: float) -> Dialogue:
         history = turns[-1].prompt_ids + turns[-1].reply_ids if turns else []
         turns.append(
             Turn(
-                index=index, prompt_ids=[*history, 9], reply_ids=[1, 2], logprobs=[-1.0, -1.0], reply="hm", thinking="", well_formed=True,
-                truncated=False, emotion_before=before, emotion_after=after, appraisal=None, user_message=None, policy_version=(0, 0),
+                index=index,
+                prompt_ids=[*history, 9],
+                reply_ids=[1, 2],
+                logprobs=[-1.0, -1.0],
+                reply="hm",
+                thinking="",
+                well_formed=True,
+                truncated=False,
+                emotion_before=before,
+                emotion_after=after,
+                appraisal=None,
+                user_message=None,
+                policy_version=(0, 0),
             )
-        )  # fmt: skip
+        )
     return Dialogue(
-        id=name, persona_id="p", group_id="g", seed=1, opening="hi", start_emotion=30.0, turns=turns, end_reason=EndReason.MAX_TURNS,
+        id=name,
+        persona_id="p",
+        group_id="g",
+        seed=1,
+        opening="hi",
+        start_emotion=30.0,
+        turns=turns,
+        end_reason=EndReason.MAX_TURNS,
         final_emotion=emotions[-1],
-    )  # fmt: skip
+    )
 
 
 class Policy:
@@ -40,7 +59,9 @@ class Policy:
         return [torch.ones(sample.num_trained) for sample in samples]
 
     async def update(self, samples, advantages, kl_coef):
-        self.advantages = {sample.dialogue_id: part.tolist() for sample, part in zip(samples, advantages, strict=True)}
+        self.advantages = {
+            sample.dialogue_id: part.tolist() for sample, part in zip(samples, advantages, strict=True)
+        }
         return []
 
 
@@ -51,7 +72,9 @@ class Critic:
         return [torch.full((sample.num_trained,), 0.1) for sample in samples]
 
     async def update(self, samples, values, returns):
-        self.returns = {sample.dialogue_id: part.tolist() for sample, part in zip(samples, returns, strict=True)}
+        self.returns = {
+            sample.dialogue_id: part.tolist() for sample, part in zip(samples, returns, strict=True)
+        }
         return []
 
 
@@ -59,7 +82,13 @@ class Paired:
     """A learner whose update waits until the other one's has begun, and then `fails` or goes on for long."""
 
     def __init__(
-        self, mine: asyncio.Event, other: asyncio.Event, *, fails: bool = False, stays: bool = False, scores: bool = False
+        self,
+        mine: asyncio.Event,
+        other: asyncio.Event,
+        *,
+        fails: bool = False,
+        stays: bool = False,
+        scores: bool = False,
     ) -> None:
         """`scores`: meets the other one when it scores already, not only in the update."""
         self._mine, self._other, self._fails, self._stays, self._scores = mine, other, fails, stays, scores
@@ -92,11 +121,20 @@ class Paired:
 TALKS = [dialogue("a", 40.0, 50.0), dialogue("b", 34.0, 30.0)]
 
 
-def train(policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options) -> StepResult:
+def train(
+    policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options
+) -> StepResult:
     algorithm = AlgorithmConfig(**options)
     config = RunConfig(algorithm=algorithm)
     return asyncio.run(
-        training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=algorithm.kl_coef, critic_only=critic_only)
+        training_step(
+            TALKS,
+            config=config,
+            policy=policy,
+            critic=critic,
+            kl_coef=algorithm.kl_coef,
+            critic_only=critic_only,
+        )
     )
 
 
@@ -109,11 +147,16 @@ def train(policy: Policy, critic: Critic | None = None, *, critic_only: bool = F
         (RewardPlacement.turns, [0.1, 0.1, 0.07, 0.07], [-0.1, -0.1, -0.07, -0.07]),
     ],
 )
-def test_grpo_is_paid_where_the_configuration_says(placement: RewardPlacement, a: list[float], b: list[float]):
+def test_grpo_is_paid_where_the_configuration_says(
+    placement: RewardPlacement, a: list[float], b: list[float]
+):
     policy = Policy()
     learned = train(policy, reward_placement=placement, normalize_by_std=False)
     assert policy.advantages == {"a": pytest.approx(a, abs=1e-6), "b": pytest.approx(b, abs=1e-6)}
-    assert learned.advantages == {"a": pytest.approx(sum(a) / 4, abs=1e-6), "b": pytest.approx(sum(b) / 4, abs=1e-6)}
+    assert learned.advantages == {
+        "a": pytest.approx(sum(a) / 4, abs=1e-6),
+        "b": pytest.approx(sum(b) / 4, abs=1e-6),
+    }
     assert learned.rewards == {"a": 0.5, "b": 0.3}
 
 
@@ -132,7 +175,9 @@ def test_ppo_is_paid_where_the_configuration_says(placement: RewardPlacement, a:
 
 
 def test_the_kl_weight_waits_while_the_critic_learns_alone():
-    adapts = dict(name=AlgorithmName.ppo, kl_coef=0.1, kl_target=0.05, kl_horizon=2.0, kl_placement=KLPlacement.reward)
+    adapts = dict(
+        name=AlgorithmName.ppo, kl_coef=0.1, kl_target=0.05, kl_horizon=2.0, kl_placement=KLPlacement.reward
+    )
     # 1 nat a token is far above the target: the largest step, 20 % over two dialogues of a horizon of two.
     assert train(Policy(), Critic(), **adapts).kl_coef == pytest.approx(0.12)
     assert train(Policy(), Critic(), critic_only=True, **adapts).kl_coef == 0.1
@@ -142,7 +187,9 @@ async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paire
     """Both learners after a step, and what it raised."""
     begun = asyncio.Event(), asyncio.Event()
     policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
-    config = RunConfig(algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward))
+    config = RunConfig(
+        algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward)
+    )
     step = training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
     try:
         await asyncio.wait_for(step, 5)

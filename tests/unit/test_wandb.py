@@ -16,7 +16,14 @@ from rlver_dist.tracking.wandb import has_login, resolve_mode, start_wandb
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_BASE_URL",
+        "WANDB_DIR",
+        "WANDB_RUN_ID",
+        "WANDB_PROJECT",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -60,7 +67,9 @@ def test_offline_writes_files_warns_once_and_resumes_its_id(tmp_path, caplog):
 
 
 def test_a_start_that_fails_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"tracking\.wandb=offline: W&B did not start .*tracking\.wandb=disabled") as raised:
+    with pytest.raises(
+        UserError, match=r"tracking\.wandb=offline: W&B did not start .*tracking\.wandb=disabled"
+    ) as raised:
         start_wandb(TrackingConfig(wandb=WandbMode.offline, project="no/slashes"), tmp_path / "run", {})
     assert "\n" not in str(raised.value)
 

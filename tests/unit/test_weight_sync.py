@@ -28,7 +28,12 @@ def rooms(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("shared", "temporary", "chosen"),
-    [(4 * GIB, 9 * GIB, "shared"), (4 * GIB - 1, 9 * GIB, "temporary"), (0, 3 * GIB, "temporary"), (4 * GIB, 0, "shared")],
+    [
+        (4 * GIB, 9 * GIB, "shared"),
+        (4 * GIB - 1, 9 * GIB, "temporary"),
+        (0, 3 * GIB, "temporary"),
+        (4 * GIB, 0, "shared"),
+    ],
 )
 def test_weights_lie_in_shared_memory_where_they_leave_some_to_others(rooms, shared, temporary, chosen):
     rooms.update(zip(rooms, (shared, temporary), strict=True))
@@ -40,7 +45,12 @@ def test_weights_without_room_are_refused_with_what_is_free(rooms):
     with pytest.raises(ResourceError) as caught:
         weight_sync.find_weight_dir(15 * GIB)
     said = str(caught.value)
-    assert "a file of 15.0 GiB" in said and "3.0 GiB free in" in said and "2.0 GiB free in" in said and "TMPDIR" in said
+    assert (
+        "a file of 15.0 GiB" in said
+        and "3.0 GiB free in" in said
+        and "2.0 GiB free in" in said
+        and "TMPDIR" in said
+    )
     assert "\n" not in said
 
 

@@ -1,12 +1,13 @@
 """The policy's words as data: what an LLM user's prompt may hold of a text that nobody vouches for.
 
-Nothing here is a list of attacks. A text is reduced to characters that no chat template, JSON or placeholder syntax is made of, and
-is then written as a JSON string on one line:
+Nothing here is a list of attacks. A text is reduced to characters that no chat template, JSON or placeholder
+syntax is made of, and is then written as a JSON string on one line:
 
-1. What nobody sees or hears goes (`reading.py`), and a compatibility form becomes the ASCII text that it stands for, so that nothing can
-   hide from the next steps.
-2. What marks structure (brackets, bars, slashes, quotes, colons, ...) becomes a like-looking character that marks nothing: a tag such
-   as `<|im_start|>`, `[INST]` or `{persona}` and a switch such as `/no_think` stay readable and are none any more.
+1. What nobody sees or hears goes (`reading.py`), and a compatibility form becomes the ASCII text that it
+   stands for, so that nothing can hide from the next steps.
+2. What marks structure (brackets, bars, slashes, quotes, colons, ...) becomes a like-looking character that
+   marks nothing: a tag such as `<|im_start|>`, `[INST]` or `{persona}` and a switch such as `/no_think` stay
+   readable and are none any more.
 3. The text is cut at a number of bytes, and what was left out is reported beside it, not in it.
 """
 
@@ -36,8 +37,8 @@ class Fenced:
     """A text made harmless.
 
     Attributes:
-        text: without `STRUCTURAL`, invisible or control characters; the only white space is single spaces. Empty where there is nothing
-            but what sits on nothing.
+        text: without `STRUCTURAL`, invisible or control characters; the only white space is single spaces.
+            Empty where there is nothing but what sits on nothing.
         hidden: characters that were taken out because nobody sees them.
         markup: brackets, bars and the like that were replaced.
         thought: characters that were taken out as thinking.
@@ -56,9 +57,10 @@ def fence(text: str, *, max_bytes: int, looked_at: int | None = None, own: bool 
 
     Args:
         text: any string, lone surrogates included.
-        max_bytes: UTF-8 bytes that stay, in NFC and in NFKC. A token of a byte-level vocabulary is one byte or more, so this bounds
-            the tokens too, whichever of these the tokenizer turns its text into.
-        looked_at: characters that are looked at; what is behind them is cut. None: `CHARS_PER_BYTE` times `max_bytes`.
+        max_bytes: UTF-8 bytes that stay, in NFC and in NFKC. A token of a byte-level vocabulary is one byte
+            or more, so this bounds the tokens too, whichever of these the tokenizer turns its text into.
+        looked_at: characters that are looked at; what is behind them is cut. None: `CHARS_PER_BYTE` times
+            `max_bytes`.
         own: the user's own words, in which nothing counts as thinking.
     """
     # A reply may be as long as it likes, and time is not.
@@ -77,12 +79,14 @@ def fence(text: str, *, max_bytes: int, looked_at: int | None = None, own: bool 
 
 
 def tidy(text: str) -> str:
-    """A text of the operator's own files, such as a persona sheet: layout and punctuation stay, tags and invisible characters go."""
+    """A text of the operator's own files, such as a persona sheet: layout and punctuation stay, tags and
+    invisible characters go."""
     return hear(text, own=True).text.translate(_TIDY_MAP).strip()
 
 
 def json_line(**fields: Any) -> str:
-    """The fields as one line of JSON; texts keep their script, and none of them can end its string or the line."""
+    """The fields as one line of JSON; texts keep their script, and none of them can end its string or the
+    line."""
     return json.dumps(fields, ensure_ascii=False)
 
 

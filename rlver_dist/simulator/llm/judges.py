@@ -1,8 +1,9 @@
-"""More than one judge of the same reply: the median of their changes is the verdict, and how far they are apart is recorded.
+"""More than one judge of the same reply: the median of their changes is the verdict, and how far they are
+apart is recorded.
 
-A judge is anything with `async appraise(request) -> Appraisal`: an LLM user as it is, or rules (`RuleJudge`). Judges see the same
-talk and not each other. Where one of them fails, the appraisal fails: a median over those that happened to answer would depend on
-chance, and a repeated request has to get an equal answer.
+A judge is anything with `async appraise(request) -> Appraisal`: an LLM user as it is, or rules (`RuleJudge`).
+Judges see the same talk and not each other. Where one of them fails, the appraisal fails: a median over those
+that happened to answer would depend on chance, and a repeated request has to get an equal answer.
 """
 
 from __future__ import annotations
@@ -77,31 +78,41 @@ class JudgePanel:
         self._judges = tuple(judges)
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """Ask all judges at once and combine what they say (`combine`); the first failure is the panel's, and the others are dropped.
+        """Ask all judges at once and combine what they say (`combine`); the first failure is the panel's, and
+        the others are dropped.
 
-        All judges but the first get the dialogue's id with their number behind it, since their calls differ from the first one's.
+        All judges but the first get the dialogue's id with their number behind it, since their calls differ
+        from the first one's.
         """
         asked = []
         for number, judge in enumerate(self._judges, start=1):
-            own = request if number == 1 else replace(request, dialogue_id=f"{request.dialogue_id}/judge_{number}")
+            own = (
+                request
+                if number == 1
+                else replace(request, dialogue_id=f"{request.dialogue_id}/judge_{number}")
+            )
             asked.append(judge.appraise(own))
         return combine(await all_or_none(asked))
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call: of replies those of the first judge, since all read the same ones; of answers those of all."""
+        """Counts since the last call: of replies those of the first judge, since all read the same ones; of
+        answers those of all."""
         total: Counter[str] = Counter(self._judges[0].metrics())
         for judge in self._judges[1:]:
-            total.update({name: count for name, count in judge.metrics().items() if not name.startswith("replies_")})
+            total.update(
+                {name: count for name, count in judge.metrics().items() if not name.startswith("replies_")}
+            )
         return dict(total)
 
 
 def combine(appraisals: Sequence[Appraisal]) -> Appraisal:
     """The verdict of one or more judges.
 
-    The change is the median (with an even number the mean of the middle two, two decimals); the words are those of the first judge
-    that is nearest to it. `features` holds, for judge i from 1 on, `judge_<i>_change` and its own features as `judge_<i>_<name>`;
-    `judge_spread`, the largest change less the smallest, in points; and `judge_disagreement`, 1 where one judge saw a gain and another
-    a loss, else 0. `source` is the JSON list of theirs.
+    The change is the median (with an even number the mean of the middle two, two decimals); the words are
+    those of the first judge that is nearest to it. `features` holds, for judge i from 1 on,
+    `judge_<i>_change` and its own features as `judge_<i>_<name>`; `judge_spread`, the largest change less the
+    smallest, in points; and `judge_disagreement`, 1 where one judge saw a gain and another a loss, else 0.
+    `source` is the JSON list of theirs.
     """
     changes = [appraisal.change for appraisal in appraisals]
     verdict = round(median(changes), 2)
@@ -113,11 +124,20 @@ def combine(appraisals: Sequence[Appraisal]) -> Appraisal:
     for number, appraisal in enumerate(appraisals, start=1):
         features[f"judge_{number}_change"] = appraisal.change
         features |= {f"judge_{number}_{name}": value for name, value in appraisal.features.items()}
-    return replace(speaker, change=verdict, features=features, source=json.dumps([appraisal.source for appraisal in appraisals]))
+    return replace(
+        speaker,
+        change=verdict,
+        features=features,
+        source=json.dumps([appraisal.source for appraisal in appraisals]),
+    )
 
 
 def llm_users(
-    *, rules: DifficultyRules, backend: ChatBackend, config: SimulatorConfig, judge_backends: Sequence[ChatBackend] = ()
+    *,
+    rules: DifficultyRules,
+    backend: ChatBackend,
+    config: SimulatorConfig,
+    judge_backends: Sequence[ChatBackend] = (),
 ) -> LlmSimulator:
     """The LLM users of a configuration, with `config.judges` appraisals of each reply.
 
@@ -125,13 +145,18 @@ def llm_users(
         rules: of emotion and difficulty.
         backend: speaks for the users, and is the first judge.
         config: number of judges, and the users' settings; judge i from 1 on has the settings' seed + i - 1.
-        judge_backends: of `config.judge_models`, for the judges after the first, in turn; none leaves them to `backend`.
+        judge_backends: of `config.judge_models`, for the judges after the first, in turn; none leaves them to
+            `backend`.
     """
     if config.judges == 1:
         return LlmSimulator(rules=rules, backend=backend, settings=config.llm)
     others = islice(cycle(judge_backends or [backend]), config.judges - 1)
-    panel = JudgePanel([
-        LlmSimulator(rules=rules, backend=one, settings=replace(config.llm, seed=config.llm.seed + number))
-        for number, one in enumerate([backend, *others])
-    ])  # fmt: skip
+    panel = JudgePanel(
+        [
+            LlmSimulator(
+                rules=rules, backend=one, settings=replace(config.llm, seed=config.llm.seed + number)
+            )
+            for number, one in enumerate([backend, *others])
+        ]
+    )
     return LlmSimulator(rules=rules, backend=backend, settings=config.llm, judge=panel)

@@ -1,7 +1,9 @@
-"""The prompts of the LLM users: a system message that is constant for a persona, then the talk as data, then the task.
+"""The prompts of the LLM users: a system message that is constant for a persona, then the talk as data, then
+the task.
 
-Everything constant comes first, and the talk only grows at its end, so that an engine's prefix cache serves most of each prompt.
-The words are in `prompts_<language>.yaml`; what enters them from outside is made harmless by `fence.py`.
+Everything constant comes first, and the talk only grows at its end, so that an engine's prefix cache serves
+most of each prompt. The words are in `prompts_<language>.yaml`; what enters them from outside is made
+harmless by `fence.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator.suitability import LLM_LANGUAGES
 
-# A model takes words rather than shares: from here on a user counts as one who lets merit count, or who shows feelings.
+# A model takes words rather than shares: from here on a user counts as one who lets merit count, or who shows
+# feelings.
 ORDINARY_ACCEPTANCE = 0.8
 OPEN_EXPRESSIVENESS = 0.7
 # Earlier replies need not be read in full again; a fixed share keeps their lines equal from turn to turn.
@@ -36,7 +39,8 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with each `{name}` replaced by its value, in one pass: what a value holds is never looked at.
+    """`template` with each `{name}` replaced by its value, in one pass: what a value holds is never looked
+    at.
 
     Raises:
         KeyError: a placeholder has no value.
@@ -56,13 +60,17 @@ def material(language: str) -> dict[str, Any]:
 
 @cache
 def prompt_version(language: str) -> str:
-    """Names the prompts in records, for example `en-1a2b3c4d`: language and the start of their text's SHA-256."""
+    """Names the prompts in records, for example `en-1a2b3c4d`: language and the start of their text's
+    SHA-256."""
     return f"{language}-{hashlib.sha256(_source(language)).hexdigest()[:8]}"
 
 
 def _source(language: str) -> bytes:
     if language not in LLM_LANGUAGES:
-        raise DataError(f"persona language={language}: LLM users have prompts in {', '.join(LLM_LANGUAGES)}; use personas in one of these")
+        raise DataError(
+            f"persona language={language}: LLM users have prompts in {', '.join(LLM_LANGUAGES)}; use "
+            f"personas in one of these"
+        )
     return resources.files("rlver_dist.simulator.llm").joinpath(f"prompts_{language}.yaml").read_bytes()
 
 
@@ -72,7 +80,8 @@ class UserPrompts:
 
     Attributes:
         rules: see `DifficultyRules`; `acceptance` and `expressiveness` choose between two wordings each.
-        max_reply_bytes: UTF-8 bytes of the newest reply that a prompt shows; earlier ones show a quarter of that.
+        max_reply_bytes: UTF-8 bytes of the newest reply that a prompt shows; earlier ones show a quarter of
+            that.
     """
 
     rules: DifficultyRules
@@ -87,7 +96,8 @@ class UserPrompts:
         return self._task(request, "appraisal", request.emotion)
 
     def reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> tuple[Message, ...]:
-        """For the user's next message, at the `emotion` after the appraisal; the user knows its state, not its number."""
+        """For the user's next message, at the `emotion` after the appraisal; the user knows its state, not
+        its number."""
         texts = {name: getattr(appraisal, name) for name in ("fit", "activity", "feeling")}
         notes = {name: fence(text, max_bytes=MAX_NOTE_BYTES, own=True).text for name, text in texts.items()}
         return self._task(request, "reply", emotion, notes=json_line(**notes))
@@ -108,7 +118,10 @@ class UserPrompts:
     def _task(self, request: UserRequest, task: str, emotion: float, **values: str) -> tuple[Message, ...]:
         words = material(request.persona.language)
         state = words["states"][state_of(emotion).value]
-        asked = fill(words["tasks"][task], {"emotion": f"{emotion:g}", "state": state, "number": str(len(request.messages)), **values})
+        asked = fill(
+            words["tasks"][task],
+            {"emotion": f"{emotion:g}", "state": state, "number": str(len(request.messages)), **values},
+        )
         return self._messages(request.persona, f"{self._talk(request)}\n\n{asked}")
 
     def _messages(self, persona: Persona, asked: str) -> tuple[Message, ...]:
@@ -119,7 +132,11 @@ class UserPrompts:
         lines = []
         for number, message in enumerate(request.messages, start=1):
             own, newest = message.role is Role.USER, number == len(request.messages)
-            fenced = fence(message.text, max_bytes=MAX_OWN_BYTES, own=True) if own else self._fenced(message.text, newest=newest)
+            fenced = (
+                fence(message.text, max_bytes=MAX_OWN_BYTES, own=True)
+                if own
+                else self._fenced(message.text, newest=newest)
+            )
             fields: dict[str, Any] = {"line": number, "by": "you" if own else "other", "text": fenced.text}
             if fenced.cut:
                 fields["left_out_bytes"] = fenced.cut
@@ -131,9 +148,13 @@ class UserPrompts:
     def _system(self, persona: Persona) -> str:
         words, rules = material(persona.language), self.rules
         wording = {
-            "acceptance": words["acceptance"]["ordinary" if rules.acceptance >= ORDINARY_ACCEPTANCE else "strict"],
+            "acceptance": words["acceptance"][
+                "ordinary" if rules.acceptance >= ORDINARY_ACCEPTANCE else "strict"
+            ],
             "disclosure": words["disclosure"]["hidden" if rules.hides_aim else "hints"],
-            "expressiveness": words["expressiveness"]["open" if rules.expressiveness >= OPEN_EXPRESSIVENESS else "reserved"],
+            "expressiveness": words["expressiveness"][
+                "open" if rules.expressiveness >= OPEN_EXPRESSIVENESS else "reserved"
+            ],
         }
         told = {
             "profile": persona.profile,
@@ -148,4 +169,9 @@ class UserPrompts:
         values["temperament"] = words["temperaments"][persona.temperament.value]
         values["intent"] = words["intents"][persona.hidden_intent.value]
         sections = [(heading, fill(text, values).strip()) for heading, text in words["persona"]]
-        return "\n\n".join([fill(words["system"], wording).strip(), *(f"{heading}\n{text}" for heading, text in sections if text)])
+        return "\n\n".join(
+            [
+                fill(words["system"], wording).strip(),
+                *(f"{heading}\n{text}" for heading, text in sections if text),
+            ]
+        )

@@ -1,7 +1,7 @@
 """What an LLM user may answer: JSON schemas, and the only way from an answer's text to its values.
 
-A number or a decision is read from its own field or not at all. Fields come in the order in which they are to be thought of, so that
-the change follows its reasons (SAGE, arXiv:2505.02847, section 2.3).
+A number or a decision is read from its own field or not at all. Fields come in the order in which they are to
+be thought of, so that the change follows its reasons (SAGE, arXiv:2505.02847, section 2.3).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from rlver_dist.simulator.llm.fence import tidy
 
 CHANGE_LIMIT = 10
-"""Largest emotion change that an answer can state, points either way; the preset's rules may clip it further."""
+"""Largest emotion change that an answer can state, points either way; the preset's rules may clip it
+further."""
 CHARS_PER_TOKEN = {"en": 3, "zh": 1}
 """Characters that one token holds at least, in ordinary text."""
 JSON_TOKENS = 60
@@ -54,10 +55,12 @@ def turn_schema(*, language: str, max_appraisal_tokens: int, max_message_tokens:
 
 
 def parse_answer(text: str, schema: Schema) -> dict[str, Any]:
-    """The answer's fields, each checked against the schema; texts without tags, invisible characters and space at their ends.
+    """The answer's fields, each checked against the schema; texts without tags, invisible characters and
+    space at their ends.
 
     Raises:
-        SchemaError: no JSON object, a field too many or too few or given twice, a wrong type, or a value outside its bounds.
+        SchemaError: no JSON object, a field too many or too few or given twice, a wrong type, or a value
+            outside its bounds.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -72,12 +75,18 @@ def _plan_and_message(language: str, max_tokens: int) -> dict[str, Schema]:
 
 
 def _chars(language: str, max_tokens: int, *, parts: int) -> int:
-    """Characters of each of `parts` texts, so that all of them and the JSON around them fit into `max_tokens`."""
+    """Characters of each of `parts` texts, so that all of them and the JSON around them fit into
+    `max_tokens`."""
     return max((max_tokens - JSON_TOKENS) * CHARS_PER_TOKEN[language] // parts, MIN_CHARS)
 
 
 def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def _text(max_chars: int) -> Schema:
@@ -104,12 +113,19 @@ def _checked(value: Any, schema: Schema, where: str) -> Any:
     if kind is dict:
         if value.keys() != schema["properties"].keys():
             raise SchemaError(f"{where}: fields {_quote(sorted(value))}, not {sorted(schema['properties'])}")
-        return {name: _checked(value[name], part, f"{where}.{name}") for name, part in schema["properties"].items()}
+        return {
+            name: _checked(value[name], part, f"{where}.{name}")
+            for name, part in schema["properties"].items()
+        }
     if kind is str:
         written, value = len(value), tidy(value)
-        # Tidying may write one character as several, so what was written has an upper bound, and what is left of it the lower one.
+        # Tidying may write one character as several, so what was written has an upper bound, and what is left
+        # of it the lower one.
         if len(value) < schema.get("minLength", 0) or written > schema.get("maxLength", written):
-            raise SchemaError(f"{where}: {written} characters, {len(value)} to read, not {schema['minLength']} to {schema['maxLength']}")
+            raise SchemaError(
+                f"{where}: {written} characters, {len(value)} to read, not {schema['minLength']} to "
+                f"{schema['maxLength']}"
+            )
     if "enum" in schema and value not in schema["enum"]:
         raise SchemaError(f"{where}: {_quote(value)} is none of {schema['enum']}")
     return value

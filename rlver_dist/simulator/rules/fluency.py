@@ -15,7 +15,8 @@ SHORT_TOKENS = 4
 
 
 def reply_fluency(head: FluencyHead, sentences: list[Encoded], truncated: bool) -> float:
-    """Fluency of a reply: half the mean over its sentences by length, half its worst one; 0.5 where all are too short to judge.
+    """Fluency of a reply: half the mean over its sentences by length, half its worst one; 0.5 where all are
+    too short to judge.
 
     The last of several sentences is not judged in a reply that was cut at the token limit.
     """
@@ -24,7 +25,9 @@ def reply_fluency(head: FluencyHead, sentences: list[Encoded], truncated: bool) 
     if not judged:
         return 0.5
     with one_thread(), torch.inference_mode():
-        chances = [float(head(one.states[None], torch.ones(1, len(one.states))).double().sigmoid()) for one in judged]
+        chances = [
+            float(head(one.states[None], torch.ones(1, len(one.states))).double().sigmoid()) for one in judged
+        ]
     scores = [ramp(round(chance, 4), BROKEN, SOUND) for chance in chances]
     lengths = [len(one.states) for one in judged]
     mean = sum(score * length for score, length in zip(scores, lengths, strict=True)) / sum(lengths)

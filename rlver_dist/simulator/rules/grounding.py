@@ -1,7 +1,8 @@
 """Does a reply speak of this user's own matter, and in its own words?
 
-Grounding counts what the user has said so far (and, less, what lies behind it: the scene); it takes both meaning (embeddings) and
-names, sums and objects (content words). Handing the user's sentences back is copying, not grounding.
+Grounding counts what the user has said so far (and, less, what lies behind it: the scene); it takes both
+meaning (embeddings) and names, sums and objects (content words). Handing the user's sentences back is
+copying, not grounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from rlver_dist.simulator.rules.embedding import SentenceEncoder, similarities
 from rlver_dist.simulator.sentences import content_words, overlap, ramp, sentences, words
 
 MATTER = (0.15, 0.37)
-"""Similarity to anything of the user's from which a sentence touches their matter, and at which it is about it."""
+"""Similarity to anything of the user's from which a sentence touches their matter, and at which it is about
+it."""
 _SWAP = {
     "i": "you",
     "me": "you",
@@ -58,13 +60,17 @@ class Grounding:
     @property
     def level(self) -> float:
         """How far the reply speaks of this user, 0 to 1."""
-        meaning = max(ramp(self.heard, 0.22, 0.50), ramp(self.last, 0.20, 0.48), 0.8 * ramp(self.scene, 0.30, 0.55))
+        meaning = max(
+            ramp(self.heard, 0.22, 0.50), ramp(self.last, 0.20, 0.48), 0.8 * ramp(self.scene, 0.30, 0.55)
+        )
         return round(meaning * (0.5 + 0.5 * self.details), 4)
 
 
 def nearness(encoder: SentenceEncoder, persona: Persona, messages: tuple[Message, ...]) -> list[float]:
     """How far each sentence of the last message is about the user's matter at all, 0 to 1 (rounded)."""
-    heard = [part for message in messages[:-1] if message.role is Role.USER for part in sentences(message.text)]
+    heard = [
+        part for message in messages[:-1] if message.role is Role.USER for part in sentences(message.text)
+    ]
     around = encoder.vectors([*heard, *sentences(persona.scene), persona.want])
     own = encoder.vectors(sentences(messages[-1].text))
     return [round(ramp(value, *MATTER), 4) for value in similarities(own, around).max(dim=1).values.tolist()]

@@ -1,7 +1,9 @@
-"""The two small trained heads on MiniLM's token states: is a sentence language, and which strategy does it use?
+"""The two small trained heads on MiniLM's token states: is a sentence language, and which strategy does it
+use?
 
-`benchmarks/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean similarity vectors of
-MiniLM speak of a sentence's matter; its token states also hold word order and manner, which both questions need.
+`benchmarks/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean
+similarity vectors of MiniLM speak of a sentence's matter; its token states also hold word order and manner,
+which both questions need.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ HEADS_FILE = "heads.safetensors"
 
 
 class FluencyHead(nn.Module):
-    """Token states -> logit that the words make a sentence: a two-layer network a token, pooled by mean and maximum."""
+    """Token states -> logit that the words make a sentence: a two-layer network a token, pooled by mean and
+    maximum."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -53,7 +56,11 @@ def load_heads(classes: int) -> tuple[FluencyHead, StrategyHead]:
     tensors = load(resources.files("rlver_dist.simulator.rules").joinpath(HEADS_FILE).read_bytes())
     heads = (FluencyHead(), StrategyHead(classes))
     for name, head in zip(("fluency", "strategy"), heads, strict=True):
-        own = {key.removeprefix(f"{name}."): value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
+        own = {
+            key.removeprefix(f"{name}."): value.float()
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
         head.load_state_dict(own)
         head.eval().requires_grad_(False)
     return heads

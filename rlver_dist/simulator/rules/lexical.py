@@ -1,8 +1,9 @@
-"""The second appraiser: words alone, for checking that what training gained is not the first appraiser's blind spot.
+"""The second appraiser: words alone, for checking that what training gained is not the first appraiser's
+blind spot.
 
-It shares no feature with `EmbeddedAppraiser`: no embedding, no example sentence, no trained head. Moves are recognised by word patterns
-(`lexical_patterns.yaml`), grounding by TF-IDF over the seed situations, fluency by a trigram model over word classes, repetition by
-compression. Training never sees it.
+It shares no feature with `EmbeddedAppraiser`: no embedding, no example sentence, no trained head. Moves are
+recognised by word patterns (`lexical_patterns.yaml`), grounding by TF-IDF over the seed situations, fluency
+by a trigram model over word classes, repetition by compression. Training never sees it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, plain,
 
 _I = HiddenIntent
 WELCOME: dict[HiddenIntent, dict[str, float]] = {
-    _I.BALANCED_VIEW: {"weigh": 1.0, "read_other": 0.5, "entitle": 0.2, "name_feeling": 0.3, "mirror": 0.4, "praise_deed": 0.3, "ask": 0.2},
+    _I.BALANCED_VIEW: {
+        "weigh": 1.0,
+        "read_other": 0.5,
+        "entitle": 0.2,
+        "name_feeling": 0.3,
+        "mirror": 0.4,
+        "praise_deed": 0.3,
+        "ask": 0.2,
+    },
     _I.PRACTICAL_ADVICE: {"suggest": 1.0, "weigh": 0.2, "ask": 0.2, "entitle": 0.25, "name_feeling": 0.25},
     _I.UNDERSTAND_OTHERS: {"read_other": 1.0, "weigh": 0.4, "ask": 0.25, "name_feeling": 0.3, "entitle": 0.2},
     _I.SELF_REFLECTION: {"mirror": 1.0, "ask": 0.5, "weigh": 0.4, "name_feeling": 0.3, "read_other": 0.2},
@@ -50,7 +59,8 @@ UNWELCOME: dict[str, float] = {
 """Harm (0 to 1) of a move to any user."""
 _PRESSING = frozenset({_I.BE_HEARD, _I.DEEP_EMPATHY, _I.PRAISE, _I.NO_FAULT})
 RECOUNT = 0.7
-"""Worth of the user's own story told back, to those who want feeling rather than a solution (half to the others)."""
+"""Worth of the user's own story told back, to those who want feeling rather than a solution (half to the
+others)."""
 GAIN, UNMET, HARM = 12.0, 1.0, 8.0
 """Points of full merit, of a turn in which nothing is met, and of full harm."""
 COSTS: dict[str, float] = {
@@ -70,7 +80,8 @@ COSTS: dict[str, float] = {
 }
 """Points that each fault costs at full strength."""
 ORDERED = (-1.2, -0.1)
-"""Order score (`WordClassModel.order_score`) up to which words count as shuffled, and from which as ordered."""
+"""Order score (`WordClassModel.order_score`) up to which words count as shuffled, and from which as
+ordered."""
 _EMOTIVE = re.compile(
     r"(?:pain|grie[fv]|sad|hurt|sorrow|lonel|heart|ang(?:er|ry)|fear|shame|guilt|tear|cry|love|empath|compass|understand|feel|emoti|suffer"
     r"|despair|hope|comfort|care|caring|overwhelm|frustrat|upset|depress|joy|happ|warm|gentle|tender|soul|ach(?:e|ing)|valid|support|hug|sympath)\w*"
@@ -85,7 +96,14 @@ def _word_class(word: str) -> str:
         return word
     if word[0].isdigit():
         return "<num>"
-    return next((f"<{suffix}>" for suffix in ("ing", "ed", "ly", "s") if word.endswith(suffix) and len(word) > len(suffix) + 2), "<word>")
+    return next(
+        (
+            f"<{suffix}>"
+            for suffix in ("ing", "ed", "ly", "s")
+            if word.endswith(suffix) and len(word) > len(suffix) + 2
+        ),
+        "<word>",
+    )
 
 
 @cache
@@ -101,12 +119,16 @@ def _seed_texts() -> tuple[str, ...]:
 
     folder = resources.files("rlver_dist.data").joinpath("seeds")
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    files = [yaml.load(folder.joinpath(name).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) for name in names]
+    files = [
+        yaml.load(folder.joinpath(name).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        for name in names
+    ]
     return tuple("\n".join(prose(situation)) for situations in files for situation in situations)
 
 
 class WordClassModel:
-    """Interpolated trigram model over word classes: function words stand for themselves, other words for their ending."""
+    """Interpolated trigram model over word classes: function words stand for themselves, other words for
+    their ending."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         self._counts: tuple[Counter, ...] = (Counter(), Counter(), Counter())
@@ -122,14 +144,18 @@ class WordClassModel:
                 self._contexts[n][gram[:-1]] += count
 
     def order_score(self, tokens: list[str]) -> float:
-        """How surely the words stand in an order: (gain + 0.25) * sqrt(words), 0 between ordered and shuffled text.
+        """How surely the words stand in an order: (gain + 0.25) * sqrt(words), 0 between ordered and shuffled
+        text.
 
-        The gain is in nats a word: by how much the two words before explain a word's class better than its frequency does. It is about
-        0.2 for prose and -0.8 for shuffled words, and its noise falls with the root of the length.
+        The gain is in nats a word: by how much the two words before explain a word's class better than its
+        frequency does. It is about 0.2 for prose and -0.8 for shuffled words, and its noise falls with the
+        root of the length.
         """
         classes = ["<s>", "<s>", *map(_word_class, tokens)]
         grams = [tuple(classes[i - 2 : i + 1]) for i in range(2, len(classes))]
-        gain = math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(1, len(grams))
+        gain = math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(
+            1, len(grams)
+        )
         return (gain + 0.25) * math.sqrt(len(grams))
 
     def _frequency(self, word_class: str) -> float:
@@ -145,7 +171,8 @@ class WordClassModel:
 
 
 def _oddness(written: str) -> float:
-    """Share of characters beyond ASCII, invisible ones included, that are no punctuation of prose; as a fault, 0 to 1."""
+    """Share of characters beyond ASCII, invisible ones included, that are no punctuation of prose; as a
+    fault, 0 to 1."""
     strange = sum(not c.isascii() and unicodedata.category(c) not in _PROSE for c in written)
     return ramp(strange / len(written), 0.01, 0.08)
 
@@ -173,7 +200,10 @@ class TfIdf:
     def cosine(self, left: str, right: str) -> float:
         """Cosine of two texts' binary TF-IDF vectors."""
         a, b = content_words(left), content_words(right)
-        norm = math.sqrt(math.fsum(self.weight(s) ** 2 for s in sorted(a)) * math.fsum(self.weight(s) ** 2 for s in sorted(b)))
+        norm = math.sqrt(
+            math.fsum(self.weight(s) ** 2 for s in sorted(a))
+            * math.fsum(self.weight(s) ** 2 for s in sorted(b))
+        )
         return math.fsum(self.weight(stem) ** 2 for stem in sorted(a & b)) / norm if norm else 0.0
 
 
@@ -183,8 +213,14 @@ class LexicalAppraiser:
     def __init__(self) -> None:
         texts = _seed_texts()
         self._tfidf, self._model = TfIdf(texts), WordClassModel(texts)
-        raw = yaml.safe_load(resources.files("rlver_dist.simulator.rules").joinpath("lexical_patterns.yaml").read_text(encoding="utf-8"))
-        self._patterns = {move: [re.compile(pattern) for pattern in patterns] for move, patterns in raw.items()}
+        raw = yaml.safe_load(
+            resources.files("rlver_dist.simulator.rules")
+            .joinpath("lexical_patterns.yaml")
+            .read_text(encoding="utf-8")
+        )
+        self._patterns = {
+            move: [re.compile(pattern) for pattern in patterns] for move, patterns in raw.items()
+        }
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
         """Appraise the last message of `context`; an empty reply gets the largest negative change."""
@@ -199,16 +235,25 @@ class LexicalAppraiser:
         moves = self._moves(reply)
         support = max(moves[move] for move in sorted(SUPPORT))
         ground = self._grounding(reply, heard, persona.scene, persona.want)
-        faults = self._faults(reply, tokens, heard, earlier, context.truncated and reply[-1:] not in ".!?", ground["level"])
+        faults = self._faults(
+            reply, tokens, heard, earlier, context.truncated and reply[-1:] not in ".!?", ground["level"]
+        )
         faults["odd_characters"] = _oddness(written)
         faults["stray"] *= 1.0 - 0.6 * support
         recount = RECOUNT * ground["level"] * ramp(sum(token.startswith("you") for token in tokens), 0, 2)
         worth = [weight * moves[move] for move, weight in WELCOME[persona.hidden_intent].items()]
         worth += [recount if persona.hidden_intent in _PRESSING else recount / 2, 0.6 * ground["want"]]
         pushy = 0.25 * moves["suggest"] if persona.hidden_intent in _PRESSING else 0.0
-        harm = 1.0 - (1.0 - pushy) * math.prod(1.0 - weight * moves[move] for move, weight in UNWELCOME.items())
+        harm = 1.0 - (1.0 - pushy) * math.prod(
+            1.0 - weight * moves[move] for move, weight in UNWELCOME.items()
+        )
         merit = 1.0 - math.prod(1.0 - 0.75 * value for value in worth)
-        sound = (1.0 - faults["nonsense"]) * (1.0 - faults["parrot"]) * (1.0 - faults["echo"]) * (1.0 - faults["squeezable"])
+        sound = (
+            (1.0 - faults["nonsense"])
+            * (1.0 - faults["parrot"])
+            * (1.0 - faults["echo"])
+            * (1.0 - faults["squeezable"])
+        )
         gain = context.acceptance * GAIN * merit * (0.3 + 0.7 * ground["level"]) * sound
         sharper = 1.2 if persona.temperament is Temperament.NEGATIVE else 1.0
         cost = UNMET + sharper * HARM * harm + sum(weight * faults[name] for name, weight in COSTS.items())
@@ -229,7 +274,10 @@ class LexicalAppraiser:
     def _moves(self, reply: str) -> dict[str, float]:
         """Strength of every move: 0.7 for one pattern hit, 1 from two."""
         text = reply.lower()
-        hits = {move: sum(len(pattern.findall(text)) for pattern in patterns) for move, patterns in self._patterns.items()}
+        hits = {
+            move: sum(len(pattern.findall(text)) for pattern in patterns)
+            for move, patterns in self._patterns.items()
+        }
         return {move: (0.0, 0.7, 1.0)[min(2, count)] for move, count in hits.items()}
 
     def _grounding(self, reply: str, heard: list[str], scene: str, want: str) -> dict[str, float]:
@@ -238,23 +286,30 @@ class LexicalAppraiser:
         behind = ramp(self._tfidf.covered(reply, scene), 3.0, 14.0)
         return {"level": max(told, 0.85 * behind), "want": ramp(self._tfidf.covered(reply, want), 1.0, 9.0)}
 
-    def _faults(self, reply: str, tokens: list[str], heard: list[str], earlier: list[str], cut: bool, level: float) -> dict[str, float]:
+    def _faults(
+        self, reply: str, tokens: list[str], heard: list[str], earlier: list[str], cut: bool, level: float
+    ) -> dict[str, float]:
         """Strength (0 to 1) of every fault named in `COSTS` that is in the words."""
         packed = len(zlib.compress(reply.lower().encode(), 9)) / max(1, len(reply.encode()))
         grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
         sorry = len(re.findall(r"\b(?:sorry|apolog\w+|forgive me)\b", reply.lower()))
         quads = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
         theirs = {tuple(other[i : i + 5]) for other in map(words, heard) for i in range(len(other) - 4)}
-        marks = len(re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^[^\S\n]*[-*\u2022]\s|\*\*", reply, re.MULTILINE))
+        marks = len(
+            re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^[^\S\n]*[-*\u2022]\s|\*\*", reply, re.MULTILINE)
+        )
         order = self._model.order_score(tokens)
         return {
             "nonsense": max(
-                (1.0 - ramp(order, *ORDERED)) * ramp(len(tokens), 4, 9), (1.0 - ramp(grammar, 0.15, 0.32)) * ramp(len(tokens), 3, 7)
+                (1.0 - ramp(order, *ORDERED)) * ramp(len(tokens), 4, 9),
+                (1.0 - ramp(grammar, 0.15, 0.32)) * ramp(len(tokens), 3, 7),
             ),
             "squeezable": ramp(len(reply), 40, 120) * (1.0 - ramp(packed, 0.30, 0.52)),
             "echo": max((ramp(self._tfidf.cosine(reply, one), 0.45, 0.85) for one in earlier), default=0.0),
             "sorry": ramp(sorry, 1, 3),
-            "emotive": ramp(sum(bool(_EMOTIVE.fullmatch(token)) for token in tokens) / len(tokens), 0.22, 0.45),
+            "emotive": ramp(
+                sum(bool(_EMOTIVE.fullmatch(token)) for token in tokens) / len(tokens), 0.22, 0.45
+            ),
             "parrot": ramp(sum(quad in theirs for quad in quads) / len(quads), 0.2, 0.6) if quads else 0.0,
             "list": ramp(marks, 1, 4),
             "long": ramp(len(tokens), 85, 180),

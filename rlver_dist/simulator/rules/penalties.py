@@ -44,32 +44,36 @@ _SCORE = re.compile(
 )
 _SUPERLATIVES = frozenset(
     """
-amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous marvelous phenomenal
-exceptional outstanding gorgeous beautiful legendary legend hero heroic inspiring inspiration special superb unbelievable stunning
-flawless angel star best greatest smartest kindest strongest bravest superb adore goddess queen saint unmatched dazzling radiant
-impeccable divine magical unique talented gifted remarkable
+amazing incredible wonderful perfect brilliant genius fantastic awesome extraordinary magnificent marvellous
+marvelous phenomenal exceptional outstanding gorgeous beautiful legendary legend hero heroic inspiring
+inspiration special superb unbelievable stunning flawless angel star best greatest smartest kindest strongest
+bravest superb adore goddess queen saint unmatched dazzling radiant impeccable divine magical unique talented
+gifted remarkable
 """.split()
 )
 FEELING_WORDS = frozenset(
     """
-pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak heartbreaking anger angry
-fear afraid scared anxious anxiety shame ashamed guilt guilty tears cry crying love loved empathy compassion understand
-understanding understood feel feeling feelings felt emotion emotions emotional suffering suffer despair hope hopeless comfort care
-caring overwhelmed overwhelming frustrated frustrating frustration upset depressed depression joy happy happiness warm warmth gentle
-tender soul broken ache aching validate validated valid support supported hug hugs listen listening hear heard sympathy sympathetic
-sorry tough hard difficult worry worried
+pain painful grief sad sadness hurt hurts hurting sorrow lonely loneliness heart heartbroken heartbreak
+heartbreaking anger angry fear afraid scared anxious anxiety shame ashamed guilt guilty tears cry crying love
+loved empathy compassion understand understanding understood feel feeling feelings felt emotion emotions
+emotional suffering suffer despair hope hopeless comfort care caring overwhelmed overwhelming frustrated
+frustrating frustration upset depressed depression joy happy happiness warm warmth gentle tender soul broken
+ache aching validate validated valid support supported hug hugs listen listening hear heard sympathy
+sympathetic sorry tough hard difficult worry worried
 """.split()
 )
 _LISTENER = frozenset("you your yours yourself you're you've you'd you'll u".split())
 _URGING = frozenset(
     """
-ask be book bring call check choose do don't find get give go keep leave let let's listen look make phone pick put ring say send set
-show sit sleep start stay stop take talk tell text think try wait walk write
+ask be book bring call check choose do don't find get give go keep leave let let's listen look make phone pick
+put ring say send set show sit sleep start stay stop take talk tell text think try wait walk write
 """.split()
 )
 _LIST_LINE = re.compile(r"^[^\S\n]*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
-_ORDINAL = re.compile(r"\b(?:(?:first|second|third|fourth|fifth)(?:ly)?|next|also|furthermore|moreover|additionally)\b,")
+_ORDINAL = re.compile(
+    r"\b(?:(?:first|second|third|fourth|fifth)(?:ly)?|next|also|furthermore|moreover|additionally)\b,"
+)
 _SYMBOLS = frozenset({"So", "Sk", "Cs", "Co", "Sm", "Cn"})
 _MARKUP = re.compile(r"\*\*|^#{1,6}\s|```|</?\w+>|\|.*\|", re.MULTILINE)
 
@@ -85,7 +89,9 @@ def apologies(text: str) -> int:
 def _symbol_share(text: str) -> float:
     seen = [c for c in text if not c.isspace()]
     # A sign that stands for letters, such as that of a trade mark, is no symbol.
-    odd = sum(any(unicodedata.category(part) in _SYMBOLS for part in unicodedata.normalize("NFKC", c)) for c in seen)
+    odd = sum(
+        any(unicodedata.category(part) in _SYMBOLS for part in unicodedata.normalize("NFKC", c)) for c in seen
+    )
     return odd / max(1, len(seen)) + 0.01 * max(0, odd - 2)
 
 
@@ -106,20 +112,31 @@ def _repetition(tokens: list[str]) -> float:
     thrice = 1.0 - len(set(triples)) / len(triples)
     matter = Counter(token for token in tokens if token not in FUNCTION_WORDS)
     most = max(matter.values(), default=0)
-    return max(ramp(twice, 0.12, 0.45), ramp(thrice, 0.04, 0.30), ramp(most, 3.5, 7.0) if most / len(tokens) > 0.06 else 0.0)
+    return max(
+        ramp(twice, 0.12, 0.45),
+        ramp(thrice, 0.04, 0.30),
+        ramp(most, 3.5, 7.0) if most / len(tokens) > 0.06 else 0.0,
+    )
 
 
 def _formula(tokens: list[str], past: list[list[str]]) -> float:
     """How far the reply begins as an earlier one of the dialogue did, whatever comes after."""
     same = max(
-        (next((n for n, (a, b) in enumerate(zip(tokens, one, strict=False)) if a != b), min(len(tokens), len(one))) for one in past),
+        (
+            next(
+                (n for n, (a, b) in enumerate(zip(tokens, one, strict=False)) if a != b),
+                min(len(tokens), len(one)),
+            )
+            for one in past
+        ),
         default=0,
     )
     return ramp(same, 1.5, 4.0)
 
 
 def _unaddressed(text: str, tokens: list[str]) -> float:
-    """How far a longer reply talks past the listener, as somebody's story does: hardly a "you", no question, nothing urged."""
+    """How far a longer reply talks past the listener, as somebody's story does: hardly a "you", no question,
+    nothing urged."""
     turned = sum(token in _LISTENER for token in tokens) / len(tokens) + (0.012 if "?" in text else 0.0)
     starts = [words(one)[:1] for one in re.split(r"[.!?\n]+", text)]
     urged = any(start and start[0] in _URGING for start in starts)
@@ -134,7 +151,9 @@ def _word_salad(tokens: list[str]) -> float:
     return max(1.0 - ramp(grammar, 0.22, 0.34), ramp(grammar, 0.82, 0.95))
 
 
-def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool, *, written: str) -> dict[str, float]:
+def measure(
+    reply: str, earlier: list[str], heard: list[str], truncated: bool, *, written: str
+) -> dict[str, float]:
     """Strength (0 to 1, rounded) of every penalty.
 
     Args:
@@ -142,21 +161,30 @@ def measure(reply: str, earlier: list[str], heard: list[str], truncated: bool, *
         earlier: its earlier replies in this dialogue.
         heard: the user's messages so far.
         truncated: the reply was cut at the token limit.
-        written: the reply as it was written: symbols that nobody sees count, too, and so does the markup of what nobody hears.
+        written: the reply as it was written: symbols that nobody sees count, too, and so does the markup of
+            what nobody hears.
     """
     text, shown = plain(reply), plain(hear(written, own=True).text)
     tokens, past = words(text), [words(one) for one in earlier]
     count = max(1, len(tokens))
     sorry_before = sum(apologies(one) for one in earlier)
     feelings = sum(token in FEELING_WORDS for token in tokens)
-    numbered = len(_LIST_LINE.findall(text)) + len(_INLINE_NUMBER.findall(text)) + max(0, len(_ORDINAL.findall(text.lower())) - 1)
+    numbered = (
+        len(_LIST_LINE.findall(text))
+        + len(_INLINE_NUMBER.findall(text))
+        + max(0, len(_ORDINAL.findall(text.lower())) - 1)
+    )
     heard_words = set().union(*(words(one) for one in heard)) if heard else set()
     superlatives = sum(token in _SUPERLATIVES and token not in heard_words for token in tokens)
     strengths = {
         "repetition": _repetition(tokens),
-        "echo": max(ramp(overlap(tokens, past, 3), 0.25, 0.75), ramp(overlap(tokens, past, 2), 0.45, 0.9)) if past else 0.0,
+        "echo": max(ramp(overlap(tokens, past, 3), 0.25, 0.75), ramp(overlap(tokens, past, 2), 0.45, 0.9))
+        if past
+        else 0.0,
         "formula": _formula(tokens, past),
-        "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if apologies(text) else 0.0,
+        "apologies": ramp(apologies(text) - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0)
+        if apologies(text)
+        else 0.0,
         "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
         "superlatives": ramp(superlatives, 1.0, 4.0),
         "foreign": _foreign(reply, tokens),

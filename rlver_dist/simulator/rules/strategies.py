@@ -1,8 +1,9 @@
 """Support strategies: which a sentence uses, and what each is worth to each hidden intent.
 
-The strategies follow the helping-skills taxonomy of emotional support conversations (Liu et al. 2021, arXiv:2106.01144, table 1),
-finer where the eight hidden intents (SAGE, arXiv:2505.02847, section 2.2) need it, and with the ways to fail added. A sentence uses a
-strategy as far as it resembles one of the strategy's hand-written example sentences (`prototypes.yaml`).
+The strategies follow the helping-skills taxonomy of emotional support conversations (Liu et al. 2021,
+arXiv:2106.01144, table 1), finer where the eight hidden intents (SAGE, arXiv:2505.02847, section 2.2) need
+it, and with the ways to fail added. A sentence uses a strategy as far as it resembles one of the strategy's
+hand-written example sentences (`prototypes.yaml`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _S = Strategy
 SUPPORT = frozenset(list(Strategy)[: list(Strategy).index(_S.SELF_DISCLOSURE) + 1])
 """Strategies that help some users; the others are ways to fail."""
 COMFORT = frozenset({_S.REFLECT_FEELING, _S.VALIDATE, _S.ABSOLVE, _S.PRESENCE})
-"""Support that may name nothing of the matter and still be meant for the user; the rest counts only on the user's own matter.
-Praise is of the rest: a compliment that would fit anybody ("your kind words ...") speaks of nothing that this user did."""
+"""Support that may name nothing of the matter and still be meant for the user; the rest counts only on the
+user's own matter. Praise is of the rest: a compliment that would fit anybody ("your kind words ...") speaks
+of nothing that this user did."""
 _INTENTS = (
     HiddenIntent.BALANCED_VIEW,
     HiddenIntent.PRACTICAL_ADVICE,
@@ -59,17 +61,37 @@ _ROWS: dict[Strategy, tuple[float, ...]] = {
     _S.FLATTERY:              (-0.45, -0.50, -0.45, -0.50, -0.35, -0.45, -0.50, -0.40),
     _S.SCORE_TALK:            (-1.00, -1.00, -1.00, -1.00, -1.00, -1.00, -1.00, -1.00),
 }
-_TEMPERAMENT: dict[Temperament, dict[Strategy, float]] = {
-    Temperament.NEGATIVE: {_S.PRESENCE: 0.8, _S.OPEN_QUESTION: 0.95, _S.VALIDATE: 1.1, _S.LECTURE: 1.25, _S.BLAME: 1.25,
-                           _S.CONSOLATION: 1.4, _S.DISMISS: 1.2},
-    Temperament.PASSIVE: {_S.ABSOLVE: 1.1, _S.PRAISE_EFFORT: 1.05, _S.PRESENCE: 1.1, _S.BLAME: 1.2, _S.CONSOLATION: 0.8},
-    Temperament.AVOIDANT: {_S.REFLECT_FEELING: 0.9, _S.PRESENCE: 1.1, _S.RESTATE: 1.05, _S.OPEN_QUESTION: 0.9, _S.CONSOLATION: 0.9},
-}
 # fmt: on
+_TEMPERAMENT: dict[Temperament, dict[Strategy, float]] = {
+    Temperament.NEGATIVE: {
+        _S.PRESENCE: 0.8,
+        _S.OPEN_QUESTION: 0.95,
+        _S.VALIDATE: 1.1,
+        _S.LECTURE: 1.25,
+        _S.BLAME: 1.25,
+        _S.CONSOLATION: 1.4,
+        _S.DISMISS: 1.2,
+    },
+    Temperament.PASSIVE: {
+        _S.ABSOLVE: 1.1,
+        _S.PRAISE_EFFORT: 1.05,
+        _S.PRESENCE: 1.1,
+        _S.BLAME: 1.2,
+        _S.CONSOLATION: 0.8,
+    },
+    Temperament.AVOIDANT: {
+        _S.REFLECT_FEELING: 0.9,
+        _S.PRESENCE: 1.1,
+        _S.RESTATE: 1.05,
+        _S.OPEN_QUESTION: 0.9,
+        _S.CONSOLATION: 0.9,
+    },
+}
 
 
 def fit(strategy: Strategy, intent: HiddenIntent, temperament: Temperament) -> float:
-    """Worth (-1.5 to 1) of a strategy to a user with this hidden intent and temperament; positive worth is at most 1."""
+    """Worth (-1.5 to 1) of a strategy to a user with this hidden intent and temperament; positive worth is at
+    most 1."""
     worth = _ROWS[strategy][_INTENTS.index(intent)] * _TEMPERAMENT[temperament].get(strategy, 1.0)
     return min(1.0, worth)
 
@@ -80,24 +102,30 @@ def load_prototypes() -> dict[Strategy, list[str]]:
     Raises:
         DataError: the file names other strategies than `Strategy` does.
     """
-    text = resources.files("rlver_dist.simulator.rules").joinpath("prototypes.yaml").read_text(encoding="utf-8")
+    text = (
+        resources.files("rlver_dist.simulator.rules").joinpath("prototypes.yaml").read_text(encoding="utf-8")
+    )
     raw = yaml.safe_load(text)
     if set(raw) != {strategy.value for strategy in Strategy}:
-        raise DataError(f"prototypes.yaml: strategies {sorted(raw)}; it must name exactly those of strategies.Strategy")
+        raise DataError(
+            f"prototypes.yaml: strategies {sorted(raw)}; it must name exactly those of strategies.Strategy"
+        )
     return {strategy: raw[strategy.value] for strategy in Strategy}
 
 
 class StrategyRecognizer:
     """Activation (0 to 1) of every strategy in a sentence.
 
-    Two kinds of evidence must agree: the strategy head's probability, which reads the manner, and the similarity to the nearest example
-    sentence, which keeps a text far from all examples from exciting the head.
+    Two kinds of evidence must agree: the strategy head's probability, which reads the manner, and the
+    similarity to the nearest example sentence, which keeps a text far from all examples from exciting the
+    head.
     """
 
     HELPING = (0.10, 0.60)
     """Head probability from which a supportive strategy counts, and at which it counts in full."""
     FAILING = (0.36, 0.80)
-    """The same for the summed probability of all ways to fail, which then share the activation by their probabilities."""
+    """The same for the summed probability of all ways to fail, which then share the activation by their
+    probabilities."""
     ALIKE = (0.10, 0.32)
     """The same for the similarity to the nearest example sentence."""
     OBVIOUS = (0.55, 0.80)
@@ -110,8 +138,12 @@ class StrategyRecognizer:
     def activations(self, sentence: Encoded) -> dict[Strategy, float]:
         """Activation of each strategy; similarities and probabilities are rounded before the rules."""
         with one_thread(), torch.inference_mode():
-            chances = self._head(sentence.states[None], torch.ones(1, len(sentence.states)))[0].double().softmax(-1)
-        chance = {strategy: round(value, 4) for strategy, value in zip(Strategy, chances.tolist(), strict=False)}
+            chances = (
+                self._head(sentence.states[None], torch.ones(1, len(sentence.states)))[0].double().softmax(-1)
+            )
+        chance = {
+            strategy: round(value, 4) for strategy, value in zip(Strategy, chances.tolist(), strict=False)
+        }
         failing = sum(value for strategy, value in chance.items() if strategy not in SUPPORT)
         found = {}
         for strategy, rows in self._prototypes.items():

@@ -1,7 +1,7 @@
 """The `embedded` backend: simulated users without a language model.
 
-A reply is appraised by rules (see `appraisal.py`), emotion moves by `simulator/emotion.py`, and the answer comes from
-`simulator/messages.py`.
+A reply is appraised by rules (see `appraisal.py`), emotion moves by `simulator/emotion.py`, and the answer
+comes from `simulator/messages.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class EmbeddedSimulator:
         self._appraiser = appraiser
 
     def respond(self, request: UserRequest) -> UserResponse:
-        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or end.
+        """Open the dialogue (`turn_index` -1), or appraise the last reply, move the emotion, and answer or
+        end.
 
         Raises:
             DataError: at the opening, if the persona is not one that this backend can speak for.
@@ -33,9 +34,17 @@ class EmbeddedSimulator:
         """
         if request.turn_index < 0:
             check_personas([request.persona])
-            return UserResponse(appraisal=None, emotion=self.rules.emotion.start, message=request.persona.opening, end_reason=None)
+            return UserResponse(
+                appraisal=None,
+                emotion=self.rules.emotion.start,
+                message=request.persona.opening,
+                end_reason=None,
+            )
         if not request.messages or request.messages[-1].role is not Role.ASSISTANT:
-            raise ValueError(f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the policy's reply")
+            raise ValueError(
+                f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the "
+                f"policy's reply"
+            )
         emotion_rules = self.rules.emotion
         context = AppraisalContext(
             persona=request.persona,
@@ -48,7 +57,9 @@ class EmbeddedSimulator:
         appraisal = self._appraiser.appraise(context)
         appraisal = replace(appraisal, change=clip_change(appraisal.change, emotion_rules.max_change))
         emotion = move(request.emotion, appraisal.change, emotion_rules)
-        ending = end_reason(emotion, rules=emotion_rules, num_replies=request.turn_index + 1, max_turns=request.max_turns)
+        ending = end_reason(
+            emotion, rules=emotion_rules, num_replies=request.turn_index + 1, max_turns=request.max_turns
+        )
         if ending is not None:
             return UserResponse(appraisal=appraisal, emotion=emotion, message=None, end_reason=ending)
         message = next_message(
@@ -63,5 +74,8 @@ class EmbeddedSimulator:
             )
         )
         return UserResponse(
-            appraisal=appraisal, emotion=emotion, message=message, end_reason=EndReason.GOODBYE if message is None else None
+            appraisal=appraisal,
+            emotion=emotion,
+            message=message,
+            end_reason=EndReason.GOODBYE if message is None else None,
         )
