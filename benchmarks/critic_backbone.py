@@ -1,8 +1,8 @@
 """Which frozen backbone and head explain rewards best, and in what time: the choice behind the critic of
 `+on=cpu`.
 
-    python -m benchmarks.critic_backbone --run runs/some_run --layers 4 8 15 30 --head-units 0 128 --lr 1e-3
-        1e-2 --epochs 4 16
+    python -m benchmarks.critic_backbone --run runs/some_run --layers 4 8 15 30 --head-units 0 128 \\
+        --lr 1e-3 1e-2 --epochs 4 16
 
 Replays a run's training dialogues in order, as the critic learner would have seen them: at each iteration the
 head's values are compared with the rewards before it trains on them, so that every dialogue is explained by

@@ -1,7 +1,7 @@
 """Can a reply steer the LLM user's prompt or the arithmetic of emotion? Prints a table by family of attack.
 
-    python -m benchmarks.red_team [--attacks tests/data/red_team.yaml] [--templates
-        tests/data/chat_templates.yaml] [--every 1]
+    python -m benchmarks.red_team [--attacks tests/data/red_team.yaml] [--every 1] \\
+        [--templates tests/data/chat_templates.yaml]
 
 For every reply, in every chat template, and wherever a reply stands in a prompt (newest, earlier, echoed in
 the user's own notes):

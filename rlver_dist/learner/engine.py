@@ -4,8 +4,9 @@ DeepSpeed divides gradients by accumulation steps and by ranks. Losses here are 
 counts, so the first is switched off (`managed_gradient_accumulation: false`: `backward` accumulates, `step`
 is the boundary) and the second is undone by multiplying the loss by the number of ranks.
 
-    python -m rlver_dist.learner.engine --build-ops     # compile DeepSpeed's shared-memory op ahead of the
-        first start
+    python -m rlver_dist.learner.engine --build-ops
+
+compiles DeepSpeed's shared-memory op ahead of the first start.
 """
 
 from __future__ import annotations

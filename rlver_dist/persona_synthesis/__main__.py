@@ -1,8 +1,8 @@
 """Personas written by a chat model from seeds, checked, balanced and split; an interrupted build goes on with
 the same command.
 
-    python -m rlver_dist.persona_synthesis --out FOLDER [--train 240] [--evaluation 100] [--languages en,zh]
-        simulator=openai \\ simulator.openai.model=NAME
+    python -m rlver_dist.persona_synthesis --out FOLDER [--train 240] [--evaluation 100] \\
+        [--languages en,zh] simulator=openai simulator.openai.model=NAME
 
 Options of the chat model are those of training, `simulator.engine.*` and `simulator.openai.*` (see
 `config/simulator.py`). FOLDER gets `train.jsonl` and `evaluation.jsonl` for `data.train` and

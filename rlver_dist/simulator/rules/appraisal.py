@@ -2,12 +2,14 @@
 
 The change in emotion is made from the recorded features alone (`change_from`):
 
-    merit  = 1 - (1 - WANT * want) * prod over strategies with positive fit of (1 - fit * activation) harm   =
-        1 - prod over strategies with negative fit of (1 - |fit| * activation) gain   = acceptance * GAIN *
-        merit * (UNGROUNDED + (1 - UNGROUNDED) * grounding) * fluency * freshness * sincerity cost   = UNMET +
-        HARM * harm + OFF_TOPIC * stray + GIBBERISH * (1 - fluency) + penalties value  = gain - cost change =
-        min(value, max_change) where value >= 0, else -max_change * (1 - exp(value / (LEVELLING *
-        max_change)))
+    merit  = 1 - (1 - WANT * want) * prod over strategies with positive fit of (1 - fit * activation)
+    harm   = 1 - prod over strategies with negative fit of (1 - |fit| * activation)
+    gain   = acceptance * GAIN * merit * (UNGROUNDED + (1 - UNGROUNDED) * grounding)
+             * fluency * freshness * sincerity
+    cost   = UNMET + HARM * harm + OFF_TOPIC * stray + GIBBERISH * (1 - fluency) + penalties
+    value  = gain - cost
+    change = min(value, max_change) where value >= 0,
+             else -max_change * (1 - exp(value / (LEVELLING * max_change)))
 
 So a reply that does nothing costs `UNMET` points, kindness that could be said to anybody earns little, and
 what is not language, has been said before, is laid on thick or is handed back earns nothing. The loss levels
