@@ -1,17 +1,16 @@
 """What the learner writes for others: a weight file for the rollout engines, and a Hugging Face folder.
 
-Both are written aside and renamed, so that a reader never sees half of one. The learner's own state
-(optimizer, schedule, counters) is DeepSpeed's checkpoint: `TrainingEngine.save` and `load`.
+A reader never sees a part of either. The learner's own state (optimizer, schedule, counters) is DeepSpeed's
+checkpoint: `TrainingEngine.save` and `load`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
+from rlver_dist.files import whole_file, whole_folder
 from rlver_dist.learner import weights
 from rlver_dist.learner.engine import TrainingEngine
 
@@ -23,10 +22,10 @@ def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
     if rank == 0:
         from safetensors.torch import save_file
 
-        aside = f"{path}.partial"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside)
-        os.replace(aside, path)
+        with whole_file(Path(path)) as aside:
+            save_file(tensors, aside)
+    # No rank returns before the file is there: the caller hands its path to the engines.
     engine.barrier()
 
 
@@ -37,12 +36,9 @@ def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: in
     if rank == 0:
         from transformers import AutoTokenizer
 
-        aside = Path(f"{directory}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        engine.model.save_pretrained(aside, state_dict=tensors)
-        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
+        with whole_folder(Path(directory)) as aside:
+            engine.model.save_pretrained(aside, state_dict=tensors)
+            AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
     engine.barrier()
 
 
@@ -52,8 +48,8 @@ def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
     addresses: set[int] = set()
     for name, tensor in weights.iter_full_tensors(engine):
         if rank == 0:
-            held = tensor.cpu()
+            on_host = tensor.cpu()
             # safetensors refuses two names for one tensor, as a tied head has.
-            tensors[name] = held.clone() if held.data_ptr() in addresses else held
-            addresses.add(held.data_ptr())
+            tensors[name] = on_host.clone() if on_host.data_ptr() in addresses else on_host
+            addresses.add(on_host.data_ptr())
     return tensors

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlver_dist.errors import DataError
-from rlver_dist.files import write_whole
+from rlver_dist.files import whole_folder, write_whole
 
 MANIFEST = "manifest.json"
 WARM_START = "warm_start"
@@ -62,6 +62,10 @@ class Progress:
 
 class CheckpointStore:
     """The checkpoints of one output folder."""
+
+    # Not `whole_folder`, whose folder aside is worth nothing until the rename: here the ranks of the learners
+    # write into it between `begin` and `commit`, and from the moment that its manifest is there it is the
+    # newest checkpoint, which a kill before the rename must not cost and the next reader brings to its place.
 
     def __init__(self, output_dir: Path, keep: int) -> None:
         self._root = output_dir / "checkpoints"
@@ -191,15 +195,13 @@ def warm_start_of(checkpoint: Path) -> Path | None:
 
 def copy_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
     """`warm_start_of` the checkpoint, copied to `output_dir` where the checkpoint is of another run."""
-    theirs, ours = warm_start_of(checkpoint), output_dir.resolve() / WARM_START
+    theirs = warm_start_of(checkpoint)
+    ours = output_dir.resolve() / WARM_START
     if theirs is None or theirs == ours:
         return theirs
-    aside = ours.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(theirs, aside)
-    # What is there is of a start that never came to a checkpoint.
-    shutil.rmtree(ours, ignore_errors=True)
-    aside.rename(ours)
+    # A folder that is already there is of a start that never came to a checkpoint, so it may be replaced.
+    with whole_folder(ours) as aside:
+        shutil.copytree(theirs, aside, dirs_exist_ok=True)
     return ours
 
 
