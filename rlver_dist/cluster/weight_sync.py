@@ -9,15 +9,15 @@ from pathlib import Path
 
 from rlver_dist.cluster.learners import PolicyGroup
 from rlver_dist.cluster.pools import EnginePool
+from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import Precision
 from rlver_dist.errors import ResourceError
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SHARED_MEMORY = Path("/dev/shm")
-SPARE_BYTES = 2**30
+SPARE_BYTES = GIB
 """Shared memory that is left to others, Ray's object store above all, beside the weights."""
-GIB = 2**30
 
 
 def find_weight_dir(need: int) -> Path:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from rlver_dist.config.checks import at_least, require
 from rlver_dist.config.enums import Device
 
+GIB = 1024**3
+"""Bytes of a GiB, the unit of the options on memory."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:

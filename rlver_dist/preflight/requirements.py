@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rlver_dist.bundled_models import resolve, weight_shapes
 from rlver_dist.chat_client.endpoints import key_from_environment, parse_address
+from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import CriticTrunk, Device, Precision, SimulatorBackend
 from rlver_dist.config.learner import check_num_layers
 from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ResourceError
 
-GIB = 1024**3
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
 
 

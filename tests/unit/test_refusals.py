@@ -6,14 +6,14 @@ from safetensors.torch import save_file
 
 from rlver_dist.bundled_models import TINY, resolve
 from rlver_dist.config.algorithm import AlgorithmConfig
-from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.cluster import GIB, ClusterConfig
 from rlver_dist.config.enums import AlgorithmName, CriticTrunk, Precision, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig, LearnerConfig
 from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.errors import ConfigError, ResourceError
-from rlver_dist.preflight.requirements import GIB, check_layers, check_memory
+from rlver_dist.preflight.requirements import check_layers, check_memory
 
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 CPU = ClusterConfig(engines=1, learner_ranks=1, kv_cache_gib=2)
