@@ -135,9 +135,8 @@ def test_neither_silence_nor_failed_dialogues_are_scored(plain: Renderer) -> Non
     silent, half, failed = (
         make_dialogue(plain, replies=("",)),
         make_dialogue(plain, replies=("", REPLIES[0])),
-        make_dialogue(plain),
+        replace(make_dialogue(plain), end_reason=EndReason.INFRASTRUCTURE),
     )
-    failed.end_reason = EndReason.INFRASTRUCTURE
     [sample] = visible_samples([silent, half, failed], plain)
     said = (
         f"assistant\n<|im_end|>\n<|im_start|>user\nGo "
@@ -159,8 +158,9 @@ SAGE = PRESETS[Preset.sage]
 def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Renderer) -> None:
     kept = make_dialogue(plain)
     broken = make_dialogue(plain, replies=REPLIES[:1], well_formed=False)
-    failed = make_dialogue(plain, well_formed=False)
-    failed.end_reason, failed.error = EndReason.INFRASTRUCTURE, "engine lost"
+    failed = replace(
+        make_dialogue(plain, well_formed=False), end_reason=EndReason.INFRASTRUCTURE, error="engine lost"
+    )
     judge = RuleJudge(appraiser=ByLength(), rules=SAGE)
     second = asyncio.run(second_emotions([kept, broken, failed], [persona("p")], judge, SAGE.emotion))
     # From 30 on. "That hurts." has 11 characters, clipped to 10 points, "What now?" has 9.
@@ -172,10 +172,12 @@ def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Rende
     assert results.distinct2 == pytest.approx(2 / 3)
     # No thoughts, then "one by one by one" in each of three turns: one by, by one.
     assert results.thinking_distinct2 == 0.0
-    for turn in [*kept.turns, *broken.turns]:
-        turn.thinking = "one by one by one"
+    thoughtful = [
+        replace(dialogue, turns=[replace(turn, thinking="one by one by one") for turn in dialogue.turns])
+        for dialogue in (kept, broken)
+    ]
     assert summarize(
-        [kept, broken], second_emotion=[], perplexity=7.0, judges=["a"]
+        thoughtful, second_emotion=[], perplexity=7.0, judges=["a"]
     ).thinking_distinct2 == pytest.approx(2 / 12)
     assert summarize([], second_emotion=[], perplexity=7.0, judges=["a"]).well_formed == 0.0
 

@@ -1,6 +1,7 @@
 """The ledger gives back what was written, and ties appraisals to their inputs."""
 
 import hashlib
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,15 +163,14 @@ def test_hash_changes_with_persona_and_every_message():
 
 def test_hash_of_a_later_turn_covers_the_whole_talk():
     dialogue = make_dialogue()
-    dialogue.turns[1].appraisal = dialogue.turns[0].appraisal
+    dialogue.turns[1] = replace(dialogue.turns[1], appraisal=dialogue.turns[0].appraisal)
     assert appraisal_hashes(dialogue)[1] == input_hash("p", dialogue.messages())
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "train_000001.parquet"
     write_dialogues(path, [make_dialogue()], iteration=1, phase="train", rewards={})
-    broken = make_dialogue()
-    broken.opening = "\ud800"
+    broken = replace(make_dialogue(), opening="\ud800")
     with pytest.raises(UnicodeEncodeError):
         write_dialogues(path, [broken], iteration=1, phase="train", rewards={})
     assert read_dialogues(path) == [make_dialogue()]

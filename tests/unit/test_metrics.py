@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,10 +108,10 @@ def test_mean_does_not_depend_on_the_shards(values, data):
 
 
 def test_dialogue_metrics_by_hand():
-    turns = [make_turn(0, "so it goes", 10, 30, 38), make_turn(1, "so it goes", 20, 38, 100)]
-    turns[1].thinking_tokens = 9
-    for turn, thinking in zip(turns, ("you need me", "you need you need"), strict=True):
-        turn.thinking = thinking
+    turns = [
+        replace(make_turn(0, "so it goes", 10, 30, 38), thinking="you need me"),
+        replace(make_turn(1, "so it goes", 20, 38, 100), thinking="you need you need", thinking_tokens=9),
+    ]
     left_content = make_dialogue("a", turns, EndReason.EMOTION_HIGH, 100)
     broken = make_dialogue("b", [make_turn(0, "", 6, 30, 30, appraised=False)], EndReason.MALFORMED, 8)
     failed = make_dialogue("c", [make_turn(0, "lost words", 99, 30, 90)], EndReason.INFRASTRUCTURE, 90)
