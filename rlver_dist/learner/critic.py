@@ -20,11 +20,11 @@ from rlver_dist.bundled_models import resolve
 from rlver_dist.config.enums import CriticTrunk, Precision
 from rlver_dist.config.run import RunConfig
 from rlver_dist.experience.balance import split_updates
-from rlver_dist.experience.packing import Columns, PackedRow, column
+from rlver_dist.experience.packing import Columns, PackedRow, column, require_columns
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import engine
 from rlver_dist.learner.rank import LearnerRank
-from rlver_dist.learner.rows import collect_columns, require_columns
+from rlver_dist.learner.rows import collect_columns
 from rlver_dist.learner.tally import Tally
 from rlver_dist.learner.value_model import ValueHead, ValueModel, frozen_features, load_backbone
 from rlver_dist.tracking.metrics import Metric, Reduction

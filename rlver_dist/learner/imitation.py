@@ -77,7 +77,12 @@ def imitation_measure(
     plain = [samples[index].plain for index in row.indices]
     asked = pack(
         plain,
-        make_units(plain, range(len(plain)), share=True, max_tokens=sum(len(one.token_ids) for one in plain)),
+        make_units(
+            plain,
+            range(len(plain)),
+            share_prefixes=True,
+            max_tokens=sum(len(one.token_ids) for one in plain),
+        ),
     )
     with torch.no_grad():
         said = teacher.logits(asked.to(row.token_ids.device))

@@ -26,13 +26,13 @@ from rlver_dist.config.enums import KLPlacement
 from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.experience.balance import split_updates
-from rlver_dist.experience.packing import Columns, PackedRow, Span, column
+from rlver_dist.experience.packing import Columns, PackedRow, Span, column, require_columns
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.learner import checkpoint, engine, weights
 from rlver_dist.learner.imitation import distilled, imitation_measure
 from rlver_dist.learner.lora import add_adapters
 from rlver_dist.learner.rank import LearnerRank
-from rlver_dist.learner.rows import collect_columns, num_tokens, require_columns, score_row
+from rlver_dist.learner.rows import collect_columns, num_tokens, score_row
 from rlver_dist.learner.scoring import PolicyModel, load_model
 from rlver_dist.learner.tally import Tally
 from rlver_dist.tracking.metrics import Metric, Reduction

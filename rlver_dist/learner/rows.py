@@ -9,22 +9,10 @@ import torch
 from torch import Tensor
 
 from rlver_dist.experience.balance import plan_micro_batches
-from rlver_dist.experience.packing import Columns, PackedRow, pack
+from rlver_dist.experience.packing import PackedRow, pack
 from rlver_dist.experience.prefixes import make_units
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.scoring import LogprobAndEntropy, Measure
-
-
-def require_columns(samples: Sequence[TurnSample], **columns: Columns) -> None:
-    """Raise `ValueError` unless each of `columns` has `[n_i]` numbers for every sample."""
-    counts = [sample.num_trained for sample in samples]
-    for name, values in columns.items():
-        lengths = [len(numbers) for numbers in values]
-        if lengths != counts:
-            raise ValueError(
-                f"{name}: {len(lengths)} columns of {sum(lengths)} numbers for {len(counts)} samples of "
-                f"{sum(counts)} tokens"
-            )
 
 
 def share_rows(
@@ -49,7 +37,7 @@ def share_rows(
         share: compute contexts that a dialogue's samples share once.
         device: where the rows' tensors go.
     """
-    units = make_units(samples, part, share=share, max_tokens=max_tokens)
+    units = make_units(samples, part, share_prefixes=share, max_tokens=max_tokens)
     plan = plan_micro_batches([unit.num_tokens for unit in units], world_size, max_tokens)
     return [pack(samples, [units[index] for index in chosen]).to(device) for chosen in plan[rank]]
 

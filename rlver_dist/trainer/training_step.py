@@ -14,11 +14,11 @@ from rlver_dist.config.enums import KLPlacement
 from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.experience.credit import (
-    compared_parts,
     dialogue_advantages,
     grpo_credit,
     ppo_credit,
     samples_of,
+    segment_lengths,
     token_rewards,
 )
 from rlver_dist.experience.guards import guard_rewards
@@ -94,8 +94,8 @@ async def training_step(
         advantages, returns = ppo_credit(samples, algorithm, paid, values, kl_tokens, kl_coef)
         updates.append(critic.update(samples, values, returns))
     else:
-        parts = compared_parts(selection.kept, algorithm.reward_placement)
-        advantages = grpo_credit(samples, algorithm, paid, parts, kl_tokens, kl_coef)
+        segments = segment_lengths(selection.kept, algorithm.reward_placement)
+        advantages = grpo_credit(samples, algorithm, paid, segments, kl_tokens, kl_coef)
     if not critic_only:
         updates.append(policy.update(samples, advantages, kl_coef))
     # Policy and critic share nothing but the samples, so they learn at the same time.

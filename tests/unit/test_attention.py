@@ -111,7 +111,7 @@ def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
     check_equals_samples_alone(
         family,
         samples,
-        make_units(samples, range(len(LENGTHS)), share=False, max_tokens=100),
+        make_units(samples, range(len(LENGTHS)), share_prefixes=False, max_tokens=100),
         recompute=recompute,
     )
 
@@ -121,7 +121,7 @@ def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
 def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     samples = think_samples()
-    units = make_units(samples, range(len(samples)), share=True, max_tokens=100)
+    units = make_units(samples, range(len(samples)), share_prefixes=True, max_tokens=100)
     assert [unit.indices for unit in units] == [[0, 1, 2, 3], [4]]
     check_equals_samples_alone(family, samples, units, recompute=recompute)
 
@@ -129,7 +129,7 @@ def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_of_a_branch_equal_those_of_its_sample(family):
     samples = think_samples()
-    row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
+    row = pack(samples, make_units(samples, range(len(samples)), share_prefixes=True, max_tokens=100))
     model, alone = tiny(family, attention.ATTENTION_NAME), tiny(family, "eager")
     with torch.no_grad():
         logits = model.lm_head(

@@ -3,7 +3,7 @@
 import math
 import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ from rlver_dist.config.algorithm import AlgorithmConfig, EndRewardConfig
 from rlver_dist.config.enums import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.experience.credit import (
-    compared_parts,
     dialogue_advantages,
     grpo_credit,
     ppo_credit,
     samples_of,
+    segment_lengths,
     token_rewards,
 )
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
@@ -121,10 +121,10 @@ def whole(
     samples: list[PaidSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float
 ) -> list[Tensor]:
     """GRPO of whole dialogues, paid at the end."""
-    parts = {sample.dialogue_id: [0] for sample in samples}
+    segments = {sample.dialogue_id: [0] for sample in samples}
     for sample in samples:
-        parts[sample.dialogue_id][0] += sample.num_trained
-    return grpo_credit(samples, config, at_the_end(samples), parts, kl_tokens, kl_coef)
+        segments[sample.dialogue_id][0] += sample.num_trained
+    return grpo_credit(samples, config, at_the_end(samples), segments, kl_tokens, kl_coef)
 
 
 def ppo(gamma: float = 1.0, gae_lambda: float = 1.0, whiten: bool = False) -> AlgorithmConfig:
@@ -229,10 +229,11 @@ def test_ppo_carries_across_the_turns_of_a_dialogue():
 
 def moved(dialogue: Dialogue, *emotions: float) -> Dialogue:
     """The dialogue with these emotions after its turns, from 30 on."""
-    for turn, before, after in zip(dialogue.turns, (30.0, *emotions), emotions, strict=False):
-        turn.emotion_before, turn.emotion_after = before, after
-    dialogue.final_emotion = emotions[-1]
-    return dialogue
+    turns = [
+        replace(turn, emotion_before=before, emotion_after=after)
+        for turn, before, after in zip(dialogue.turns, (30.0, *emotions), emotions, strict=False)
+    ]
+    return replace(dialogue, turns=turns, final_emotion=emotions[-1])
 
 
 def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
@@ -273,8 +274,9 @@ def credited(
     placement: RewardPlacement = RewardPlacement.turns,
 ) -> list[Tensor]:
     samples = samples_of(dialogues)
-    paid, parts = token_rewards(samples, dialogues, rewards, placement), compared_parts(dialogues, placement)
-    return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, parts, kl, kl_coef=0.1)
+    paid = token_rewards(samples, dialogues, rewards, placement)
+    segments = segment_lengths(dialogues, placement)
+    return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, segments, kl, kl_coef=0.1)
 
 
 @pytest.mark.parametrize("edited", [False, True])
@@ -452,7 +454,7 @@ def test_columns_must_fit_the_samples(columns: list[Tensor], message: str):
         lambda: ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), columns, 0.1),
         lambda: whole(samples, AlgorithmConfig(), columns, 0.1),
     ):
-        with pytest.raises(ValueError, match=message.replace("values", "KL")):
+        with pytest.raises(ValueError, match=message.replace("values", "kl_tokens")):
             credit()
 
 

@@ -148,7 +148,7 @@ def test_planned_and_packed_rows_split_back_into_the_samples(
         )
         for rows in drawn
     ]
-    units = make_units(samples, range(len(samples)), share=False, max_tokens=max_tokens)
+    units = make_units(samples, range(len(samples)), share_prefixes=False, max_tokens=max_tokens)
     values = [index + torch.arange(sample.num_trained) / 8 for index, sample in enumerate(samples)]
     seen = []
     for micro_batches in plan_micro_batches([unit.num_tokens for unit in units], num_ranks, max_tokens):

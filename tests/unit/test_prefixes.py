@@ -27,7 +27,7 @@ def make_sample(context: list[int], trained: list[int], *, dialogue: str = "d", 
 
 
 def units_of(samples: list[TurnSample], *, share: bool = True, max_tokens: int = UNLIMITED) -> list[Unit]:
-    return make_units(samples, range(len(samples)), share=share, max_tokens=max_tokens)
+    return make_units(samples, range(len(samples)), share_prefixes=share, max_tokens=max_tokens)
 
 
 def visible(row: PackedRow) -> list[list[int]]:
