@@ -18,7 +18,13 @@ from rlver_dist.learner.engine import TrainingEngine
 
 def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
     """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls,
-    rank 0 writes."""
+    rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        path: of the file; its folder is made.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from safetensors.torch import save_file
@@ -27,16 +33,25 @@ def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside)
         os.replace(aside, path)
+    # Without it the other ranks would report a file that is still being written.
     engine.barrier()
 
 
 def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: int) -> None:
     """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every
-    rank calls."""
+    rank calls, rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        tokenizer_path: folder or hub id of the tokenizer, which training leaves as it is.
+        directory: the folder.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from transformers import AutoTokenizer
 
+        # A folder cannot be replaced by another in one step: a kill in between leaves the new one aside.
         aside = Path(f"{directory}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         engine.model.save_pretrained(aside, state_dict=tensors)
@@ -52,6 +67,7 @@ def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
     addresses: set[int] = set()
     for name, tensor in weights.iter_full_tensors(engine):
         if rank == 0:
+            # To host memory one by one: the whole model need not fit a GPU.
             held = tensor.cpu()
             # safetensors refuses two names for one tensor, as a tied head has.
             tensors[name] = held.clone() if held.data_ptr() in addresses else held
