@@ -40,6 +40,8 @@ from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.evaluation.held_out import evaluation_tasks, visible_samples
 from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner.policy import PolicyLearner
+from rlver_dist.learner.policy_models import PolicySettings
+from rlver_dist.learner.rank import RankPlace
 from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, collect
 from rlver_dist.rollout.engine import EngineSettings, PolicyEngine
 from rlver_dist.rollout.renderer import Renderer, system_prompt
@@ -61,8 +63,7 @@ class Measurement:
 
     def __init__(self, config: RunConfig, temperature: float, num_personas: int) -> None:
         self.config = config
-        self.folder = resolve(config.model.path)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
         self.limits = CollectLimits(
             max_turns=8,
             max_reply_tokens=config.rollout.max_turn_tokens,
@@ -78,16 +79,15 @@ class Measurement:
             EmbeddedSimulator(rules=resolve_rules(SimulatorConfig()), appraiser=EmbeddedAppraiser())
         ).respond
         self.engine = PolicyEngine(
-            EngineSettings(
-                model_path=self.folder,
-                dtype=config.model.dtype,
+            EngineSettings.from_config(
+                config.model,
+                config.cluster,
                 device=Device.cpu,
                 seed=0,
-                max_context_tokens=2048,
-                stop_token_ids=(self.renderer(think=False).end_token_id,),
                 max_concurrent=64,
-                kv_cache_gib=1,
                 cpu_threads=torch.get_num_threads(),
+                stop_token_ids=(self.renderer(think=False).end_token_id,),
+                weight_transfer="shared_file",
             )
         )
         self.version = self.num_rows = 0
@@ -174,19 +174,21 @@ def kept(turns: list[Turn], numbers: range) -> str:
 
 
 def make_learner(config: RunConfig) -> PolicyLearner:
-    """One rank, on all cores."""
+    """One rank, on all cores, started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return PolicyLearner(
-        config=config,
-        rank=0,
-        world_size=1,
-        master_address="127.0.0.1",
-        master_port=port,
-        device="cpu",
-        num_threads=torch.get_num_threads(),
+    settings = PolicySettings(
+        model=config.model,
+        algorithm=config.algorithm,
+        learner=config.learner,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
     )
+    place = RankPlace(rank=0, world_size=1, device=Device.cpu, num_threads=torch.get_num_threads())
+    learner = PolicyLearner(settings, place)
+    learner.start("127.0.0.1", port)
+    return learner
 
 
 async def measure(arguments: argparse.Namespace) -> None:
@@ -208,7 +210,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         max_thinking_tokens=arguments.thinking_tokens,
         temperature=arguments.temperature,
     )
-    cluster = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1)
+    cluster = ClusterConfig(device=Device.cpu, engines=1, learner_ranks=1, kv_cache_gib=1)
     config, _ = with_precision(
         RunConfig(model=ModelConfig(**model), warm_up=warm_up, rollout=rollout, cluster=cluster)
     )

@@ -19,7 +19,7 @@ import torch
 from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.experience.packing import PackedRow
 from rlver_dist.experience.samples import TurnSample
-from rlver_dist.learner.rows import score_row, share_rows
+from rlver_dist.learner.rows import rank_rows, score_row
 from rlver_dist.learner.scoring import PolicyModel, load_model
 
 TURNS = (3, 8)
@@ -71,7 +71,9 @@ def main() -> None:
     for num_turns in TURNS:
         samples = think_dialogue(num_turns, model.model.config.vocab_size)
         place = dict(rank=0, world_size=1, max_tokens=16384, device="cpu")
-        layouts = [share_rows(samples, range(num_turns), share=share, **place) for share in (False, True)]
+        layouts = [
+            rank_rows(samples, range(num_turns), share_prefixes=shared, **place) for shared in (False, True)
+        ]
         seconds(model, layouts[1])
         times = [[seconds(model, rows) for rows in layouts] for _ in range(repeats)]
         alone, shared = (statistics.median(column) for column in zip(*times, strict=True))

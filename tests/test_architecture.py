@@ -25,9 +25,12 @@ OWNERS = {
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 OLD_WORDS = {
+    "CriticLearnerActor",
     "HoldFn",
     "LOOKED_AT",
     "Learned",
+    "LearnerActor",
+    "PolicyLearnerActor",
     "_way_on",
     "bring_warm_start",
     "causes",
@@ -36,6 +39,7 @@ OLD_WORDS = {
     "load_trunk",
     "prefit_iterations",
     "roomy_folder",
+    "share_rows",
     "train_on",
 }
 """Identifiers that have given way to the field's words (the glossary in CONTRIBUTING.md)."""

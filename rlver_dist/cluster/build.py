@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlver_dist.bundled_models import resolve
 from rlver_dist.cluster.layout import Layout
 from rlver_dist.cluster.learners import CriticGroup, PolicyGroup
-from rlver_dist.cluster.place import learner_ranks, policy_engines, reward_services, user_engines
+from rlver_dist.cluster.place import (
+    critic_ranks,
+    policy_engines,
+    policy_ranks,
+    reward_services,
+    user_engines,
+)
 from rlver_dist.cluster.pools import EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import reserve
 from rlver_dist.cluster.weight_sync import WeightSync
 from rlver_dist.config.run import RunConfig
+from rlver_dist.learner.critic import CriticSettings
+from rlver_dist.learner.policy_models import PolicySettings
+from rlver_dist.rollout.engine import EngineSettings
 from rlver_dist.rollout.renderer import Renderer, system_prompt
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.metrics import Metric, Reduction
@@ -26,8 +36,7 @@ from rlver_dist.tracking.service_metrics import service_metrics
 
 PROBE_TEXT = (
     "My sister has not spoken to me since the funeral in May. I wrote her two letters and tore up the first "
-    "one, because every line "
-    "of it sounded like an excuse. What would you have done?"
+    "one, because every line of it sounded like an excuse. What would you have done?"
 )
 """The fixed prompt of the post-sync probe; any ordinary text of some 60 tokens does."""
 
@@ -37,41 +46,40 @@ class Built:
     """A run's actors, grouped; `renderer` is the run's own, `plain_renderer` never asks for thinking."""
 
     engines: EnginePool
-    user_engines: list[Any]
+    user_engines: list[ActorHandle]
     users: RewardPool
     evaluation_users: RewardPool
     learner: PolicyGroup
     critic: CriticGroup | None
     sync: WeightSync
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     plain_renderer: Renderer
-    replicas: list[Any]
+    replicas: list[ActorHandle]
     group: PlacementGroup | None
 
     async def metrics(self) -> list[Metric]:
         """Metrics of the reward service's replicas and the engines."""
         metrics = service_metrics(await gather_metrics(self.replicas))
         stats = await self.engines.stats()
-        prompt, cached = (sum(stat[key] for stat in stats) for key in ("prompt_tokens", "cached_tokens"))
+        prompt = sum(stat["prompt_tokens"] for stat in stats)
+        cached = sum(stat["cached_tokens"] for stat in stats)
         metrics.append(Metric("rollout/prefix_cache_hit", cached / max(prompt, 1), Reduction.last))
         return metrics
 
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
-        closing = [*self.engines.engines, *self.user_engines, *self._learner_ranks]
-        await asyncio.wait(
-            [asyncio.wrap_future(actor.close.remote().future()) for actor in closing], timeout=20
-        )
+        critics = self.critic.ranks if self.critic else []
+        closing = [*self.engines.engines, *self.user_engines, *self.learner.ranks, *critics]
+        # vLLM's processes may outlive an actor that is only killed. One that hangs, or is dead already, must
+        # not keep the others from ending.
+        calls = [asyncio.wrap_future(actor.close.remote().future()) for actor in closing]
+        await asyncio.wait(calls, timeout=20)
         for actor in [*closing, *self.replicas]:
             ray.kill(actor)
         if self.group is not None:
             remove_placement_group(self.group)
         self.sync.close()
-
-    @property
-    def _learner_ranks(self) -> list[Any]:
-        return self.learner.ranks + (self.critic.ranks if self.critic else [])
 
 
 async def build(config: RunConfig, layout: Layout, console: Console, warm_start: Path | None) -> Built:
@@ -83,21 +91,33 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
         console: shows the progress.
         warm_start: folder of the policy that a warm-up made; None starts from `model.path`.
     """
+    # First of all, so that nothing is loaded for a run that cannot be placed.
     group = await reserve(layout, console.note)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
     think = config.rollout.think
     renderer = Renderer(tokenizer, system_prompt(config.model, think), think)
-    engines = EnginePool(policy_engines(config, layout, group, renderer.end_token_id))
-    speakers = user_engines(config, layout, group)
-    learner = PolicyGroup(learner_ranks(config, layout, group, critic=False))
-    critic = CriticGroup(learner_ranks(config, layout, group, critic=True)) if layout.critic_ranks else None
-    replicas = reward_services(config, layout, speakers)
+    settings = EngineSettings.from_config(
+        config.model,
+        config.cluster,
+        device=layout.device,
+        seed=config.seed,
+        max_concurrent=config.rollout.max_concurrent,
+        cpu_threads=layout.threads,
+        stop_token_ids=(renderer.end_token_id,),
+        weight_transfer=layout.weight_transfer,
+    )
+    engines = EnginePool(policy_engines(settings, layout, group))
+    speakers = user_engines(config.simulator, config.rollout.max_concurrent, layout, group)
+    learner, critic = _make_learners(config, layout, group, warm_start)
+    # After the users' engines, whose handles each replica holds.
+    replicas = reward_services(config.simulator, layout, speakers)
     sync = WeightSync(
         learner,
         engines,
         backend=layout.weight_transfer,
         workers_per_engine=layout.policy.tensor_parallel,
         dtype=config.model.dtype,
+        # In the form that the policy is asked in, special tokens and all.
         probe=renderer.opening_prompt(PROBE_TEXT),
     )
     built = Built(
@@ -115,32 +135,53 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
         group=group,
     )
     try:
-        await _start(built, layout, console, warm_start)
+        await _start(built, layout, console)
     except BaseException:
         await built.close()
         raise
     return built
 
 
-async def _start(built: Built, layout: Layout, console: Console, warm_start: Path | None) -> None:
+def _make_learners(
+    config: RunConfig, layout: Layout, group: PlacementGroup | None, warm_start: Path | None
+) -> tuple[PolicyGroup, CriticGroup | None]:
+    """The policy learner, and the critic where the layout has one."""
+    policy = PolicySettings(
+        model=config.model,
+        algorithm=config.algorithm,
+        learner=config.learner,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        warm_start=None if warm_start is None else str(warm_start),
+    )
+    learner = PolicyGroup(policy_ranks(policy, layout, group))
+    if not layout.critic_ranks:
+        return learner, None
+    critic = CriticSettings(
+        model=config.model,
+        critic=config.critic,
+        updates_per_iteration=config.algorithm.updates_per_iteration,
+        seed=config.seed,
+    )
+    return learner, CriticGroup(critic_ranks(critic, layout, group))
+
+
+async def _start(built: Built, layout: Layout, console: Console) -> None:
     """Wait until every actor has loaded what it holds."""
-    learners = 2 if built.critic else 1
-    total = layout.policy.count + layout.users.count + learners + len(built.replicas)
+    learners = [built.learner, *([built.critic] if built.critic else [])]
+    total = layout.policy.count + layout.users.count + len(learners) + len(built.replicas)
     with console.phase("loading models", total) as advance:
-        waiting: list[asyncio.Future[Any]] = []
+        waiting: list[Awaitable[object]] = []
         for engines in (built.engines.engines, built.user_engines):
             for engine in engines:
                 waiting.append(asyncio.wrap_future(engine.start.remote().future()))
                 if layout.shares_gpus:
                     # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
                     await waiting[-1]
-        waiting.append(
-            asyncio.ensure_future(built.learner.start(None if warm_start is None else str(warm_start)))
-        )
-        if built.critic:
-            waiting.append(asyncio.ensure_future(built.critic.start()))
+        waiting += [asyncio.ensure_future(learner.start()) for learner in learners]
         waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in built.replicas]
-        for part in asyncio.as_completed(waiting):
-            await part
+        for started in asyncio.as_completed(waiting):
+            await started
             advance(1)
+        # Only now are there weights to measure, or engines to connect.
         await built.sync.open()

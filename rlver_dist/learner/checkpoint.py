@@ -17,7 +17,13 @@ from rlver_dist.learner.engine import TrainingEngine
 
 def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
     """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls,
-    rank 0 writes."""
+    rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        path: of the file; its folder is made.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from safetensors.torch import save_file
@@ -31,7 +37,14 @@ def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
 
 def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: int) -> None:
     """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every
-    rank calls."""
+    rank calls, rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        tokenizer_path: folder or hub id of the tokenizer, which training leaves as it is.
+        directory: the folder.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from transformers import AutoTokenizer
@@ -48,6 +61,7 @@ def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
     addresses: set[int] = set()
     for name, tensor in weights.iter_full_tensors(engine):
         if rank == 0:
+            # To host memory one by one: the whole model need not fit a GPU.
             on_host = tensor.cpu()
             # safetensors refuses two names for one tensor, as a tied head has.
             tensors[name] = on_host.clone() if on_host.data_ptr() in addresses else on_host

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlver_dist.config.cluster import GIB
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.cluster import GIB, ClusterConfig
 from rlver_dist.config.enums import Device, Precision
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.precision import resolve_precision
+from rlver_dist.config.simulator import UserEngineConfig
 from rlver_dist.errors import BoundaryError, GoneError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 
@@ -58,6 +62,53 @@ class EngineSettings:
     kv_cache_gib: float = 2
     cpu_threads: int = 1
     distributed_executor: str | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        model: ModelConfig | UserEngineConfig,
+        resources: ClusterConfig | UserEngineConfig,
+        *,
+        device: Device,
+        seed: int,
+        max_concurrent: int,
+        cpu_threads: int,
+        stop_token_ids: tuple[int, ...] = (),
+        weight_transfer: str | None = None,
+    ) -> EngineSettings:
+        """Settings of an engine as it is configured; what is no option of the engine's own is given beside.
+
+        Args:
+            model: what the engine serves.
+            resources: GPUs and memory that it takes: `cluster` for the policy's, the users' engines' own.
+            device: `cpu` or `gpu`, never `auto`.
+            seed: of the engine.
+            max_concurrent: requests in one batch.
+            cpu_threads: on CPUs: threads of the engine.
+            stop_token_ids: end tokens besides the model's own.
+            weight_transfer: `shared_file` or `nccl`; None for an engine whose weights never change.
+
+        Raises:
+            DataError: the model's folder is not there.
+        """
+        if isinstance(model, ModelConfig):
+            path = resolve(model.path)
+        else:
+            path = resolve(model.model, "simulator.engine.model")
+        return cls(
+            model_path=path,
+            dtype=resolve_precision(model.dtype, on_cpu=device is Device.cpu),
+            device=device,
+            seed=seed,
+            max_context_tokens=model.max_context_tokens,
+            stop_token_ids=stop_token_ids,
+            weight_transfer=weight_transfer,
+            max_concurrent=max_concurrent,
+            tensor_parallel=resources.tensor_parallel,
+            gpu_memory_fraction=resources.gpu_memory_fraction,
+            kv_cache_gib=resources.kv_cache_gib,
+            cpu_threads=cpu_threads,
+        )
 
 
 def set_environment(settings: EngineSettings) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from ranks import BFLOAT16, SETTINGS, SHARDED, place, run_jobs, run_ranks
+from ranks import BFLOAT16, SETTINGS, SHARDED, run_jobs, run_ranks, start_critic
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -184,9 +184,7 @@ def two_ranks(rank, port, folder):
 
 
 def learner_builder(rank, world_size, port):
-    from rlver_dist.learner.critic import CriticLearner
-
-    return lambda config: CriticLearner(config=config, **place(rank, world_size, port))
+    return partial(start_critic, rank=rank, world_size=world_size, port=port)
 
 
 @pytest.fixture(scope="module")

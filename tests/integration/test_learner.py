@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import BFLOAT16, SETTINGS, SHARDED, TIMEOUT_S, place, run_jobs, run_ranks
+from ranks import BFLOAT16, SETTINGS, SHARDED, TIMEOUT_S, run_jobs, run_ranks, start_policy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -189,7 +189,7 @@ def resume_warmed_up_job(config, directory):
         imitate(first)
         first.export(f"{directory}/warm_start")
         first.save(directory)
-        resumed = build(config, model_path=f"{directory}/warm_start")
+        resumed = build(config, warm_start=f"{directory}/warm_start")
         resumed.load(directory)
         return [learn(learner) for learner in (first, resumed)]
 
@@ -226,7 +226,7 @@ def one_rank(_, port, folder):
     warmed_up.export(f"{folder}/warmed_up")
     for name, learner in (
         ("after_warm_up", warmed_up),
-        ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up")),
+        ("from_export", build(configure(folder), warm_start=f"{folder}/warmed_up")),
     ):
         kl_before = learner.kl_tokens(samples)
         results[name] = {**train_on(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
@@ -292,9 +292,7 @@ def make_lessons(samples):
 
 
 def build_learner(rank, world_size, port):
-    from rlver_dist.learner.policy import PolicyLearner
-
-    return lambda config, **more: PolicyLearner(config=config, **more, **place(rank, world_size, port))
+    return partial(start_policy, rank=rank, world_size=world_size, port=port)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from ranks import place, run_ranks
+from ranks import run_ranks, start_policy
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -73,8 +73,6 @@ def make_samples():
 
 
 def build_learner(rank, world_size, port, folder):
-    from rlver_dist.learner.policy import PolicyLearner
-
     def build(name="qwen2", dtype=Precision.float32, kl_coef=0.0, **changes):
         config = RunConfig(
             model=ModelConfig(path=f"{folder}/{name}", dtype=dtype, lora=ADAPTERS),
@@ -82,7 +80,7 @@ def build_learner(rank, world_size, port, folder):
             rollout=RolloutConfig(temperature=0.7),
             learner=LearnerConfig(lr=0.01, warmup_steps=1, micro_batch_tokens=128, **changes),
         )
-        return PolicyLearner(config=config, **place(rank, world_size, port))
+        return start_policy(config, rank, world_size, port)
 
     return build
 

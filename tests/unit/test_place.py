@@ -2,13 +2,22 @@
 
 import os
 
-from rlver_dist.cluster.layout import Layout, resolve_layout
-from rlver_dist.cluster.place import MAX_CONCURRENCY, _engine_options, _learner_options, _service_options
+import pytest
+
+from rlver_dist.cluster.layout import EngineGroup, Layout, resolve_layout
+from rlver_dist.cluster.place import (
+    MAX_CONCURRENCY,
+    _as_placed,
+    _engine_options,
+    _learner_options,
+    _service_options,
+)
 from rlver_dist.cluster.session import bundles
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import Device, Precision, SimulatorBackend
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
+from rlver_dist.errors import DataError
 from rlver_dist.rollout.engine import EngineSettings, set_environment
 
 
@@ -72,6 +81,26 @@ def test_reward_services_take_more_calls_than_rays_thousand():
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
     }
     assert MAX_CONCURRENCY > 1000
+
+
+def test_an_engine_takes_the_gpus_of_its_layout_where_they_are_not_those_of_its_options():
+    config = RunConfig(cluster=ClusterConfig(tensor_parallel=2, gpu_memory_fraction=0.85, kv_cache_gib=3))
+    configured = EngineSettings.from_config(
+        config.model, config.cluster, device=Device.gpu, seed=5, max_concurrent=7, cpu_threads=4
+    )
+    assert (configured.model_path, configured.dtype) == (config.model.path, Precision.bfloat16)
+    assert (configured.tensor_parallel, configured.gpu_memory_fraction) == (2, 0.85)
+    assert (configured.kv_cache_gib, configured.weight_transfer) == (3, None)
+    placed = _as_placed(configured, resolve_layout(config, num_gpus=1, num_cpus=8).policy)
+    assert (placed.tensor_parallel, placed.gpu_memory_fraction) == (1, 0.35)
+    assert (placed.distributed_executor, placed.kv_cache_gib) == (None, 3)
+    assert _as_placed(configured, EngineGroup(count=1, tensor_parallel=2)).distributed_executor == "ray"
+
+
+def test_a_users_engine_names_its_own_option_where_its_model_is_missing():
+    engine = UserEngineConfig(model="/no/such/folder")
+    with pytest.raises(DataError, match=r"^simulator\.engine\.model=/no/such/folder"):
+        EngineSettings.from_config(engine, engine, device=Device.cpu, seed=0, max_concurrent=1, cpu_threads=1)
 
 
 def test_a_cpu_engine_takes_the_cores_that_it_is_given(monkeypatch):
