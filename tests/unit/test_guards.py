@@ -3,8 +3,6 @@ reward."""
 
 import asyncio
 import random
-import string
-import time
 from dataclasses import replace
 
 import pytest
@@ -202,23 +200,6 @@ def test_measures_and_rewards_are_bounded_and_know_no_order(talks, penalty, limi
     shuffled = random.Random(seed).sample(dialogues, len(dialogues))
     again = guard_rewards(shuffled, rewards, guards)
     assert (again.after, again.measures, again.flagged) == (guarded.after, guarded.measures, guarded.flagged)
-
-
-def test_a_thousand_dialogues_take_about_as_much_longer_as_they_are_more():
-    rng = random.Random(0)
-    vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(3000)]
-
-    def seconds(count: int) -> float:
-        talks = [
-            dialogue(f"d{i}", f"p{i // 4}", *(" ".join(rng.choices(vocabulary, k=60)) for _ in range(8)))
-            for i in range(count)
-        ]
-        started = time.process_time()
-        measure(talks)
-        return time.process_time() - started
-
-    seconds(64)
-    assert seconds(1024) < 30 * seconds(128)  # 8 times the work; quadratic would be 64 times
 
 
 @pytest.mark.parametrize(
