@@ -1,4 +1,4 @@
-"""Whether CPU time grows in proportion to the input, where replies are read and where an iteration is credited.
+"""Whether CPU time grows in proportion to the input: what reads replies, and what credits an iteration.
 
     python -m benchmarks.growth
 
