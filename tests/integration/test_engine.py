@@ -88,7 +88,9 @@ class Served:
     def processes(self) -> list[psutil.Process]:
         """Those that the engine has started, but for multiprocessing's own."""
         started = set(psutil.Process().children(recursive=True)) - self.others
-        return [process for process in started if "resource_tracker" not in " ".join(process.cmdline())]
+        # A zombie has no command line.
+        commands = {process: process.as_dict(["cmdline"])["cmdline"] or [] for process in started}
+        return [one for one, command in commands.items() if "resource_tracker" not in " ".join(command)]
 
     async def probe(self) -> None:
         engine = await self.engine.score(self.prompt_ids)
