@@ -276,7 +276,7 @@ def hold(respond, renderer: Renderer) -> list:
     """24 dialogues with a policy whose replies follow from its seeds alone."""
 
     async def generate(request: GenerateRequest) -> Generation:
-        ids = [*renderer._encode_text(REPLIES[request.seed % len(REPLIES)]), renderer.end_token_id]
+        ids = renderer.encode_reply("", REPLIES[request.seed % len(REPLIES)])
         return Generation(
             token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(0, 0)
         )

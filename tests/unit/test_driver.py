@@ -5,6 +5,7 @@ import asyncio
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,6 @@ class CountingPolicy:
         names = [f"warm_up/{loss}_{end}" for loss in ("format_nll", "reply_kl") for end in ("first", "last")]
         return [Metric(name, 2.0, Reduction.last) for name in names]
 
-    async def stop(self):
-        raise asyncio.CancelledError
-
     async def score_rate(self):
         return 1000.0
 
@@ -152,7 +150,10 @@ class Harness:
         self.version = -1
         self.appraised = 0
         self.sync_failures: dict[int, Exception] = {}
-        self._renderer, self._fail = renderer, fail
+        self.service_failure: Exception | None = None
+        self.cut_off_at: str | None = None
+        """The run is cancelled when a dialogue whose id starts so is asked a reply for."""
+        self._speaks, self._fail = plain_renderer or renderer, fail
         config = RunConfig(
             model=ModelConfig(path="tiny-random", dtype=Precision.float32, max_context_tokens=2048),
             algorithm=AlgorithmConfig(group_size=2),
@@ -187,7 +188,7 @@ class Harness:
             critic=self.critic,
             sync=self.sync,
             service_metrics=self.service_metrics,
-            tokenizer=renderer._tokenizer,
+            tokenizer=tokenizer(),
             renderer=renderer,
             plain_renderer=plain_renderer or renderer,
             trackers=[JsonlTracker(folder / "metrics.jsonl", first_iteration=1)],
@@ -205,13 +206,15 @@ class Harness:
         await self.driver.run()
 
     async def generate(self, request):
+        if self.cut_off_at is not None and request.dialogue_id.startswith(self.cut_off_at):
+            raise asyncio.CancelledError
         if self._fail and re.match(self._fail, request.dialogue_id):
             raise ConnectionError("engine gone")
         phase = request.dialogue_id.partition("-")[0]
         self.began.add(phase if "-t" not in request.dialogue_id else "thoughts")
         if phase in ("control", "before", "after"):
             self.evaluated_after.setdefault(phase, f"{len(self.journal)}: {self.journal[-1]}")
-        ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
+        ids = self._speaks.encode_reply("", WORDS[request.seed % len(WORDS)])
         return Generation(
             token_ids=ids,
             logprobs=[-1.0] * len(ids),
@@ -227,12 +230,19 @@ class Harness:
         return []
 
     async def service_metrics(self):
+        if self.service_failure is not None:
+            raise self.service_failure
         return []
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve("tiny-random"))
 
 
 @pytest.fixture(scope="module")
 def renderer():
-    return Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind.")
+    return Renderer(tokenizer(), "Be kind.")
 
 
 def test_an_iteration_is_collect_update_sync(tmp_path, renderer):
@@ -402,9 +412,7 @@ def test_a_used_up_budget_saves_what_was_learned(tmp_path, renderer):
 
 @pytest.fixture(scope="module")
 def thinking():
-    return Renderer(
-        AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True
-    )
+    return Renderer(tokenizer(), "Be kind. Think first.", think=True)
 
 
 WARMED_UP = {
@@ -548,11 +556,7 @@ def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learn
 
 def test_services_that_cannot_be_asked_after_a_sync_lose_nothing_that_was_learned(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, save_every=0)
-
-    async def gone():
-        raise ConnectionError("engine 1 is gone")
-
-    harness.driver._parts.service_metrics = gone
+    harness.service_failure = ConnectionError("engine 1 is gone")
     with pytest.raises(ConnectionError, match="engine 1"):
         asyncio.run(harness.driver.run())
     checkpoint = CheckpointStore(tmp_path, 2).latest()
@@ -653,7 +657,7 @@ def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(
 
 
 def cut_off(harness: Harness, stage: str) -> None:
-    """Have the run cancelled in the midst of a stage before training."""
+    """Have the run cancelled in the midst of a stage before training, or when training begins."""
 
     async def cancelled(*arguments, **named):
         raise asyncio.CancelledError
@@ -663,14 +667,7 @@ def cut_off(harness: Harness, stage: str) -> None:
     elif stage == "imitation":
         harness.policy.imitate = cancelled
     else:
-        generate = harness.driver._parts.generate
-
-        async def generate_until(request):
-            if request.dialogue_id.startswith({"replies": "warm_up"}.get(stage, stage)):
-                raise asyncio.CancelledError
-            return await generate(request)
-
-        harness.driver._parts.generate = generate_until
+        harness.cut_off_at = {"replies": "warm_up", "training": "train"}.get(stage, stage)
 
 
 @pytest.mark.parametrize(
@@ -707,7 +704,7 @@ def test_a_first_evaluation_is_not_read_from_the_ledger_after_a_warm_up_that_cam
     first = Harness(
         tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, "warm_up": WarmUpConfig(dialogues=0)}
     )
-    first.driver._train_to_the_end = first.policy.stop
+    cut_off(first, "training")
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(first.driver.run())
     assert "before" in CheckpointStore.read(latest(tmp_path)).finished_phases

@@ -20,6 +20,7 @@ from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser
 from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.simulator.service import RewardService
 from rlver_dist.simulator.suitability import check_personas
+from tests.unit import builders
 from tests.unit.test_messages import FACTS, OPENING, persona
 
 
@@ -27,9 +28,7 @@ class NumberAppraiser:
     """Takes a reply at its first word, the change in points. For tests of everything around the appraisal."""
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
-        return Appraisal(
-            content="", fit="", activity="", feeling="", change=float(context.messages[-1].text.split()[0])
-        )
+        return builders.appraisal(float(context.messages[-1].text.split()[0]))
 
 
 SIMULATOR = EmbeddedSimulator(rules=PRESETS[Preset.rlver_vanilla], appraiser=NumberAppraiser())
