@@ -92,7 +92,7 @@ def test_shares_of_one_gpu_stand_in_the_actors_order(monkeypatch):
 
 
 def test_learners_on_gpus_share_out_the_cores_for_what_steps_on_the_host(monkeypatch):
-    config, layout = on_gpus(UserEngineConfig(), engines=1, learner_ranks=3)
+    _, layout = on_gpus(UserEngineConfig(), engines=1, learner_ranks=3)
     assert layout.threads == 8 // 3
     ranks = made(monkeypatch, place.policy_ranks, None, layout, None)
     assert [one["name"] for one in ranks] == [f"policy_learner_{rank}" for rank in range(3)]
