@@ -14,7 +14,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from rlver_dist.simulator.sentences import ngrams, words
+from rlver_dist.text import distinct_overlap, ngrams, words
 
 Fields = dict[str, Any]
 
@@ -150,9 +150,8 @@ def parse_scene(text: str, language: str) -> Fields:
     }.items():
         _check_voice(value, _SPEAKS_TO_YOU[language], f"{key}: does not speak to the person as 'you'")
     _check_voice(" ".join(fields["facts"]), _SPEAKS_AS_I[language], "facts: not in the person's own voice")
-    shared = _share_of_runs(
-        fields["want"], " ".join((told, *fields["people"], *fields["tried"], fields["opening"])), language
-    )
+    open_text = " ".join((told, *fields["people"], *fields["tried"], fields["opening"]))
+    shared = distinct_overlap(_tokens(fields["want"], language), _tokens(open_text, language), RUN)
     if shared > MAX_WANT_IN_SCENE:
         raise RejectedError(
             Reason.INTENT_TOLD, f"want: {shared:.0%} of it stands in the scene or the opening"
@@ -206,12 +205,6 @@ def _check_prose(texts: Sequence[str], language: str) -> None:
 def _check_voice(text: str, voice: re.Pattern[str], complaint: str) -> None:
     if not voice.search(text):
         raise RejectedError(Reason.VOICE, complaint)
-
-
-def _share_of_runs(text: str, other: str, language: str) -> float:
-    """Share (0 to 1) of the runs of `RUN` tokens of `text` that `other` holds too."""
-    runs, known = (set(ngrams(_tokens(part, language), RUN)) for part in (text, other))
-    return len(runs & known) / len(runs) if runs else 0.0
 
 
 def _tokens(text: str, language: str) -> list[str]:

@@ -7,7 +7,6 @@ dialogue itself.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -20,10 +19,12 @@ import yaml
 
 from rlver_dist.data.persona import Persona, Temperament
 from rlver_dist.dialogue import Message, Role
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.emotion import EmotionState, state_of
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.reading import hear
 from rlver_dist.simulator.sentences import sentences
+from rlver_dist.text import distinct_overlap
 
 # A change of less than a point either way leaves the user where they were.
 NOTICEABLE_CHANGE = 1.0
@@ -41,8 +42,9 @@ TAIL_CHANCE = 0.15
 OCCASION_CHANCE = {"repeated": 0.7, "copied": 0.7, "long": 0.5, "cut": 0.3}
 MAX_REMARKS = 2
 LONG_WORDS = 90
-COPY_SHARE = 0.6
+COPIED = 0.6
 TRIGRAM = 3
+_ASCII_WORD = re.compile(r"[a-z0-9']+")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -122,8 +124,7 @@ def next_message(context: MessageContext) -> str | None:
 
 
 def _generator(context: MessageContext) -> random.Random:
-    key = f"{context.seed}/{context.persona.id}/{len(context.messages)}"
-    return random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+    return random.Random(derive_seed(context.seed, context.persona.id, len(context.messages), bits=64))
 
 
 def _pick(rng: random.Random, lines: Sequence[str], context: MessageContext) -> str:
@@ -204,21 +205,21 @@ def _remark(context: MessageContext, rng: random.Random) -> str | None:
 
 def _occasion(context: MessageContext) -> str | None:
     reply = context.reply
-    if any(_shared(reply, earlier) >= COPY_SHARE for earlier in context.said(Role.ASSISTANT)[:-1]):
+    if any(_copied(reply, earlier) >= COPIED for earlier in context.said(Role.ASSISTANT)[:-1]):
         return "repeated"
-    if any(_shared(reply, own) >= COPY_SHARE for own in context.said(Role.USER)):
+    if any(_copied(reply, own) >= COPIED for own in context.said(Role.USER)):
         return "copied"
     if len(reply.split()) > LONG_WORDS:
         return "long"
     return "cut" if context.truncated else None
 
 
-def _shared(reply: str, other: str) -> float:
-    """Share of the reply's word trigrams that `other` has too (0 to 1)."""
-    trigrams = _trigrams(reply)
-    return len(trigrams & _trigrams(other)) / len(trigrams) if trigrams else 0.0
+def _copied(reply: str, other: str) -> float:
+    """Share (0 to 1) of the reply's distinct word trigrams that `other` has too."""
+    return distinct_overlap(_ascii_words(reply), _ascii_words(other), TRIGRAM)
 
 
-def _trigrams(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"[a-z0-9']+", text.lower())
-    return {tuple(words[i : i + TRIGRAM]) for i in range(len(words) - TRIGRAM + 1)}
+def _ascii_words(text: str) -> list[str]:
+    # Not `text.words`, which spells some words otherwise: a recorded dialogue can be replayed only with the
+    # remarks that these words give.
+    return _ASCII_WORD.findall(text.lower())

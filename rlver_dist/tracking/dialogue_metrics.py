@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn, completed
 from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
+from rlver_dist.text import ngrams
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 SUCCESS_EMOTION = 100.0
@@ -57,11 +58,8 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
     No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora
     of about one size.
     """
-    ngrams: list[tuple[str, ...]] = []
-    for text in texts:
-        words = text.lower().split()
-        ngrams += zip(*(words[start:] for start in range(n)), strict=False)
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    grams = [gram for text in texts for gram in ngrams(text.lower().split(), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metric]:

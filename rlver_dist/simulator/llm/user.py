@@ -7,7 +7,6 @@ every end but a goodbye, is the rules' (`emotion.py`). What judged is recorded w
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import BoundaryError
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator import narration
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.llm.fence import Fenced
@@ -253,13 +253,12 @@ class LlmSimulator:
     def _seed(self, request: UserRequest, attempt: int) -> int:
         """31 bits from the settings', the dialogue's and the turn's; openings leave the dialogue out, for a
         group shares one."""
-        part = (
-            f"{request.seed}/{request.turn_index}"
-            if request.turn_index >= 0
-            else f"{request.persona.id}/open"
-        )
-        digest = hashlib.sha256(f"{self._settings.seed}/{part}/{attempt}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
+        asked: tuple[object, object]
+        if request.turn_index >= 0:
+            asked = (request.seed, request.turn_index)
+        else:
+            asked = (request.persona.id, "open")
+        return derive_seed(self._settings.seed, *asked, attempt, bits=31)
 
     def _source(self, model: str, chat: ChatRequest, persona: Persona) -> str:
         """What judged, as JSON: enough to ask the same question again."""

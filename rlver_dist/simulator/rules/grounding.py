@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.rules.embedding import SentenceEncoder, similarities
-from rlver_dist.simulator.sentences import content_words, overlap, ramp, sentences, words
+from rlver_dist.simulator.sentences import content_words, ramp, sentences
+from rlver_dist.text import overlap, words
 
 MATTER = (0.15, 0.37)
 """Similarity to anything of the user's from which a sentence touches their matter, and at which it is about

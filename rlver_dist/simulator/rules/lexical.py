@@ -22,7 +22,8 @@ from rlver_dist.data.persona import HiddenIntent, Temperament
 from rlver_dist.dialogue import Appraisal, Role
 from rlver_dist.simulator import narration
 from rlver_dist.simulator.appraiser import AppraisalContext
-from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, plain, ramp, sentences, words
+from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, ramp, sentences
+from rlver_dist.text import ngrams, overlap, plain, words
 
 _I = HiddenIntent
 WELCOME: dict[HiddenIntent, dict[str, float]] = {
@@ -136,7 +137,8 @@ class WordClassModel:
             for sentence in sentences_of(text):
                 classes = ["<s>", "<s>", *map(_word_class, words(sentence))]
                 for n in range(3):
-                    self._counts[n].update(tuple(classes[i - n : i + 1]) for i in range(2, len(classes)))
+                    # Each n-gram ends at a real word; the two marks before it are only its context.
+                    self._counts[n].update(ngrams(classes[2 - n :], n + 1))
                     self._counts[n][("<s>",) * (n + 1)] += 1
         self._contexts: tuple[Counter, ...] = (Counter(), Counter(), Counter())
         for n in range(3):
@@ -152,7 +154,7 @@ class WordClassModel:
         root of the length.
         """
         classes = ["<s>", "<s>", *map(_word_class, tokens)]
-        grams = [tuple(classes[i - 2 : i + 1]) for i in range(2, len(classes))]
+        grams = ngrams(classes, 3)
         gain = math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(
             1, len(grams)
         )
@@ -293,8 +295,6 @@ class LexicalAppraiser:
         packed = len(zlib.compress(reply.lower().encode(), 9)) / max(1, len(reply.encode()))
         grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
         sorry = len(re.findall(r"\b(?:sorry|apolog\w+|forgive me)\b", reply.lower()))
-        quads = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
-        theirs = {tuple(other[i : i + 5]) for other in map(words, heard) for i in range(len(other) - 4)}
         marks = len(
             re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^[^\S\n]*[-*\u2022]\s|\*\*", reply, re.MULTILINE)
         )
@@ -310,7 +310,7 @@ class LexicalAppraiser:
             "emotive": ramp(
                 sum(bool(_EMOTIVE.fullmatch(token)) for token in tokens) / len(tokens), 0.22, 0.45
             ),
-            "parrot": ramp(sum(quad in theirs for quad in quads) / len(quads), 0.2, 0.6) if quads else 0.0,
+            "parrot": ramp(overlap(tokens, [words(one) for one in heard], 5), 0.2, 0.6),
             "list": ramp(marks, 1, 4),
             "long": ramp(len(tokens), 85, 180),
             "quiz": ramp(reply.count("?"), 2, 5),

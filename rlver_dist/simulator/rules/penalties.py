@@ -10,7 +10,8 @@ import unicodedata
 from collections import Counter
 
 from rlver_dist.simulator.reading import hear
-from rlver_dist.simulator.sentences import FUNCTION_WORDS, ngrams, overlap, plain, ramp, words
+from rlver_dist.simulator.sentences import FUNCTION_WORDS, ramp
+from rlver_dist.text import ngrams, overlap, plain, words
 
 WEIGHTS: dict[str, float] = {
     "repetition": 10.0,
