@@ -6,12 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn, completed
+from rlver_dist.simulator.emotion import CEILING, FLOOR
 from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
 from rlver_dist.text import ngrams
 from rlver_dist.tracking.metrics import Metric, Reduction
-
-SUCCESS_EMOTION = 100.0
-FAILURE_EMOTION = 10.0
 
 
 def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]) -> list[Metric]:
@@ -71,8 +69,8 @@ def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metr
         _mean(
             "reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]
         ),
-        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
-        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
+        _mean("reward/success_share", [dialogue.final_emotion >= CEILING for dialogue in complete]),
+        _mean("reward/failure_share", [dialogue.final_emotion < FLOOR for dialogue in complete]),
     ]
 
 
