@@ -150,8 +150,8 @@ class HttpChat:
             # The same call would be refused again; in the endpoint's own dialect it may be taken.
             if outcome.fault is Fault.REFUSED and not outcome.can_adapt:
                 refused_by.add(endpoint)
-            # Neither is mended by waiting. The loop ends all the same: an endpoint refuses a call for good once,
-            # adapts its dialect twice at most, and is out once its quota is used up.
+            # Neither is mended by waiting. The loop ends all the same: an endpoint refuses a call for good
+            # once, adapts its dialect twice at most, and is out once its quota is used up.
             if outcome.fault in (Fault.REFUSED, Fault.QUOTA):
                 continue
             transient += 1
