@@ -10,11 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import require
 from rlver_dist.config.enums import Device
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
-from rlver_dist.errors import DataError, ResourceError
+from rlver_dist.errors import ConfigError, DataError, ResourceError
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -214,13 +213,11 @@ def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
 def _require_apart(key: str, share: float, members: int) -> None:
     """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it
     refuses that when they start."""
-    apart = members <= 1 or share > 0.5
-    require(
-        apart,
-        key,
-        share,
-        f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU",
-    )
+    if members > 1 and not share > 0.5:
+        raise ConfigError(
+            f"{key}={share}: use more than 0.5, so that no two of {members} ranks that NCCL connects share a "
+            f"GPU"
+        )
 
 
 def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, float]:
