@@ -94,7 +94,7 @@ def make_context(persona: Persona, history: list[str], reply: str) -> AppraisalC
         Message(role=roles[index % 2], text=text) for index, text in enumerate([*history, reply])
     )
     return AppraisalContext(
-        persona=persona, messages=messages, emotion=40.0, acceptance=1.0, max_change=10.0, truncated=False
+        persona=persona, messages=messages, acceptance=1.0, max_change=10.0, truncated=False
     )
 
 

@@ -12,6 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+MIN_EMOTION = 0.0
+MAX_EMOTION = 100.0
+"""Ends of the scale of emotion; a reward is the final emotion / `MAX_EMOTION`."""
+
 
 class Role(str, Enum):
     """Who speaks, in the words of chat templates."""
@@ -27,9 +31,9 @@ class EndReason(str, Enum):
     the policy's reply, the last because of a failed machine."""
 
     EMOTION_HIGH = "emotion_high"
-    """Emotion reached the preset's ceiling: the user leaves content (a success in SAGE's terms)."""
+    """Emotion reached its ceiling, 100: the user leaves content (a success in SAGE's terms)."""
     EMOTION_LOW = "emotion_low"
-    """Emotion fell below the preset's floor: the user gives up (a failure in SAGE's terms)."""
+    """Emotion fell below its floor, 10: the user gives up (a failure in SAGE's terms)."""
     GOODBYE = "goodbye"
     """The user ended the dialogue for another reason."""
     MAX_TURNS = "max_turns"

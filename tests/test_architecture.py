@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors files concurrency latency config dialogue data bundled_models algorithms experience chat_client "
-    "simulator ledger tracking "
+    "errors files concurrency latency text seeding config dialogue data bundled_models algorithms experience "
+    "chat_client simulator ledger tracking "
     "rollout persona_synthesis learner evaluation cluster preflight trainer launch"
 ).split()
-ROOT = {"__init__", "launch", "dialogue", "errors", "files", "concurrency", "latency", "bundled_models"}
+ROOT = set("__init__ launch dialogue errors files concurrency latency text seeding bundled_models".split())
 """What may lie loose in the package: commands, and what everything shares."""
 OWNERS = {
     "ray": ["cluster/"],

@@ -7,10 +7,9 @@ import json
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 from rlver_dist.chat_client.budget import Usage, tokens_of
-from rlver_dist.chat_client.protocol import ChatRequest
+from rlver_dist.chat_client.protocol import ChatRequest, JsonSchema
 from rlver_dist.config.enums import ResponseFormat
 from rlver_dist.dialogue import Message, Role
 
@@ -26,6 +25,8 @@ QUOTA_CODES = frozenset(
 NEWER_TOKEN_FIELD = "max_completion_tokens"
 LENGTH_KEYWORDS = ("minLength", "maxLength")
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that speak of the moment and not of the request: time-out, conflict, too early, too
+many (RFC 9110, RFC 8470, RFC 6585)."""
 
 
 class Fault(str, Enum):
@@ -76,7 +77,7 @@ class Reply:
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Dialect:
     """How endpoints differ. The defaults are what most servers know; an endpoint that refuses one names it in
-    its error.
+    its error, and the next attempt follows it. So no table of hosts and models has to be kept.
 
     Attributes:
         token_field: name of the limit of the answer; some hosted models take only the newer
@@ -105,7 +106,7 @@ def request_body(
     messages = request.messages
     if response_format is ResponseFormat.json_object:
         messages = _with_schema(messages, request.schema)
-        format_field: dict[str, Any] = {"type": "json_object"}
+        format_field: dict[str, object] = {"type": "json_object"}
     else:
         schema = request.schema if dialect.length_bounds else _without_lengths(request.schema)
         format_field = {
@@ -120,20 +121,23 @@ def request_body(
         "seed": request.seed,
         "response_format": format_field,
     }
+    # ASCII escapes, so that a lone surrogate cannot break the encoding.
     return json.dumps(body).encode("ascii")
 
 
-def _with_schema(messages: tuple[Message, ...], schema: dict[str, Any]) -> tuple[Message, ...]:
+def _with_schema(messages: tuple[Message, ...], schema: JsonSchema) -> tuple[Message, ...]:
     order = (
         f"Answer with one JSON object that follows this JSON schema, and nothing "
         f"else:\n{json.dumps(schema, ensure_ascii=False)}"
     )
+    # In the system message, and at its end: the talk after it changes with every call, and the prefix before
+    # it stays the same for the endpoint's cache.
     if messages and messages[0].role is Role.SYSTEM:
         return (Message(role=Role.SYSTEM, text=f"{messages[0].text}\n\n{order}"), *messages[1:])
     return (Message(role=Role.SYSTEM, text=order), *messages)
 
 
-def _without_lengths(schema: Any) -> Any:
+def _without_lengths(schema: object) -> object:
     if isinstance(schema, dict):
         return {key: _without_lengths(value) for key, value in schema.items() if key not in LENGTH_KEYWORDS}
     return [_without_lengths(value) for value in schema] if isinstance(schema, list) else schema
@@ -152,6 +156,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
     usage = _usage(_field(body, "usage"))
     choices = _field(body, "choices")
     message = _field(choices[0], "message") if isinstance(choices, list) and choices else None
+    # Hosted strict modes give a refusal a field of its own and leave `content` null.
     text = _field(message, "content") or _field(message, "refusal")
     if not isinstance(text, str) or not _is_unicode(text):
         return Failure(
@@ -174,6 +179,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
 def read_error(status: int, raw: bytes, *, retry_after_s: float | None) -> Failure:
     """What a response with another status means."""
     code, text = _error_fields(raw)
+    # Quota comes under the status of a rate limit, too, and only the code tells that waiting is in vain.
     line = f"HTTP {status}" + (f" ({text})" if text else "")
     if status == 402 or (status in (403, 429) and code & QUOTA_CODES):
         return Failure(fault=Fault.QUOTA, text=line)
@@ -209,21 +215,22 @@ def _error_fields(raw: bytes) -> tuple[set[str], str]:
     return named, one_line(message) if isinstance(message, str) else ""
 
 
-def _usage(value: Any) -> Usage | None:
+def _usage(value: object) -> Usage | None:
     details = _field(value, "prompt_tokens_details")
-    prompt, completion = _count(_field(value, "prompt_tokens")), _count(_field(value, "completion_tokens"))
+    prompt = _count(_field(value, "prompt_tokens"))
+    completion = _count(_field(value, "completion_tokens"))
     if prompt is None or completion is None:
         return None
     cached = _count(_field(details, "cached_tokens")) or 0
     return Usage(prompt_tokens=prompt, cached_tokens=min(cached, prompt), completion_tokens=completion)
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """`value` where it is a plausible number of tokens (a bool is none)."""
     return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
-def _field(value: Any, key: str) -> Any:
+def _field(value: object, key: str) -> object:
     return value.get(key) if isinstance(value, dict) else None
 
 
@@ -236,7 +243,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _loads(raw: bytes) -> Any:
+def _loads(raw: bytes) -> object:
     """Strict JSON: no NaN, no infinity. Raises `ValueError` in every other case, very deep nesting
     included."""
     try:

@@ -104,8 +104,9 @@ class RewardServiceActor:
     def _http_chat(self, model: str) -> ChatBackend:
         """`model` at the endpoints, with this replica's part of the limits that hold for all models
         together."""
-        from rlver_dist.chat_client.http import HttpChat, share
+        from rlver_dist.chat_client.http import HttpChat, divide_limits
 
         simulator = self._simulator
         models = len(simulator.further_judges) + (simulator.backend is SimulatorBackend.openai)
-        return HttpChat(config=replace(share(simulator.openai, simulator.replicas * models), model=model))
+        config = divide_limits(simulator.openai, simulator.replicas * models)
+        return HttpChat(config=replace(config, model=model))

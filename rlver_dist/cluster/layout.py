@@ -10,12 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import require
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import Device
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
-from rlver_dist.errors import DataError, ResourceError
+from rlver_dist.errors import ConfigError, DataError, ResourceError
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -221,13 +220,10 @@ def _on_gpus(
 def _require_apart(key: str, gpus_per_rank: float, members: int) -> None:
     """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it
     refuses that when they start."""
-    apart = members <= 1 or gpus_per_rank > 0.5
-    require(
-        apart,
-        key,
-        gpus_per_rank,
-        f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU",
-    )
+    if members > 1 and not gpus_per_rank > 0.5:
+        raise ConfigError(
+            f"{key}={gpus_per_rank}: use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU"
+        )
 
 
 def _as_configured(

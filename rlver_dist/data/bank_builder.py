@@ -81,6 +81,7 @@ def allocate(situations: list[Situation], size: int, rng: random.Random) -> list
                 raise DataError(
                     f"seeds: too few situations with {intent.value} for {size} personas; write more of them"
                 )
+            # Drawn for every free one, so that the order of the files decides nothing among equals.
             lot = {s.id: rng.random() for s in free}
             chosen = min(
                 free, key=lambda s: (used[s.id], used[s.id, intent], used[s.id, temperament], lot[s.id])
@@ -97,7 +98,8 @@ def cells_of_round(room: int, rng: random.Random) -> list[Cell]:
     long as they can."""
     if room >= len(CELLS):
         return rng.sample(CELLS, len(CELLS))
-    intents, kinds = list(HiddenIntent), rng.sample(list(Temperament), len(Temperament))
+    intents = list(HiddenIntent)
+    kinds = rng.sample(list(Temperament), len(Temperament))
     return [(intents[position % len(intents)], kinds[position % len(kinds)]) for position in range(room)]
 
 

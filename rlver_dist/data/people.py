@@ -33,6 +33,7 @@ class Deck(Generic[T]):
 
     def draw(self, fits: Callable[[T], bool] = lambda card: True) -> T | None:
         """The next card that fits; None where not even a full deck has one."""
+        # What is left comes first, refilled or not: an old card that did not fit must not wait for ever.
         for refill in (False, True):
             if refill:
                 self._left = self._left + self._rng.sample(self._cards, len(self._cards))
@@ -151,7 +152,7 @@ def _drawn(deck: Deck[T], fits: Callable[[T], bool] = lambda card: True) -> T:
     return card
 
 
-def _piece_deck(items: list[Any], rng: random.Random) -> Deck[Piece]:
+def _piece_deck(items: list[str | dict[str, Any]], rng: random.Random) -> Deck[Piece]:
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     return Deck([Piece(**row) for row in rows], rng)
 

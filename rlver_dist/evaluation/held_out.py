@@ -18,8 +18,9 @@ from rlver_dist.dialogue import Dialogue, Message, Role, completed
 from rlver_dist.errors import BoundaryError
 from rlver_dist.evaluation.statistics import paired_bootstrap
 from rlver_dist.experience.samples import TurnSample, to_samples
-from rlver_dist.rollout.collector import DialogueTask, derive_seed
+from rlver_dist.rollout.collector import DialogueTask
 from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.emotion import EmotionRules, move
 from rlver_dist.simulator.protocol import Judge, UserRequest
 from rlver_dist.tracking.dialogue_metrics import distinct_n

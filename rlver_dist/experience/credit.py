@@ -16,9 +16,8 @@ from torch import Tensor
 from rlver_dist.algorithms.advantages import gae, grpo, whiten
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import RewardPlacement
-from rlver_dist.dialogue import Dialogue
+from rlver_dist.dialogue import MAX_EMOTION, Dialogue
 from rlver_dist.experience.packing import Columns, require_columns
-from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.experience.samples import TurnSample, to_samples
 
 

@@ -31,6 +31,7 @@ from functools import lru_cache
 
 from rlver_dist.config.guards import GuardConfig, GuardsConfig
 from rlver_dist.dialogue import Dialogue
+from rlver_dist.text import ngrams
 
 GRAM = 4
 """Words of a gram."""
@@ -139,7 +140,7 @@ def grams(tokens: list[str]) -> list[tuple[str, ...]]:
     """All runs of `GRAM` words, in order; fewer words are one gram, none are none."""
     if len(tokens) < GRAM:
         return [tuple(tokens)] if tokens else []
-    return list(zip(*(tokens[start:] for start in range(GRAM)), strict=False))
+    return ngrams(tokens, GRAM)
 
 
 def _repetition(

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 from rlver_dist.config.algorithm import EndRewardConfig
 from rlver_dist.config.enums import EndReward
-from rlver_dist.dialogue import Dialogue, EndReason
-
-MAX_EMOTION = 100.0
-"""Top of the emotion scale, points."""
+from rlver_dist.dialogue import MAX_EMOTION, Dialogue, EndReason
 
 
 def dialogue_reward(dialogue: Dialogue, end_rewards: EndRewardConfig) -> float:

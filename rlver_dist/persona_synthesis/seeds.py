@@ -75,8 +75,10 @@ def plan(*, sizes: dict[str, int], languages: Sequence[str], seed: int) -> list[
     for language in languages:
         names = _names(language, random.Random(f"names:{language}:{seed}"))
         for split in SPLITS:
+            # A generator for each split and language: another size of one leaves the others as they are.
             rng = random.Random(f"{split}:{language}:{seed}")
-            slots += _split_slots(split, language, _share(sizes[split], languages, language), names, rng)
+            size = _size_of_language(sizes[split], languages, language)
+            slots += _split_slots(split, language, size, names, rng)
     return sorted(
         slots, key=lambda slot: (SPLITS.index(slot.split), slot.number, languages.index(slot.language))
     )
@@ -88,7 +90,8 @@ def subject(slot: Slot, *, draw: int, seed: int) -> Subject:
     Draw 0 uses the themes of a split in turn, so that each is used about equally often. The splits share no
     theme.
     """
-    themes, sparks = _material()["themes"][slot.split], _material()["sparks"]
+    themes = _material()["themes"][slot.split]
+    sparks = _material()["sparks"]
     order = random.Random(f"themes:{slot.split}:{slot.language}:{seed}").sample(
         range(len(themes)), len(themes)
     )
@@ -115,6 +118,8 @@ def _split_slots(
         occupation = occupations.draw()
         assert occupation is not None
         traits = _three_traits(pools[temperament], opposites, rng)
+        if language == "zh":
+            traits = tuple(_material()["traits_zh"][trait] for trait in traits)
         slots.append(
             Slot(
                 id=f"{split}-{language}-{number:04d}",
@@ -123,9 +128,7 @@ def _split_slots(
                 number=number,
                 intent=intent,
                 temperament=temperament,
-                traits=tuple(_material()["traits_zh"][trait] for trait in traits)
-                if language == "zh"
-                else traits,
+                traits=traits,
                 name=name,
                 age=rng.randint(*occupation.get("ages", ADULT)),
                 occupation=occupation[language],
@@ -134,7 +137,8 @@ def _split_slots(
     return slots
 
 
-def _share(size: int, languages: Sequence[str], language: str) -> int:
+def _size_of_language(size: int, languages: Sequence[str], language: str) -> int:
+    """Personas of `language`, where the first languages take what does not divide evenly."""
     return size // len(languages) + (languages.index(language) < size % len(languages))
 
 
@@ -171,6 +175,5 @@ def _material() -> dict[str, Any]:
 @cache
 def _trait_pools() -> tuple[dict[Temperament, list[str]], list[frozenset[str]]]:
     people = yaml.safe_load((files("rlver_dist.data") / "people.yaml").read_text(encoding="utf-8"))
-    return {kind: people["trait_pools"][kind.value] for kind in Temperament}, [
-        frozenset(pair) for pair in people["opposites"]
-    ]
+    pools = {kind: people["trait_pools"][kind.value] for kind in Temperament}
+    return pools, [frozenset(pair) for pair in people["opposites"]]

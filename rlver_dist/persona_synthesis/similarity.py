@@ -16,6 +16,7 @@ import numpy as np
 
 from rlver_dist.simulator.rules.embedding import DIGITS
 from rlver_dist.simulator.sentences import sentences
+from rlver_dist.text import ngrams
 
 MOST_SIMILAR = {"en": 0.88, "zh": 0.65}
 """Cosine from which on a text is a near duplicate of an accepted one. In the bank, scenes of different
@@ -37,7 +38,7 @@ def english_vector(text: str, embed: Embed) -> np.ndarray:
 def chinese_vector(text: str) -> np.ndarray:
     """`[BUCKETS]` unit vector of hashed runs of characters, each weighted by 1 + ln(count)."""
     letters = "".join(character for character in text if character.isalnum())
-    counts = Counter(letters[start : start + run] for run in RUNS for start in range(len(letters) - run + 1))
+    counts = Counter("".join(gram) for run in RUNS for gram in ngrams(letters, run))
     vector = np.zeros(BUCKETS)
     for gram, count in counts.items():
         vector[zlib.crc32(gram.encode("utf-8")) % BUCKETS] += 1 + math.log(count)

@@ -31,7 +31,7 @@ from rlver_dist.persona_synthesis.schema import (
 )
 from rlver_dist.persona_synthesis.seeds import Slot, Subject, subject
 from rlver_dist.persona_synthesis.similarity import MOST_SIMILAR, Embed, Index
-from rlver_dist.simulator.sentences import words
+from rlver_dist.text import words
 
 MAX_FAILED_IN_A_ROW = 10
 """Failed calls without an answer between them, after which the backend counts as gone."""
@@ -165,6 +165,7 @@ class PersonaWriter:
             schema=schema,
             max_tokens=MAX_TOKENS[step],
             temperature=self._settings.temperature,
+            # Not `derive_seed`: a build that goes on from its journal repeats the calls with these bits.
             seed=random.Random(f"{self._settings.seed}:{key}").getrandbits(31),
             affinity=slot.id,
         )

@@ -9,7 +9,6 @@ the dialogue as `EndReason.INFRASTRUCTURE` and raises nothing.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -18,6 +17,7 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Dialogue, EndReason, Message, Role, Turn
 from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 
 T = TypeVar("T")
@@ -113,13 +113,6 @@ class CollectLimits:
     temperature: float
     max_concurrent: int
     request_timeout_s: float
-
-
-def derive_seed(*parts: int) -> int:
-    """A 63-bit seed for what `parts` name, such as (dialogue seed, turn index); equal on every machine and in
-    every process."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 async def collect(

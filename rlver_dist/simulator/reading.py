@@ -1,8 +1,7 @@
-"""What a listener has of a text that nobody vouches for: the characters that show, without what was not said
-aloud.
+"""What a listener gets of an untrusted text: the characters that show, without what is marked as thinking.
 
-Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules look at its
-words (`rules/appraisal.py`, `lexical.py`), so that none of them can be shown other words than the rest.
+Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules read its
+words (`rules/appraisal.py`, `lexical.py`), so that a reply cannot show one of them other words than the rest.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import unicodedata
 from bisect import bisect_left
 from dataclasses import dataclass
 
+# U+25C1 and U+25B7 are the brackets of some models' thinking tags. U+226E and U+226F (not less, not greater)
+# are what Unicode composes of "<" or ">" and a combining stroke.
 SIGNS = '<>[]{}|\\`#":/\u25c1\u25b7\u226e\u226f'
-"""Characters that chat templates, their switches, JSON and placeholders are made of, and the two that Unicode
-makes of them and a mark."""
+"""Characters that chat templates, their switches, JSON and placeholders are made of."""
 MAX_MARKS = 4
 """Combining marks on one character; written languages need fewer."""
 
@@ -33,10 +33,11 @@ _INVISIBLE_RANGES = (
     (0xE0000, 0xE0FFF),
 )
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+# What any reader may take for the end of a line: more than "\n", or a text could begin a line of its own.
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _RESERVED = "think"
-"""Tags of this name (or `thinking`) mark nothing but thinking; other names are also what people put into a
-placeholder."""
+"""Tags of this name (or `thinking`) mark nothing but thinking, even alone. Other names are also what people
+write into a placeholder, such as `<reason>`, and mark thinking only in pairs."""
 _NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
 _TAG = re.compile(
     r"(?i:<\|?(?P<close>/|end_of_|end_)?(?:\w{1,12}:|begin_of_|start_)?"
@@ -75,7 +76,7 @@ def hear(text: str, *, own: bool = False) -> Heard:
 
 class _Visible(dict[int, str | None]):
     """A `str.translate` table, filled as characters are met: code point -> what a reader sees, None where
-    that is nothing."""
+    that is nothing. Most texts have few different characters, and looking one up is slow."""
 
     def __missing__(self, code: int) -> str | None:
         self[code] = seen = _seen(chr(code))
@@ -106,7 +107,9 @@ def _settled(text: str) -> str:
     """`text` in NFC, without the marks that sit on nothing or pile up on one character beyond `MAX_MARKS`."""
     if text.isascii():
         return text
-    kept, room = [], 0
+    kept: list[str] = []
+    # A mark at the very beginning sits on nothing, so there is no room before the first character.
+    room = 0
     for character in text:
         if not unicodedata.category(character).startswith("M"):
             room = 0 if character.isspace() else MAX_MARKS
@@ -128,7 +131,11 @@ class _Tag:
 
 def _without_thinking(text: str) -> str:
     """What is said aloud: nothing between two tags of one name, and nothing before a lone closing tag or
-    behind a lone open one where the name is `_RESERVED`."""
+    behind a lone open one where the name is `_RESERVED`.
+
+    It takes time in proportion to the text times the logarithm of its tags, so that a reply full of tags
+    cannot hold up the service.
+    """
     tags = [
         _Tag(
             name=_kind(found["name"]),
@@ -148,8 +155,10 @@ def _without_thinking(text: str) -> str:
         if tag.start < start:
             continue
         if tag.closes:
+            # Chat templates may open the thinking in the prompt, and the model then writes only its end.
             if tag.name == _RESERVED:
-                said, start = [], tag.end
+                said = []
+                start = tag.end
             continue
         places = closing.get(tag.name, [])
         number = bisect_left(places, place)

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn, completed
+from rlver_dist.simulator.emotion import CEILING, FLOOR
 from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
+from rlver_dist.text import ngrams
 from rlver_dist.tracking.metrics import Metric, Reduction
-
-SUCCESS_EMOTION = 100.0
-FAILURE_EMOTION = 10.0
 
 
 def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]) -> list[Metric]:
@@ -57,11 +56,8 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
     No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora
     of about one size.
     """
-    ngrams: list[tuple[str, ...]] = []
-    for text in texts:
-        words = text.lower().split()
-        ngrams += zip(*(words[start:] for start in range(n)), strict=False)
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    grams = [gram for text in texts for gram in ngrams(text.lower().split(), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metric]:
@@ -73,8 +69,8 @@ def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metr
         _mean(
             "reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]
         ),
-        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
-        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
+        _mean("reward/success_share", [dialogue.final_emotion >= CEILING for dialogue in complete]),
+        _mean("reward/failure_share", [dialogue.final_emotion < FLOOR for dialogue in complete]),
     ]
 
 

@@ -24,7 +24,8 @@ from rlver_dist.dialogue import Dialogue
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
-from rlver_dist.rollout.collector import DialogueTask, derive_seed
+from rlver_dist.rollout.collector import DialogueTask
+from rlver_dist.seeding import derive_seed
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction, reduce_metrics
 from rlver_dist.trainer.checkpoints import CheckpointStore, Progress

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import completed
+from rlver_dist.dialogue import MAX_EMOTION, completed
 from rlver_dist.evaluation.held_out import (
     HeldOut,
     evaluation_tasks,
@@ -18,7 +18,6 @@ from rlver_dist.evaluation.held_out import (
     visible_samples,
 )
 from rlver_dist.evaluation.second_judge import judge_names
-from rlver_dist.experience.rewards import MAX_EMOTION
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.rollout.renderer import Renderer

@@ -27,8 +27,9 @@ from rlver_dist.errors import ConfigError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn
 from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.trainer.checkpoints import WARM_START

@@ -78,8 +78,8 @@ def test_the_limit_counts_bytes_in_whichever_form_a_tokenizer_reads(text, limit)
 
 @given(ANYTHING, st.integers(0, 50), st.integers(0, 50))
 def test_a_smaller_limit_shows_a_beginning_of_the_same_text(text, limit, more):
-    assert fence(text, max_bytes=limit + more, looked_at=200).text.startswith(
-        fence(text, max_bytes=limit, looked_at=200).text
+    assert fence(text, max_bytes=limit + more, max_chars=200).text.startswith(
+        fence(text, max_bytes=limit, max_chars=200).text
     )
 
 
