@@ -222,7 +222,8 @@ def _require_apart(key: str, gpus_per_rank: float, members: int) -> None:
     refuses that when they start."""
     if members > 1 and not gpus_per_rank > 0.5:
         raise ConfigError(
-            f"{key}={gpus_per_rank}: use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU"
+            f"{key}={gpus_per_rank}: use more than 0.5, so that no two of {members} ranks that NCCL connects "
+            f"share a GPU"
         )
 
 
