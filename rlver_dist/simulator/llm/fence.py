@@ -73,6 +73,7 @@ def fence(text: str, *, max_bytes: int, max_chars: int | None = None, own: bool 
         hidden=heard.hidden,
         markup=sum(heard.text.count(sign) for sign in _MARKUP),
         thought=heard.thought,
+        # Lone surrogates have no bytes of their own; "replace" counts one for each.
         cut=len(plain[len(kept) :].encode("utf-8")) + len(text[num_read:].encode("utf-8", "replace")),
     )
 
@@ -80,6 +81,7 @@ def fence(text: str, *, max_bytes: int, max_chars: int | None = None, own: bool 
 def tidy(text: str) -> str:
     """A text of the operator's own files, such as a persona sheet: layout and punctuation stay, tags and
     invisible characters go."""
+    # `own`: an operator's text marks no thinking, and nothing of it may vanish.
     return hear(text, own=True).text.translate(_TIDY_MAP).strip()
 
 

@@ -147,6 +147,8 @@ class UserPrompts:
                 fields["left_out_bytes"] = fenced.cut
             if newest and request.truncated:
                 fields["broken_off"] = True
+            # One JSON object a line: a reply cannot end its string or its line, so it cannot look like a line
+            # of the user or like the task behind the talk.
             lines.append(json_line(**fields))
         return "\n".join(lines)
 

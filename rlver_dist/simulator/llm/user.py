@@ -140,6 +140,7 @@ class LlmSimulator:
         A reply in which nothing is left to read gets the largest negative change, and no call.
         """
         fenced = self._prompts.fenced_reply(request)
+        # Asked about nothing, a model would make something up.
         if not fenced.text:
             return narration.silence(request.persona, self.rules.emotion.max_change)
         tokens = self._settings.max_appraisal_tokens
@@ -151,6 +152,7 @@ class LlmSimulator:
     def metrics(self) -> dict[str, float]:
         """Counts since the last call: answers that broke their schema, calls that never kept it, and replies
         with tricks in them; those of the judge that appraises in the user's place are added."""
+        # Every name, also those that did not happen: a metric that comes and goes leaves holes in a curve.
         names = (
             "schema_retries",
             "schema_failures",
@@ -214,6 +216,7 @@ class LlmSimulator:
     async def _ask(self, request: UserRequest, step: _Step, messages: tuple[Message, ...]) -> _Answered:
         """The checked answer; one that breaks its schema is asked for again with another seed,
         `schema_retries` times."""
+        # Errors name the call by this, whatever its attempt was.
         key = f"{request.dialogue_id}/{request.turn_index}/{step.name}"
         problem: SchemaError | None = None
         for attempt in range(self._settings.schema_retries + 1):
@@ -245,6 +248,7 @@ class LlmSimulator:
             max_tokens=step.max_tokens,
             temperature=temperature if attempt == 0 else max(temperature, RETRY_TEMPERATURE),
             seed=seed,
+            # All calls of a persona share its system message, the longest part of each prompt.
             affinity=request.persona.id,
         )
 
