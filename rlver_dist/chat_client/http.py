@@ -70,7 +70,7 @@ class HttpChat:
         self._client = httpx.AsyncClient(
             # A redirect would take the key to an address that nobody configured.
             follow_redirects=False,
-            # No other time-outs of the client: a read's time-out starts anew with every byte, and one deadline
+            # No other time-out of the client: that of a read starts anew with every byte, and one deadline
             # holds for a whole attempt.
             timeout=httpx.Timeout(None, connect=min(config.timeout_s, LONGEST_CONNECT_S)),
             # The semaphore limits the calls already.

@@ -49,7 +49,7 @@ class Failure:
     """An attempt without an answer.
 
     Attributes:
-        fault: see `Fault`.
+        fault: what went wrong, by kind.
         text: one line.
         retry_after_s: seconds that the endpoint asked to wait.
         usage: what it cost, where the endpoint said so.

@@ -123,7 +123,7 @@ def parse_person(text: str, language: str, name: str) -> Fields:
     """The fields of the sheet of a person called `name`.
 
     Raises:
-        RejectedError: see `Reason`.
+        RejectedError: the answer breaks its schema, or what a schema cannot say (`Reason`).
     """
     fields = _parse(text, person_schema(language))
     _check_prose(list(fields.values()), language)
@@ -139,7 +139,7 @@ def parse_scene(text: str, language: str) -> Fields:
     """The fields of a scene.
 
     Raises:
-        RejectedError: see `Reason`.
+        RejectedError: the answer breaks its schema, or what a schema cannot say (`Reason`).
     """
     fields = _parse(text, scene_schema(language))
     texts = [entry for value in fields.values() for entry in (value if isinstance(value, list) else [value])]

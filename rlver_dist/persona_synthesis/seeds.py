@@ -34,8 +34,8 @@ class Slot:
         split: "train" or "evaluation".
         language: "en" or "zh"; `traits`, `name` and `occupation` are in it.
         number: 1 for the first of its split and language.
-        intent: see `HiddenIntent`.
-        temperament: see `Temperament`.
+        intent: what the user wants from the talk and does not say.
+        temperament: how the user takes things.
         traits: three trait words, no two of them opposites.
         name: borne by nobody else in the plan.
         age: years.

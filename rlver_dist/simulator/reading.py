@@ -57,7 +57,7 @@ class Heard:
     Attributes:
         text: without invisible or control characters other than line feeds, with few marks on each character,
             in Unicode's NFC.
-        hidden: characters that were left out because nobody sees them.
+        hidden: invisible characters that were left out.
         thought: characters that were left out as thinking.
     """
 

@@ -82,7 +82,7 @@ class UserPrompts:
     """Builds the messages of each call.
 
     Attributes:
-        rules: see `DifficultyRules`; `acceptance` and `expressiveness` choose between two wordings each.
+        rules: of difficulty; `acceptance`, `expressiveness` and `hides_aim` choose between two wordings each.
         max_reply_bytes: UTF-8 bytes of the newest reply that a prompt shows; earlier ones show a quarter of
             that.
     """

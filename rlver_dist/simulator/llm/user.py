@@ -75,9 +75,9 @@ class LlmSimulator:
     ) -> None:
         """
         Args:
-            rules: see `DifficultyRules`.
+            rules: of emotion and difficulty.
             backend: speaks for the user.
-            settings: see `LlmUserConfig`.
+            settings: calls a turn, sampling, and limits of prompts and answers.
             judge: appraises in place of the user's own model, in a call apart from the reply even where
                 `settings.calls` is `one`; None leaves it to the user's model.
         """
@@ -168,11 +168,14 @@ class LlmSimulator:
 
     async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, Fields]:
         """Appraisal and reply in one call."""
-        notes, message = self._settings.max_appraisal_tokens, self._settings.max_message_tokens
+        note_tokens = self._settings.max_appraisal_tokens
+        message_tokens = self._settings.max_message_tokens
         schema = turn_schema(
-            language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message
+            language=request.persona.language,
+            max_appraisal_tokens=note_tokens,
+            max_message_tokens=message_tokens,
         )
-        step = _Step(name="turn", schema=schema, max_tokens=notes + message)
+        step = _Step(name="turn", schema=schema, max_tokens=note_tokens + message_tokens)
         answered = await self._ask(request, step, self._prompts.turn(request))
         appraisal = self._appraisal(fenced, answered.fields["appraisal"], answered.source)
         return appraisal, answered.fields["reply"]

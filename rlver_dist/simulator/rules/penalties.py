@@ -176,8 +176,8 @@ def measure(
         earlier: its earlier replies in this dialogue.
         heard: the user's messages so far.
         truncated: the reply was cut at the token limit.
-        written: the reply as it was written: symbols that nobody sees count, too, and so does the markup of
-            what nobody hears.
+        written: the reply as it was written, in which invisible symbols and the markup of what is not heard
+            count as well.
     """
     text = plain(reply)
     shown = plain(hear(written, own=True).text)
