@@ -30,7 +30,7 @@ _PLAIN = _Plain({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
 def plain(text: str) -> str:
     """`text` with compatibility forms and curly quotes made plain, and without accents and other marks on
     letters."""
-    # Character by character: Unicode's own way with many marks in a row takes time in their square.
+    # Character by character: normalising a whole text with many marks in a row takes time in their square.
     return unicodedata.normalize("NFC", text.translate(_PLAIN))
 
 

@@ -82,10 +82,12 @@ def parse_retry_after(value: str | None, now: datetime) -> float | None:
     text = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         return min(float(text), LONGEST_RETRY_AFTER_S)
+    # Anything else, "soon" for example, is no date, and what cannot be read asks for nothing.
     try:
         until = parsedate_to_datetime(text)
     except (TypeError, ValueError, OverflowError):
         return None
+    # A date without a zone is meant in UTC.
     seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)
 
@@ -101,6 +103,7 @@ class Pacer:
         """Return when the next call may start. A place that a cancelled caller held stays unused."""
         if self._gap_s == 0:
             return
+        # Places are given out before anybody sleeps, so callers need no lock and keep their order.
         now = asyncio.get_running_loop().time()
         start = max(now, self._next)
         self._next = start + self._gap_s

@@ -64,11 +64,16 @@ class HttpChat:
         self._budget = Budget(config)
         self._pacer = Pacer(config.requests_per_minute)
         self._slots = asyncio.Semaphore(config.max_concurrent)
+        # Not seeded: replicas that fail together must not come back together.
         self._rng = random.Random()
         self._window = HttpWindow()
         self._client = httpx.AsyncClient(
+            # A redirect would take the key to an address that nobody configured.
             follow_redirects=False,
+            # No other time-out of the client: that of a read starts anew with every byte, and one deadline
+            # holds for a whole attempt.
             timeout=httpx.Timeout(None, connect=min(config.timeout_s, LONGEST_CONNECT_S)),
+            # The semaphore limits the calls already.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.max_concurrent),
         )
         # They write a line a call, and every header of a response.
@@ -92,6 +97,7 @@ class HttpChat:
         A wait that endpoints ask for may last until (max_retries + 1) x timeout_s after the first attempt.
         Where all of them ask for a longer one, it is a `BudgetError`: to go on later is all that is left.
         """
+        # One call counts once, however it ends.
         started = time.perf_counter()
         try:
             reply, retries = await self._persist(request)
@@ -212,6 +218,7 @@ class HttpChat:
             outcome = Failure(
                 fault=Fault.TIMEOUT, text=f"no whole answer within {config.timeout_s:g} s", lost=True
             )
+        # The endpoint goes on working for a caller who has left, and may charge for it.
         except asyncio.CancelledError:
             self._window.add_lost(most, self._budget.charge(most))
             raise
@@ -239,6 +246,7 @@ class HttpChat:
             raw = bytearray()
             async for chunk in response.aiter_raw():
                 raw += chunk
+                # Leaving the block closes the connection, so what is still to come is not read.
                 if len(raw) > MAX_BODY_BYTES:
                     return Failure(
                         fault=Fault.TOO_LARGE, text=f"a body of more than {MAX_BODY_BYTES} bytes", lost=True
@@ -260,6 +268,7 @@ class HttpChat:
             return
         self._window.faults[outcome.fault] += 1
         now = asyncio.get_running_loop().time()
+        # The latest wait that was asked for: answers of calls in flight come in any order.
         if outcome.retry_after_s is not None:
             endpoint.closed_until = max(endpoint.closed_until, now + outcome.retry_after_s)
         if outcome.fault is Fault.QUOTA:

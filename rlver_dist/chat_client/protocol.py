@@ -1,4 +1,4 @@
-"""What whoever asks a chat model needs to know of it: one request, one answer, whatever serves it.
+"""The interface of a chat model: one request, one answer, whether an engine or an endpoint serves it.
 
 A backend answers under a JSON schema; it neither builds prompts nor reads the answer's fields.
 """

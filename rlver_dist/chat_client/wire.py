@@ -15,6 +15,7 @@ from rlver_dist.dialogue import Message, Role
 
 MOST_TOKENS = 10_000_000
 """A count above it is no count of one call's tokens."""
+# Untrusted text goes into logs and error lines, so it is short and has no line ends of its own.
 LONGEST_EXCERPT = 200
 """Characters of an endpoint's own words in an error."""
 QUOTA_CODES = frozenset(
@@ -48,7 +49,7 @@ class Failure:
     """An attempt without an answer.
 
     Attributes:
-        fault: see `Fault`.
+        fault: what went wrong, by kind.
         text: one line.
         retry_after_s: seconds that the endpoint asked to wait.
         usage: what it cost, where the endpoint said so.
@@ -113,6 +114,7 @@ def request_body(
             "type": "json_schema",
             "json_schema": {"name": request.schema_name, "schema": schema, "strict": True},
         }
+    # `seed` and `temperature` are asked for and not relied on: the answer's record names both.
     body = {
         "model": model,
         "messages": [{"role": message.role.value, "content": message.text} for message in messages],
@@ -165,6 +167,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
             usage=usage,
             lost=usage is None,
         )
+    # Some servers leave `usage` out. A limit on tokens has to hold there as well.
     if usage is None:
         usage = Usage(
             prompt_tokens=tokens_of(sent),
@@ -197,6 +200,7 @@ def read_error(status: int, raw: bytes, *, retry_after_s: float | None) -> Failu
 
 def one_line(text: str) -> str:
     """`text` without line ends and control characters, cut to `LONGEST_EXCERPT` characters."""
+    # Cut before it is looked at as well: only ten times what stays is worth the time.
     printable = "".join(
         character if character.isprintable() else " " for character in text[: 10 * LONGEST_EXCERPT]
     )
@@ -207,8 +211,10 @@ def _error_fields(raw: bytes) -> tuple[set[str], str]:
     """`code` and `type` of an error body, and its message as one line."""
     try:
         body = _loads(raw)
+    # A proxy in between answers with a page; the status says enough.
     except ValueError:
         return set(), ""
+    # OpenAI nests the error, vLLM and others may not; `detail` is FastAPI's name for the message.
     error = _field(body, "error") or body
     named = {value for value in (_field(error, "code"), _field(error, "type")) if isinstance(value, str)}
     message = error if isinstance(error, str) else _field(error, "message") or _field(error, "detail")
@@ -221,6 +227,7 @@ def _usage(value: object) -> Usage | None:
     completion = _count(_field(value, "completion_tokens"))
     if prompt is None or completion is None:
         return None
+    # Counts are an endpoint's claims: those that cannot be true must not make a cost negative.
     cached = _count(_field(details, "cached_tokens")) or 0
     return Usage(prompt_tokens=prompt, cached_tokens=min(cached, prompt), completion_tokens=completion)
 

@@ -73,6 +73,7 @@ class People:
         material = _load("people.yaml")
         rng = random.Random(f"people:{seed}")
         names = [(given, tuple(group["family"])) for group in _load("names.yaml") for given in group["given"]]
+        # All decks share one generator, so the order of the lines below is a part of what the seed means.
         self._rng = rng
         self._names = rng.sample(names, len(names))
         self._introductions: Deck[str] = Deck(material["introductions"], rng)
@@ -116,6 +117,7 @@ class People:
 
     def _name(self, situation: Situation) -> tuple[str, str]:
         """A given and a full name that nobody in the situation bears."""
+        # A user called like somebody in their own story would confuse every reader of the scene.
         taken = set(re.findall(r"\w+", situation.text()))
         for position, (given, families) in enumerate(self._names):
             free = [family for family in families if family not in taken]
@@ -138,6 +140,7 @@ class People:
 
 def with_article(noun: str) -> str:
     """`noun` with the indefinite article that its sound asks for."""
+    # "a university", "a user", "a European", "a one-man band".
     sounds_like_consonant = noun.lower().startswith(("uni", "use", "eu", "one"))
     return f"{'an' if noun[0].lower() in 'aeiou' and not sounds_like_consonant else 'a'} {noun}"
 

@@ -77,6 +77,7 @@ def parse_personas(text: str, source: str) -> list[Persona]:
             continue
         where = f"{source}:{number}"
         row = _row(line, where)
+        # By the first row alone: a file is of one format, and a row that is not is refused with its line.
         parse = parse or (rlver.parse_row if rlver.is_rlver_row(row) else parse_row)
         persona = parse(row, where)
         if persona.id in line_of:
@@ -93,6 +94,7 @@ def parse_personas(text: str, source: str) -> list[Persona]:
 
 def parse_row(row: Row, where: str) -> Persona:
     """One persona from a row in this project's format; `where` (file:line) opens the error message."""
+    # A misspelt optional field would silently take its default.
     if unknown := sorted(set(row) - set(KEYS)):
         raise DataError(f"{where}: {unknown[0]}: unknown field; known are {', '.join(KEYS)}")
     values = DEFAULTS | row

@@ -55,6 +55,7 @@ class PersonaSampler:
         Raises:
             DataError: the state was made for other personas.
         """
+        # Positions in another list would name other people, and nobody would notice.
         if state["personas"] != self._fingerprint():
             raise DataError(
                 "sampler: the saved state belongs to other personas than data.train gives now; restore the "

@@ -100,6 +100,7 @@ def load_situations(folder: Traversable | None = None) -> list[Situation]:
     """
     folder = folder or files("rlver_dist.data") / "seeds"
     situations: list[Situation] = []
+    # Sorted by name, since folders list their files in any order and the bank's bytes depend on it.
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name):
         situations.extend(_load_area(file))
     seen: set[str] = set()
@@ -159,6 +160,7 @@ def _parse_list(value: object, key: str, where: str) -> tuple[Any, ...]:
             f"{where}: {key}: write a list of {least if least == most else f'{least} to {most}'} items"
         )
     if key == "ages":
+        # `type` and not `isinstance`: YAML's `yes` is a bool, and a bool is an int.
         if not all(type(age) is int for age in value) or not 14 <= value[0] < value[1] <= 99:
             raise DataError(
                 f"{where}: ages: {value!r}; write the youngest and the oldest age in years, from 14 to 99"
@@ -183,6 +185,7 @@ def _parse_mapping(value: object, kind: type[Kind], where: str) -> dict[Kind, st
 def _check_text(value: object, where: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {value!r} is not a text; write a sentence in double quotes")
+    # Curly quotes and dashes come in by copying; all users should write alike.
     if not value.isascii():
         raise DataError(
             f"{where}: {value!r} has characters beyond ASCII; seeds use plain punctuation and letters"

@@ -22,7 +22,7 @@ class EngineChat:
         self._engine = engine
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """See `ChatBackend`."""
+        """The engine's answer; raises as `ChatBackend.ask` says."""
         return await self._engine.ask(request)
 
     def metrics(self) -> dict[str, float]:

@@ -123,7 +123,7 @@ def parse_person(text: str, language: str, name: str) -> Fields:
     """The fields of the sheet of a person called `name`.
 
     Raises:
-        RejectedError: see `Reason`.
+        RejectedError: the answer breaks its schema, or what a schema cannot say (`Reason`).
     """
     fields = _parse(text, person_schema(language))
     _check_prose(list(fields.values()), language)
@@ -139,11 +139,12 @@ def parse_scene(text: str, language: str) -> Fields:
     """The fields of a scene.
 
     Raises:
-        RejectedError: see `Reason`.
+        RejectedError: the answer breaks its schema, or what a schema cannot say (`Reason`).
     """
     fields = _parse(text, scene_schema(language))
     texts = [entry for value in fields.values() for entry in (value if isinstance(value, list) else [value])]
     _check_prose(texts, language)
+    # A model that runs out of ideas fills its list with one entry twice.
     for key in SCENE_LISTS:
         if len({"".join(words(entry)) for entry in fields[key]}) < len(fields[key]):
             raise RejectedError(Reason.REPETITIVE, f"{key}: an entry comes twice")
@@ -183,6 +184,7 @@ def _parse(text: str, schema: JsonSchema) -> Fields:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise RejectedError(Reason.NOT_JSON, str(error)[:200]) from error
+    # An answer may break its schema in many places; one line names the likeliest cause.
     broken = best_match(Draft202012Validator(schema).iter_errors(value))
     if broken is not None:
         raise RejectedError(
@@ -196,6 +198,7 @@ def _check_prose(texts: Sequence[str], language: str) -> None:
     if found := _PLACEHOLDER.search(whole):
         raise RejectedError(Reason.PLACEHOLDER, f"holds {found[0][:40]!r}")
     han, latin = len(_HAN.findall(whole)), len(_LATIN.findall(whole))
+    # Signs, digits and spaces belong to no language, and a foreign name now and then is allowed.
     own = han if language == "zh" else latin
     if own < LEAST_OWN_SCRIPT * (han + latin) or not own:
         raise RejectedError(Reason.LANGUAGE, f"{own} of {han + latin} letters are {language!r}")

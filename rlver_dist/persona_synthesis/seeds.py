@@ -34,8 +34,8 @@ class Slot:
         split: "train" or "evaluation".
         language: "en" or "zh"; `traits`, `name` and `occupation` are in it.
         number: 1 for the first of its split and language.
-        intent: see `HiddenIntent`.
-        temperament: see `Temperament`.
+        intent: what the user wants from the talk and does not say.
+        temperament: how the user takes things.
         traits: three trait words, no two of them opposites.
         name: borne by nobody else in the plan.
         age: years.
@@ -92,6 +92,8 @@ def subject(slot: Slot, *, draw: int, seed: int) -> Subject:
     """
     themes = _material()["themes"][slot.split]
     sparks = _material()["sparks"]
+    # Split and language have one order of themes, so that slots in turn take all of them; the spark is drawn
+    # anew for every slot and draw.
     order = random.Random(f"themes:{slot.split}:{slot.language}:{seed}").sample(
         range(len(themes)), len(themes)
     )
@@ -145,6 +147,7 @@ def _size_of_language(size: int, languages: Sequence[str], language: str) -> int
 def _three_traits(pool: list[str], opposites: list[frozenset[str]], rng: random.Random) -> tuple[str, ...]:
     chosen: list[str] = []
     for trait in rng.sample(pool, len(pool)):
+        # "shy" and "outgoing" together would leave the model to choose one of them.
         if len(chosen) < NUM_TRAITS and not any(frozenset((trait, other)) in opposites for other in chosen):
             chosen.append(trait)
     return tuple(chosen)
@@ -158,6 +161,7 @@ def _names(language: str, rng: random.Random) -> Iterator[str]:
     else:
         groups = yaml.safe_load((files("rlver_dist.data") / "names.yaml").read_text(encoding="utf-8"))
         pairs = [(given, list(group["family"])) for group in groups for given in group["given"]]
+    # Shuffled within and over the groups: given and family name of one group belong to one culture.
     pairs = [
         (given, rng.sample(families, len(families))) for given, families in rng.sample(pairs, len(pairs))
     ]

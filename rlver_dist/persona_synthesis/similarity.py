@@ -41,6 +41,8 @@ def chinese_vector(text: str) -> np.ndarray:
     counts = Counter("".join(gram) for run in RUNS for gram in ngrams(letters, run))
     vector = np.zeros(BUCKETS)
     for gram, count in counts.items():
+        # CRC-32, since `hash` of a string differs from process to process. A logarithm, so that a run that is
+        # in every sentence does not outweigh all others.
         vector[zlib.crc32(gram.encode("utf-8")) % BUCKETS] += 1 + math.log(count)
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
@@ -55,12 +57,14 @@ class Index:
     def vector(self, text: str, *, language: str, name: str) -> np.ndarray:
         """Unit vector of `text` with its person's own name left out, so that another name makes no other
         text."""
+        # The whole name first: its parts alone would leave a space behind.
         for part in sorted({name, *name.split()}, key=len, reverse=True):
             text = text.replace(part, "")
         return chinese_vector(text) if language == "zh" else english_vector(text, self._embed)
 
     def nearest(self, vector: np.ndarray, language: str) -> tuple[float, str]:
         """Cosine to the nearest accepted text of that language, and its id; (-1, "") without one."""
+        # Rounded, so that the same build rejects the same texts on other machines.
         scores = [
             (round(float(known @ vector), DIGITS), identifier)
             for identifier, known in self._vectors.get(language, {}).items()

@@ -111,6 +111,7 @@ def next_message(context: MessageContext) -> str | None:
     rng = _generator(context)
     facts = _next_facts(context)
     idle = len(context.said(Role.USER)) > 1 and not _tells_fact(context.persona, context.said(Role.USER)[-1])
+    # Silence is answered as such, and no fact is spent on it.
     if not sentences(context.reply):
         return _pick(rng, material()["occasions"]["empty"][_tone(context)], context)
     if not facts:
@@ -120,6 +121,7 @@ def next_message(context: MessageContext) -> str | None:
     # Never twice running, so that even a poor listener is given something new to speak to.
     if not idle and _holds_back(context, rng):
         return _pick(rng, material()["held_back"][_tone(context)], context)
+    # Facts enter word for word: the appraisers find them in the dialogue, and so does `_next_facts`.
     story = " ".join(facts)
     guarded = _is_guarded(context.persona, facts[0])
     if guarded and context.direction == "improved":
@@ -202,6 +204,7 @@ def _remark(context: MessageContext, rng: random.Random) -> str | None:
     if occasion is None or context.direction == "improved":
         return None
     lines = material()["occasions"][occasion][_tone(context)]
+    # Counted in what was said, not in a counter: a user holds no state.
     said = context.said(Role.USER)
     remarks = sum(any(line in text for text in said) for line in lines)
     if remarks >= MAX_REMARKS or rng.random() >= OCCASION_CHANCE[occasion]:
@@ -211,6 +214,7 @@ def _remark(context: MessageContext, rng: random.Random) -> str | None:
 
 def _occasion(context: MessageContext) -> str | None:
     reply = context.reply
+    # The gravest first; only one of them is remarked on.
     if any(_copied(reply, earlier) >= COPIED for earlier in context.said(Role.ASSISTANT)[:-1]):
         return "repeated"
     if any(_copied(reply, own) >= COPIED for own in context.said(Role.USER)):

@@ -39,6 +39,10 @@ _RESERVED = "think"
 """Tags of this name (or `thinking`) mark nothing but thinking, even alone. Other names are also what people
 write into a placeholder, such as `<reason>`, and mark thinking only in pairs."""
 _NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
+# The ways in which models and their chat templates mark thinking: <think>, </think>, <|thinking|>,
+# <ns:reasoning>, <|end_of_thought|>, a tag with attributes; [THINK] in capitals alone, since people write
+# [think] themselves; and the triangles. Names and attributes have a longest length, so that matching takes
+# linear time.
 _TAG = re.compile(
     r"(?i:<\|?(?P<close>/|end_of_|end_)?(?:\w{1,12}:|begin_of_|start_)?"
     rf"(?P<name>{_NAMES})(?:\s+\w{{1,20}}\s*=[^<>]{{0,80}})?\s*\|?>)"
@@ -53,7 +57,7 @@ class Heard:
     Attributes:
         text: without invisible or control characters other than line feeds, with few marks on each character,
             in Unicode's NFC.
-        hidden: characters that were left out because nobody sees them.
+        hidden: invisible characters that were left out.
         thought: characters that were left out as thinking.
     """
 
@@ -87,6 +91,7 @@ _VISIBLE = _Visible()
 
 
 def _seen(character: str) -> str | None:
+    # All line ends become one and all spaces another, so that no later step has to know the others.
     if character in _LINE_ENDS:
         return "\n"
     category = unicodedata.category(character)
@@ -145,6 +150,7 @@ def _without_thinking(text: str) -> str:
         )
         for found in _TAG.finditer(text)
     ]
+    # Places of the closing tags by name, ascending: the partner of an open tag is found by bisection.
     closing: dict[str, list[int]] = {}
     for place, tag in enumerate(tags):
         if tag.closes:
@@ -152,6 +158,7 @@ def _without_thinking(text: str) -> str:
     said: list[str] = []
     start = 0
     for place, tag in enumerate(tags):
+        # Inside a block that is left out already.
         if tag.start < start:
             continue
         if tag.closes:
@@ -166,6 +173,7 @@ def _without_thinking(text: str) -> str:
             said.append(text[start : tag.start])
             start = tags[places[number]].end
         elif tag.name == _RESERVED:
+            # Cut off before it closed: all that follows was thinking.
             said.append(text[start : tag.start])
             start = len(text)
     # The space keeps what was on both sides of a block from becoming a word together.

@@ -209,6 +209,7 @@ def test_only_recipe_and_placement_change_places():
     ("override", "words"),
     [
         ("learner.lr=-1", "learner.lr=-1"),
+        ("learner.lr=nan", "learner.lr=nan: use a number above 0"),
         ("algorithm.group_size=1", "algorithm.group_size=1"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5"),
         ("rollout.temperature=0", "rollout.temperature=0"),

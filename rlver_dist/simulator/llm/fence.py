@@ -1,10 +1,10 @@
-"""The policy's words as data: what an LLM user's prompt may hold of a text that nobody vouches for.
+"""The policy's words as data: how untrusted text enters the prompt of a chat user.
 
 Nothing here is a list of attacks. A text is reduced to characters that no chat template, JSON or placeholder
 syntax is made of, and is then written as a JSON string on one line:
 
-1. What nobody sees or hears goes (`reading.py`), and a compatibility form becomes the ASCII text that it
-   stands for, so that nothing can hide from the next steps.
+1. Invisible characters and thinking go (`reading.py`), and a compatibility form becomes the ASCII text that
+   it stands for, so that nothing can hide from the next steps.
 2. What marks structure (brackets, bars, slashes, quotes, colons, ...) becomes a like-looking character that
    marks nothing: a tag such as `<|im_start|>`, `[INST]` or `{persona}` and a switch such as `/no_think` stay
    readable and are none any more.
@@ -38,7 +38,7 @@ class Fenced:
     Attributes:
         text: without `STRUCTURAL`, invisible or control characters; the only white space is single spaces.
             Empty where nothing that shows is left.
-        hidden: characters that were taken out because nobody sees them.
+        hidden: invisible characters that were taken out.
         markup: brackets, bars and the like that were replaced.
         thought: characters that were taken out as thinking.
         cut: UTF-8 bytes beyond the limit, with those that were too far behind it to be looked at.
@@ -73,6 +73,7 @@ def fence(text: str, *, max_bytes: int, max_chars: int | None = None, own: bool 
         hidden=heard.hidden,
         markup=sum(heard.text.count(sign) for sign in _MARKUP),
         thought=heard.thought,
+        # Lone surrogates have no bytes of their own; "replace" counts one for each.
         cut=len(plain[len(kept) :].encode("utf-8")) + len(text[num_read:].encode("utf-8", "replace")),
     )
 
@@ -80,6 +81,7 @@ def fence(text: str, *, max_bytes: int, max_chars: int | None = None, own: bool 
 def tidy(text: str) -> str:
     """A text of the operator's own files, such as a persona sheet: layout and punctuation stay, tags and
     invisible characters go."""
+    # `own`: an operator's text marks no thinking, and nothing of it may vanish.
     return hear(text, own=True).text.translate(_TIDY_MAP).strip()
 
 

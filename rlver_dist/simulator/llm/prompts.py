@@ -82,7 +82,7 @@ class UserPrompts:
     """Builds the messages of each call.
 
     Attributes:
-        rules: see `DifficultyRules`; `acceptance` and `expressiveness` choose between two wordings each.
+        rules: of difficulty; `acceptance`, `expressiveness` and `hides_aim` choose between two wordings each.
         max_reply_bytes: UTF-8 bytes of the newest reply that a prompt shows; earlier ones show a quarter of
             that.
     """
@@ -147,6 +147,8 @@ class UserPrompts:
                 fields["left_out_bytes"] = fenced.cut
             if newest and request.truncated:
                 fields["broken_off"] = True
+            # One JSON object a line: a reply cannot end its string or its line, so it cannot look like a line
+            # of the user or like the task behind the talk.
             lines.append(json_line(**fields))
         return "\n".join(lines)
 

@@ -75,9 +75,9 @@ class LlmSimulator:
     ) -> None:
         """
         Args:
-            rules: see `DifficultyRules`.
+            rules: of emotion and difficulty.
             backend: speaks for the user.
-            settings: see `LlmUserConfig`.
+            settings: calls a turn, sampling, and limits of prompts and answers.
             judge: appraises in place of the user's own model, in a call apart from the reply even where
                 `settings.calls` is `one`; None leaves it to the user's model.
         """
@@ -140,6 +140,7 @@ class LlmSimulator:
         A reply in which nothing is left to read gets the largest negative change, and no call.
         """
         fenced = self._prompts.fenced_reply(request)
+        # Asked about nothing, a model would make something up.
         if not fenced.text:
             return narration.silence(request.persona, self.rules.emotion.max_change)
         tokens = self._settings.max_appraisal_tokens
@@ -151,6 +152,7 @@ class LlmSimulator:
     def metrics(self) -> dict[str, float]:
         """Counts since the last call: answers that broke their schema, calls that never kept it, and replies
         with tricks in them; those of the judge that appraises in the user's place are added."""
+        # Every name, also those that did not happen: a metric that comes and goes leaves holes in a curve.
         names = (
             "schema_retries",
             "schema_failures",
@@ -166,11 +168,14 @@ class LlmSimulator:
 
     async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, Fields]:
         """Appraisal and reply in one call."""
-        notes, message = self._settings.max_appraisal_tokens, self._settings.max_message_tokens
+        note_tokens = self._settings.max_appraisal_tokens
+        message_tokens = self._settings.max_message_tokens
         schema = turn_schema(
-            language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message
+            language=request.persona.language,
+            max_appraisal_tokens=note_tokens,
+            max_message_tokens=message_tokens,
         )
-        step = _Step(name="turn", schema=schema, max_tokens=notes + message)
+        step = _Step(name="turn", schema=schema, max_tokens=note_tokens + message_tokens)
         answered = await self._ask(request, step, self._prompts.turn(request))
         appraisal = self._appraisal(fenced, answered.fields["appraisal"], answered.source)
         return appraisal, answered.fields["reply"]
@@ -214,6 +219,7 @@ class LlmSimulator:
     async def _ask(self, request: UserRequest, step: _Step, messages: tuple[Message, ...]) -> _Answered:
         """The checked answer; one that breaks its schema is asked for again with another seed,
         `schema_retries` times."""
+        # Errors name the call by this, whatever its attempt was.
         key = f"{request.dialogue_id}/{request.turn_index}/{step.name}"
         problem: SchemaError | None = None
         for attempt in range(self._settings.schema_retries + 1):
@@ -245,6 +251,7 @@ class LlmSimulator:
             max_tokens=step.max_tokens,
             temperature=temperature if attempt == 0 else max(temperature, RETRY_TEMPERATURE),
             seed=seed,
+            # All calls of a persona share its system message, the longest part of each prompt.
             affinity=request.persona.id,
         )
 

@@ -127,6 +127,7 @@ class EmbeddedAppraiser:
             key=lambda s: -features[f"strategy_{s.value}"],
         )
         costs = {name: weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items()}
+        # Gibberish costs by the formula and not as a penalty, but it is a fault to be named like them.
         costs["gibberish"] = GIBBERISH * (1.0 - features["fluency"])
         faults = sorted(
             (name for name, cost in costs.items() if cost >= NAMED_FAULT), key=lambda name: -costs[name]
@@ -146,6 +147,8 @@ class EmbeddedAppraiser:
         persona = context.persona
         earlier = [message.text for message in context.messages[:-1] if message.role is Role.ASSISTANT]
         heard = [message.text for message in context.messages[:-1] if message.role is Role.USER]
+        # One sentence at a time: the strategies of a reply are those of its sentences, and a mean over all of
+        # them would show none.
         encoded = [self._encoder.encode(sentence) for sentence in sentences(reply)]
         near = grounding.nearness(self._encoder, persona, context.messages)
         found = [
@@ -159,6 +162,7 @@ class EmbeddedAppraiser:
         worth = {s: fit(s, persona.hidden_intent, persona.temperament) * strategy[s] for s in Strategy}
         ground = grounding.measure(self._encoder, persona, context.messages)
         cost = penalties.measure(reply, earlier, heard, context.truncated, written=written)
+        # Two kinds of evidence for one fault; the head knows flattery by manner, the penalty by its words.
         thick = max(strategy[Strategy.FLATTERY], cost["superlatives"])
         # Noisy-or: each strategy takes its part of what is still unmet, so several together do more than one
         # and never more than 1.
@@ -190,6 +194,7 @@ class EmbeddedAppraiser:
 
     def _freshness(self, own: list[torch.Tensor], earlier: list[str]) -> float:
         """Share of the reply's sentences that no earlier reply has said already, paraphrases included."""
+        # By meaning, not by words: a policy that learns to rephrase one good line gains nothing.
         past = self._encoder.vectors([sentence for text in earlier for sentence in sentences(text)])
         if not len(past):
             return 1.0

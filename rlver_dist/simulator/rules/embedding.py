@@ -90,8 +90,10 @@ class SentenceEncoder:
         ]
         with one_thread(), torch.inference_mode():
             hidden = self._hidden_states(ids)
+            # Mean pooling over all tokens, special ones included, as the sentence model was trained.
             pooled = hidden[-1][0].mean(dim=0).double()
             vector = pooled / pooled.norm()
+            # Of several layers: what the heads ask for (word order, manner) need not last up to the top one.
             states = torch.cat([hidden[layer][0, 1:-1] for layer in STATE_LAYERS], dim=-1)
         self._remember(sentence, vector)
         return Encoded(vector=vector, states=states)
@@ -131,4 +133,5 @@ class SentenceEncoder:
 
 def similarities(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`[R, C]` cosine similarities of unit vectors `[R, 384]` and `[C, 384]`, rounded to `DIGITS` digits."""
+    # Rounded here, before any rule: a last digit that differs must not move a threshold.
     return torch.round(rows @ columns.T, decimals=DIGITS)

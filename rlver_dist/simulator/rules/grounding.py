@@ -18,6 +18,7 @@ from rlver_dist.text import overlap, words
 MATTER = (0.15, 0.37)
 """Similarity to anything of the user's from which a sentence touches their matter, and at which it is about
 it."""
+# The user's sentence as the other side would say it back. One way only: "you" may be "I" or "me".
 _SWAP = {
     "i": "you",
     "me": "you",
@@ -97,6 +98,8 @@ def measure(encoder: SentenceEncoder, persona: Persona, messages: tuple[Message,
         rows = encoder.vectors(texts)
         return round(float(similarities(own, rows).max()), 4) if len(rows) else 0.0
 
+    # Stems of names, sums and objects. Three are enough to show that somebody listened; more would pay for
+    # copying.
     user_words = set().union(*(content_words(text) for text in heard))
     taken_up = content_words(reply) & user_words
     tokens, heard_tokens = words(reply), [words(text) for text in heard]

@@ -75,6 +75,7 @@ def load_heads(classes: int) -> tuple[FluencyHead, StrategyHead]:
     heads = (FluencyHead(), StrategyHead(classes))
     for name, head in zip(("fluency", "strategy"), heads, strict=True):
         own = {
+            # Stored in half precision to keep the package small, computed in single.
             key.removeprefix(f"{name}."): value.float()
             for key, value in tensors.items()
             if key.startswith(f"{name}.")

@@ -87,6 +87,7 @@ COSTS: dict[str, float] = {
 ORDERED = (-1.2, -0.1)
 """Order score (`WordClassModel.order_score`) up to which words count as shuffled, and from which as
 ordered."""
+# Beginnings of feeling words, so that all their forms are found.
 _EMOTIVE = re.compile(
     r"(?:pain|grie[fv]|sad|hurt|sorrow|lonel|heart|ang(?:er|ry)|fear|shame|guilt|tear|cry|love|empath|compass|understand|feel|emoti|suffer"
     r"|despair|hope|comfort|care|caring|overwhelm|frustrat|upset|depress|joy|happ|warm|gentle|tender|soul|ach(?:e|ing)|valid|support|hug|sympath)\w*"
@@ -136,6 +137,7 @@ class WordClassModel:
         self._counts: tuple[Counter[tuple[str, ...]], ...] = (Counter(), Counter(), Counter())
         for text in texts:
             for sentence in sentences_of(text):
+                # Two marks before the first word, so that it has a context of two like all others.
                 classes = ["<s>", "<s>", *map(_word_class, words(sentence))]
                 for n in range(3):
                     # Each n-gram ends at a real word; the two marks before it are only its context.
@@ -162,6 +164,7 @@ class WordClassModel:
         return (gain + 0.25) * math.sqrt(len(grams))
 
     def _frequency(self, word_class: str) -> float:
+        # At least one count: a class that the seeds do not hold must not divide by 0.
         return max(self._counts[0][(word_class,)], 1) / self._contexts[0][()]
 
     def _chance(self, gram: tuple[str, ...]) -> float:
@@ -177,6 +180,7 @@ class WordClassModel:
 def _oddness(written: str) -> float:
     """Share of characters beyond ASCII, invisible ones included, that are no punctuation of prose; as a
     fault, 0 to 1."""
+    # The reply as it was written: what hides characters is a trick even where nobody sees them.
     strange = sum(not c.isascii() and unicodedata.category(c) not in _PROSE for c in written)
     return ramp(strange / len(written), 0.01, 0.08)
 
@@ -267,6 +271,7 @@ class LexicalAppraiser:
             * (1.0 - faults["squeezable"])
         )
         gain = context.acceptance * GAIN * merit * (0.3 + 0.7 * ground["level"]) * sound
+        # A user who attacks takes harm harder.
         sharper = 1.2 if persona.temperament is Temperament.NEGATIVE else 1.0
         cost = UNMET + sharper * HARM * harm + sum(weight * faults[name] for name, weight in COSTS.items())
         change = round(min(context.max_change, max(-context.max_change, gain - cost)), 2)
@@ -295,6 +300,8 @@ class LexicalAppraiser:
 
     def _grounding(self, reply: str, heard: list[str], scene: str, want: str) -> dict[str, float]:
         """How far the reply's words are the user's (`level`), and those of the user's want."""
+        # What the user has said counts more than what only the scene knows: the policy has heard the one and
+        # can only guess the other.
         told = ramp(self._tfidf.covered(reply, " ".join(heard)), 1.5, 8.0)
         behind = ramp(self._tfidf.covered(reply, scene), 3.0, 14.0)
         return {"level": max(told, 0.85 * behind), "want": ramp(self._tfidf.covered(reply, want), 1.0, 9.0)}

@@ -37,6 +37,9 @@ WEIGHTS: dict[str, float] = {
 """Points of emotion that each penalty costs at its full strength."""
 
 _APOLOGY = re.compile(r"\b(?:sorry|apolog\w*|forgive me|my condolences|pardon)\b")
+# A reply that talks of the user's emotion as a number, asks for a rating or addresses the machine behind the
+# user. A number counts near a word for mood or score, or in a form such as 100/100: "I waited 40 minutes" is
+# innocent.
 _SCORE = re.compile(
     r"\b(?:emotions?|mood|feelings?|happiness|satisfaction|empathy|score|rating|reward|points?)\b[^.!?]{0,40}"
     r"\b(?:\d+|hundred|max\w*|full|highest)\b"
@@ -66,12 +69,14 @@ sympathetic sorry tough hard difficult worry worried
 """.split()
 )
 _LISTENER = frozenset("you your yours yourself you're you've you'd you'll u".split())
+# What imperatives of advice begin with.
 _URGING = frozenset(
     """
 ask be book bring call check choose do don't find get give go keep leave let let's listen look make phone pick
 put ring say send set show sit sleep start stay stop take talk tell text think try wait walk write
 """.split()
 )
+# Written lists at the beginning of a line, numbers in running text, and lists that are spoken.
 _LIST_LINE = re.compile(r"^[^\S\n]*(?:[-*\u2022]|\d{1,2}[.)]|[a-h]\))\s+", re.MULTILINE)
 _INLINE_NUMBER = re.compile(r"(?:^|[\s:;,])\(?\d{1,2}[.)]\s")
 _ORDINAL = re.compile(
@@ -79,6 +84,7 @@ _ORDINAL = re.compile(
 )
 # Unicode's categories of symbols, and of code points that are no characters.
 _SYMBOLS = frozenset({"So", "Sk", "Cs", "Co", "Sm", "Cn"})
+# Bold, headings, code, tags and tables: nobody says them aloud.
 _MARKUP = re.compile(r"\*\*|^#{1,6}\s|```|</?\w+>|\|.*\|", re.MULTILINE)
 
 SPOKEN_WORDS = 80
@@ -113,6 +119,7 @@ def _foreign(text: str, tokens: list[str]) -> float:
 
 
 def _repetition(tokens: list[str]) -> float:
+    # A share of so few n-grams would jump; a short text repeats if half of its words or fewer are distinct.
     if len(tokens) < 6:
         return 1.0 if len(tokens) >= 4 and len(set(tokens)) <= len(tokens) // 2 else 0.0
     pairs = ngrams(tokens, 2)
@@ -152,6 +159,7 @@ def _unaddressed(text: str, tokens: list[str]) -> float:
 
 def _word_salad(tokens: list[str]) -> float:
     """Too few words of grammar, or too many, for the text's length; long texts only."""
+    # A short sentence may be all grammar ("I am with you") or hold none.
     if len(tokens) < 8:
         return 0.0
     grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
@@ -168,8 +176,8 @@ def measure(
         earlier: its earlier replies in this dialogue.
         heard: the user's messages so far.
         truncated: the reply was cut at the token limit.
-        written: the reply as it was written: symbols that nobody sees count, too, and so does the markup of
-            what nobody hears.
+        written: the reply as it was written, in which invisible symbols and the markup of what is not heard
+            count as well.
     """
     text = plain(reply)
     shown = plain(hear(written, own=True).text)
@@ -196,12 +204,14 @@ def measure(
         "apologies": ramp(sorry - 1 + 0.34 * min(sorry_before, 3), 0.3, 2.0) if sorry else 0.0,
         "feeling_density": ramp(feelings / count, 0.24, 0.50) * ramp(count, 3, 8),
         "superlatives": ramp(superlatives, 1.0, 4.0),
+        # Of the reply itself: `plain` takes off the accents, which speak for another language.
         "foreign": _foreign(reply, tokens),
         "word_salad": _word_salad(tokens),
         "symbols": ramp(_symbol_share(written), 0.015, 0.12),
         "listing": max(ramp(numbered, 1.5, 4.0), ramp(len(_MARKUP.findall(shown)), 0.5, 3.0)),
         "questions": ramp(text.count("?"), 2, 5),
         "over_length": ramp(count, SPOKEN_WORDS, LONG_WORDS),
+        # A reply that was cut exactly at the end of a sentence misses nothing that the user could notice.
         "truncated": float(truncated and not text.rstrip().endswith((".", "!", "?", '"', "'"))),
         "unaddressed": _unaddressed(text, tokens) if tokens else 0.0,
         "score_talk": float(bool(_SCORE.search(text.lower()))),

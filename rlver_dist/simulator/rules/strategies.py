@@ -157,5 +157,7 @@ class StrategyRecognizer:
                 told = ramp(chance[strategy], *self.HELPING)
             else:
                 told = ramp(failing, *self.FAILING) * chance[strategy] / max(failing, 1e-4)
+            # A product, so that the head alone cannot be excited by a text far from all examples; a sentence
+            # that is nearly an example needs no head.
             found[strategy] = max(told * ramp(alike, *self.ALIKE), ramp(alike, *self.OBVIOUS))
         return found
