@@ -2,10 +2,10 @@
 
 import json
 
-from benchmarks.report_run import write_page
 from rlver_dist.dialogue import EndReason
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
+from scripts.report_run import write_page
 from tests.unit.test_metrics import make_dialogue, make_turn
 
 SUMMARY = {
