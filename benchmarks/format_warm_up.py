@@ -6,7 +6,8 @@ In one process with a vLLM engine and the learner: holds the warm-up's dialogues
 them, and holds eight turns with users of the evaluation split before and after. Columns: share of well-formed
 replies of the first three turns and of the later ones, of truncated ones, tokens up to the reply and of the
 reply, distinct-2 and the base model's perplexity of what was heard, and the mean change of emotion a reply.
-The first two rows are the base model, without and with the instruction to think.
+The reference is the base model, without and with the instruction to think (the first two rows): a perplexity
+of 19 against its 13 is x 1.5.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 import json
 
-from benchmarks.report_run import write_page
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
+from scripts.report_run import write_page
 from tests.unit import builders
 
 SUMMARY = {

@@ -1,7 +1,7 @@
 """The two small trained heads on MiniLM's token states: is a sentence language, and which strategy does it
 use?
 
-`benchmarks/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean
+`scripts/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean
 similarity vectors of MiniLM speak of a sentence's matter; its token states also hold word order and manner,
 which both questions need.
 """
