@@ -25,9 +25,12 @@ OWNERS = {
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 OLD_WORDS = {
+    "Built",
     "HoldFn",
     "LOOKED_AT",
     "Learned",
+    "Parts",
+    "_between_states",
     "_way_on",
     "bring_warm_start",
     "causes",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from transformers import AutoTokenizer
 
 from rlver_dist.bundled_models import resolve
+from rlver_dist.cluster.components import Components
 from rlver_dist.cluster.layout import Layout
 from rlver_dist.cluster.learners import CriticGroup, PolicyGroup
 from rlver_dist.cluster.place import learner_ranks, policy_engines, reward_services, user_engines
@@ -20,7 +24,10 @@ from rlver_dist.cluster.session import reserve
 from rlver_dist.cluster.weight_sync import WeightSync
 from rlver_dist.config.run import RunConfig
 from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.forecast import Forecast
+from rlver_dist.tracking.jsonl import Tracker
 from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.tracking.service_metrics import service_metrics
 
@@ -33,20 +40,15 @@ PROBE_TEXT = (
 
 
 @dataclass(kw_only=True, slots=True)
-class Built:
-    """A run's actors, grouped; `renderer` is the run's own, `plain_renderer` never asks for thinking."""
+class _Actors:
+    """A run's actors, and what has to be taken down with them."""
 
     engines: EnginePool
-    user_engines: list[Any]
-    users: RewardPool
-    evaluation_users: RewardPool
+    user_engines: list[ActorHandle]
     learner: PolicyGroup
     critic: CriticGroup | None
     sync: WeightSync
-    tokenizer: Any
-    renderer: Renderer
-    plain_renderer: Renderer
-    replicas: list[Any]
+    replicas: list[ActorHandle]
     group: PlacementGroup | None
 
     async def metrics(self) -> list[Metric]:
@@ -59,7 +61,8 @@ class Built:
 
     async def close(self) -> None:
         """End engines and learners in order, then the actors."""
-        closing = [*self.engines.engines, *self.user_engines, *self._learner_ranks]
+        learner_ranks = self.learner.ranks + (self.critic.ranks if self.critic else [])
+        closing = [*self.engines.engines, *self.user_engines, *learner_ranks]
         await asyncio.wait(
             [asyncio.wrap_future(actor.close.remote().future()) for actor in closing], timeout=20
         )
@@ -69,29 +72,69 @@ class Built:
             remove_placement_group(self.group)
         self.sync.close()
 
-    @property
-    def _learner_ranks(self) -> list[Any]:
-        return self.learner.ranks + (self.critic.ranks if self.critic else [])
 
-
-async def build(config: RunConfig, layout: Layout, console: Console, warm_start: Path | None) -> Built:
-    """Start engines, learners and reward services at the same time and wait until all of them answer.
+@contextlib.asynccontextmanager
+async def build(
+    config: RunConfig,
+    layout: Layout,
+    *,
+    warm_start: Path | None,
+    second_judge: Judge | None,
+    console: Console,
+    trackers: Sequence[Tracker],
+    forecast: Forecast,
+) -> AsyncIterator[Components]:
+    """Start engines, learners and reward services at the same time, wait until all of them answer, and take
+    them down when the block ends.
 
     Args:
         config: the run's configuration.
         layout: where everything goes.
-        console: shows the progress.
         warm_start: folder of the policy that a warm-up made; None starts from `model.path`.
+        second_judge: see `Components`, like all that follow.
+        console: shows the progress, too.
+        trackers: pass through.
+        forecast: passes through.
+
+    Yields:
+        The components that a driver works with.
     """
     group = await reserve(layout, console.note)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
     think = config.rollout.think
     renderer = Renderer(tokenizer, system_prompt(config.model, think), think)
+    actors = _create(config, layout, group, renderer)
+    try:
+        await _start(actors, layout, console, warm_start)
+        yield Components(
+            generate=actors.engines.generate,
+            users=RewardPool(actors.replicas, "train").respond,
+            evaluation_users=RewardPool(actors.replicas, "evaluation").respond,
+            second_judge=second_judge,
+            policy=actors.learner,
+            critic=actors.critic,
+            sync=actors.sync,
+            service_metrics=actors.metrics,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            plain_renderer=Renderer(tokenizer, system_prompt(config.model, False)),
+            trackers=trackers,
+            console=console,
+            forecast=forecast,
+            ranks=layout.ranks,
+        )
+    finally:
+        # An actor that died is not there to be closed, and what it died of is on its way to the caller.
+        with contextlib.suppress(Exception):
+            await actors.close()
+
+
+def _create(config: RunConfig, layout: Layout, group: PlacementGroup | None, renderer: Renderer) -> _Actors:
+    """All actors, none of which has loaded anything yet."""
     engines = EnginePool(policy_engines(config, layout, group, renderer.end_token_id))
     speakers = user_engines(config, layout, group)
     learner = PolicyGroup(learner_ranks(config, layout, group, critic=False))
     critic = CriticGroup(learner_ranks(config, layout, group, critic=True)) if layout.critic_ranks else None
-    replicas = reward_services(config, layout, speakers)
     sync = WeightSync(
         learner,
         engines,
@@ -100,47 +143,36 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
         dtype=config.model.dtype,
         probe=renderer.opening_prompt(PROBE_TEXT),
     )
-    built = Built(
+    return _Actors(
         engines=engines,
         user_engines=speakers,
-        users=RewardPool(replicas, "train"),
-        evaluation_users=RewardPool(replicas, "evaluation"),
         learner=learner,
         critic=critic,
         sync=sync,
-        tokenizer=tokenizer,
-        renderer=renderer,
-        plain_renderer=Renderer(tokenizer, system_prompt(config.model, False)),
-        replicas=replicas,
+        replicas=reward_services(config, layout, speakers),
         group=group,
     )
-    try:
-        await _start(built, layout, console, warm_start)
-    except BaseException:
-        await built.close()
-        raise
-    return built
 
 
-async def _start(built: Built, layout: Layout, console: Console, warm_start: Path | None) -> None:
+async def _start(actors: _Actors, layout: Layout, console: Console, warm_start: Path | None) -> None:
     """Wait until every actor has loaded what it holds."""
-    learners = 2 if built.critic else 1
-    total = layout.policy.count + layout.users.count + learners + len(built.replicas)
+    learners = 2 if actors.critic else 1
+    total = layout.policy.count + layout.users.count + learners + len(actors.replicas)
     with console.phase("loading models", total) as advance:
         waiting: list[asyncio.Future[Any]] = []
-        for engines in (built.engines.engines, built.user_engines):
+        for engines in (actors.engines.engines, actors.user_engines):
             for engine in engines:
                 waiting.append(asyncio.wrap_future(engine.start.remote().future()))
                 if layout.shares_gpus:
                     # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
                     await waiting[-1]
         waiting.append(
-            asyncio.ensure_future(built.learner.start(None if warm_start is None else str(warm_start)))
+            asyncio.ensure_future(actors.learner.start(None if warm_start is None else str(warm_start)))
         )
-        if built.critic:
-            waiting.append(asyncio.ensure_future(built.critic.start()))
-        waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in built.replicas]
+        if actors.critic:
+            waiting.append(asyncio.ensure_future(actors.critic.start()))
+        waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in actors.replicas]
         for part in asyncio.as_completed(waiting):
             await part
             advance(1)
-        await built.sync.open()
+        await actors.sync.open()

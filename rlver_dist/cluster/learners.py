@@ -1,4 +1,4 @@
-"""All ranks of a learner, addressed as one; what `trainer/components.py`'s `Policy` and `Critic` ask for."""
+"""All ranks of a learner, addressed as one; what `components.py`'s `Policy` and `Critic` ask for."""
 
 from __future__ import annotations
 
