@@ -277,7 +277,7 @@ def _result_lines(summary: Summary) -> list[str]:
         if key in summary and (any(summary[key].values()) or key != "thinking_distinct2"):
             lines.append(
                 f"  {name:<26} {summary[key]['before']:.3g} -> "
-                f"{summary[key]['after']:.3g}{_as_it_came(summary, key)}"
+                f"{summary[key]['after']:.3g}{_base_model_figure(summary, key)}"
             )
     judges = summary.get("judges", {}).get("after", [])
     lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
@@ -286,9 +286,9 @@ def _result_lines(summary: Summary) -> list[str]:
     return lines
 
 
-def _as_it_came(summary: Summary, key: str) -> str:
-    """The figure of the model before a warm-up, which may have changed more than training did; empty where it
-    has none.
+def _base_model_figure(summary: Summary, key: str) -> str:
+    """The base model's figure, since a warm-up may have changed it more than training did; empty where there
+    is none.
 
     It replied without thoughts and their format.
     """
