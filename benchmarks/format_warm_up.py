@@ -116,16 +116,20 @@ class Measurement:
 
     async def samples(self) -> list[ImitationSample]:
         """The warm-up's samples, of the model as it is served now."""
-        common = dict(
-            config=self.config,
+        warm_up = self.config.warm_up
+        plain = self.renderer(think=False)
+        tasks = reply_tasks(load_split("bank", "train"), warm_up.dialogues, self.config.seed)
+        limits = reply_limits(self.limits, warm_up, self.config.rollout)
+        return await warm_up_samples(
+            await self.hold("warm-up: replies", tasks, self.users, limits, plain),
+            tasks=tasks,
+            warm_up=warm_up,
             tokenizer=self.tokenizer,
-            personas=load_split("bank", "train"),
+            plain=plain,
+            thinking=self.renderer(think=True),
             limits=self.limits,
             collect=self.hold,
         )
-        tasks, limits = reply_tasks(self.config, common["personas"]), reply_limits(self.config, self.limits)
-        dialogues = await self.hold("warm-up: replies", tasks, self.users, limits, self.renderer(think=False))
-        return await warm_up_samples(dialogues, **common)
 
     async def serve(self, learner: PolicyLearner) -> None:
         """Let the engine take the learner's weights."""

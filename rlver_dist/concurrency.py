@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -24,3 +24,21 @@ async def all_or_none(work: Iterable[Coroutine[object, None, Result]]) -> list[R
             if not task.cancelling():
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def to_the_end(work: Awaitable[Result]) -> tuple[Result, asyncio.CancelledError | None]:
+    """Await `work` to its end, also where this task is cancelled once meanwhile.
+
+    Returns:
+        What `work` gave, and the cancellation, which the caller has to raise when it is ready for it; None
+            where there was none.
+
+    Raises:
+        asyncio.CancelledError: this task was cancelled twice, and `work` was left alone in its midst.
+        Exception: whatever `work` raises.
+    """
+    running = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(running), None
+    except asyncio.CancelledError as cancellation:
+        return await asyncio.shield(running), cancellation

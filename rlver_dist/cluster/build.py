@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from rlver_dist.bundled_models import resolve
+from rlver_dist.cluster.components import Components
 from rlver_dist.cluster.layout import Layout
 from rlver_dist.cluster.learners import CriticGroup, PolicyGroup
 from rlver_dist.cluster.place import (
@@ -30,7 +32,10 @@ from rlver_dist.learner.critic import CriticSettings
 from rlver_dist.learner.policy_models import PolicySettings
 from rlver_dist.rollout.engine import EngineSettings
 from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.forecast import Forecast
+from rlver_dist.tracking.jsonl import Tracker
 from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.tracking.service_metrics import service_metrics
 
@@ -42,19 +47,14 @@ PROBE_TEXT = (
 
 
 @dataclass(kw_only=True, slots=True)
-class Built:
-    """A run's actors, grouped; `renderer` is the run's own, `plain_renderer` never asks for thinking."""
+class _Actors:
+    """A run's actors, and what has to be taken down with them."""
 
     engines: EnginePool
     user_engines: list[ActorHandle]
-    users: RewardPool
-    evaluation_users: RewardPool
     learner: PolicyGroup
     critic: CriticGroup | None
     sync: WeightSync
-    tokenizer: PreTrainedTokenizerBase
-    renderer: Renderer
-    plain_renderer: Renderer
     replicas: list[ActorHandle]
     group: PlacementGroup | None
 
@@ -82,20 +82,71 @@ class Built:
         self.sync.close()
 
 
-async def build(config: RunConfig, layout: Layout, console: Console, warm_start: Path | None) -> Built:
-    """Start engines, learners and reward services at the same time and wait until all of them answer.
+@contextlib.asynccontextmanager
+async def build(
+    config: RunConfig,
+    layout: Layout,
+    *,
+    warm_start: Path | None,
+    second_judge: Judge | None,
+    console: Console,
+    trackers: Sequence[Tracker],
+    forecast: Forecast,
+) -> AsyncIterator[Components]:
+    """Start engines, learners and reward services at the same time, wait until all of them answer, and take
+    them down when the block ends.
 
     Args:
         config: the run's configuration.
         layout: where everything goes.
-        console: shows the progress.
         warm_start: folder of the policy that a warm-up made; None starts from `model.path`.
+        second_judge: see `Components`, like all that follow.
+        console: shows the progress, too.
+        trackers: pass through.
+        forecast: passes through.
+
+    Yields:
+        The components that a driver works with.
     """
     # First of all, so that nothing is loaded for a run that cannot be placed.
     group = await reserve(layout, console.note)
     tokenizer = AutoTokenizer.from_pretrained(resolve(config.model.path))
     think = config.rollout.think
     renderer = Renderer(tokenizer, system_prompt(config.model, think), think)
+    actors = _create(config, layout, group, renderer, warm_start)
+    try:
+        await _start(actors, layout, console)
+        yield Components(
+            generate=actors.engines.generate,
+            users=RewardPool(actors.replicas, "train").respond,
+            evaluation_users=RewardPool(actors.replicas, "evaluation").respond,
+            second_judge=second_judge,
+            policy=actors.learner,
+            critic=actors.critic,
+            sync=actors.sync,
+            service_metrics=actors.metrics,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            plain_renderer=Renderer(tokenizer, system_prompt(config.model, False)),
+            trackers=trackers,
+            console=console,
+            forecast=forecast,
+            ranks=layout.ranks,
+        )
+    finally:
+        # An actor that died is not there to be closed, and what it died of is on its way to the caller.
+        with contextlib.suppress(Exception):
+            await actors.close()
+
+
+def _create(
+    config: RunConfig,
+    layout: Layout,
+    group: PlacementGroup | None,
+    renderer: Renderer,
+    warm_start: Path | None,
+) -> _Actors:
+    """All actors, none of which has loaded anything yet."""
     settings = EngineSettings.from_config(
         config.model,
         config.cluster,
@@ -109,8 +160,6 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
     engines = EnginePool(policy_engines(settings, layout, group))
     speakers = user_engines(config.simulator, config.rollout.max_concurrent, layout, group)
     learner, critic = _make_learners(config, layout, group, warm_start)
-    # After the users' engines, whose handles each replica holds.
-    replicas = reward_services(config.simulator, layout, speakers)
     sync = WeightSync(
         learner,
         engines,
@@ -120,26 +169,16 @@ async def build(config: RunConfig, layout: Layout, console: Console, warm_start:
         # In the form that the policy is asked in, special tokens and all.
         probe=renderer.opening_prompt(PROBE_TEXT),
     )
-    built = Built(
+    return _Actors(
         engines=engines,
         user_engines=speakers,
-        users=RewardPool(replicas, "train"),
-        evaluation_users=RewardPool(replicas, "evaluation"),
         learner=learner,
         critic=critic,
         sync=sync,
-        tokenizer=tokenizer,
-        renderer=renderer,
-        plain_renderer=Renderer(tokenizer, system_prompt(config.model, False)),
-        replicas=replicas,
+        # After the users' engines, whose handles each replica holds.
+        replicas=reward_services(config.simulator, layout, speakers),
         group=group,
     )
-    try:
-        await _start(built, layout, console)
-    except BaseException:
-        await built.close()
-        raise
-    return built
 
 
 def _make_learners(
@@ -166,22 +205,22 @@ def _make_learners(
     return learner, CriticGroup(critic_ranks(critic, layout, group))
 
 
-async def _start(built: Built, layout: Layout, console: Console) -> None:
+async def _start(actors: _Actors, layout: Layout, console: Console) -> None:
     """Wait until every actor has loaded what it holds."""
-    learners = [built.learner, *([built.critic] if built.critic else [])]
-    total = layout.policy.count + layout.users.count + len(learners) + len(built.replicas)
+    learners = [actors.learner, *([actors.critic] if actors.critic else [])]
+    total = layout.policy.count + layout.users.count + len(learners) + len(actors.replicas)
     with console.phase("loading models", total) as advance:
         waiting: list[Awaitable[object]] = []
-        for engines in (built.engines.engines, built.user_engines):
+        for engines in (actors.engines.engines, actors.user_engines):
             for engine in engines:
                 waiting.append(asyncio.wrap_future(engine.start.remote().future()))
                 if layout.shares_gpus:
                     # vLLM measures the free memory at its start, so nothing else may take any meanwhile.
                     await waiting[-1]
         waiting += [asyncio.ensure_future(learner.start()) for learner in learners]
-        waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in built.replicas]
+        waiting += [asyncio.wrap_future(replica.start.remote().future()) for replica in actors.replicas]
         for started in asyncio.as_completed(waiting):
             await started
             advance(1)
         # Only now are there weights to measure, or engines to connect.
-        await built.sync.open()
+        await actors.sync.open()

@@ -1,5 +1,7 @@
-"""All ranks of a learner, addressed as one: each call of the driver goes to every rank, since the learners'
-methods are collective."""
+"""All ranks of a learner, addressed as one; what `Policy` and `Critic` of `components.py` ask for.
+
+Each call of the driver goes to every rank, since the learners' methods are collective.
+"""
 
 from __future__ import annotations
 

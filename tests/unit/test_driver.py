@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlver_dist.bundled_models import resolve
+from rlver_dist.cluster.components import Components
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import AlgorithmName, KLPlacement, Precision
 from rlver_dist.config.evaluation import EvaluationConfig
@@ -24,6 +25,7 @@ from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.rollout.collector import Generation
 from rlver_dist.rollout.renderer import Renderer
@@ -31,12 +33,11 @@ from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.forecast import Forecast
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.trainer.checkpoints import CheckpointStore
-from rlver_dist.trainer.components import Parts
 from rlver_dist.trainer.driver import Driver
-from rlver_dist.trainer.forecast import Forecast
 
 WORDS = (
     "So the letter came on Friday.",
@@ -127,7 +128,7 @@ class CountingCritic:
 
 
 class Harness:
-    """A driver with its parts and the journal of what they did."""
+    """A driver with its components and the journal of what they did."""
 
     def __init__(
         self,
@@ -178,12 +179,11 @@ class Harness:
                 raise BudgetError(f"{budget} appraisals are used up")
             return users.respond(request)
 
-        parts = Parts(
+        components = Components(
             generate=self.generate,
             users=respond,
             evaluation_users=respond,
             second_judge=RuleJudge(appraiser=ByLength(), rules=resolve_rules(SimulatorConfig())),
-            evaluation_rules=resolve_rules(SimulatorConfig()).emotion,
             policy=self.policy,
             critic=self.critic,
             sync=self.sync,
@@ -193,11 +193,16 @@ class Harness:
             plain_renderer=plain_renderer or renderer,
             trackers=[JsonlTracker(folder / "metrics.jsonl", first_iteration=1)],
             console=Console(2, file=(folder / "console.txt").open("w")),
-            forecast=Forecast(self.config),
+            forecast=Forecast(
+                rollout=self.config.rollout,
+                algorithm=self.config.algorithm,
+                evaluation=self.config.evaluation,
+                warm_up=self.config.warm_up,
+            ),
             ranks={"policy_learner": "3"},
         )
         self.driver = Driver(
-            self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation")
+            self.config, components, load_split("bank", "train"), load_split("bank", "evaluation")
         )
 
     async def go_on(self, checkpoint: Path) -> None:
@@ -446,9 +451,12 @@ def test_a_first_evaluation_of_another_policy_than_the_warmed_up_one_is_made_ane
     tmp_path, thinking, renderer
 ):
     unwarmed = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
-    unwarmed.driver.progress.before = {"made": "before the warm-up"}
+    other = HeldOut(
+        persona_ids=[], emotion=[], second_emotion=[], distinct2=0, perplexity=1, well_formed=0, failed=0
+    )
+    unwarmed.driver.progress.before = other
     asyncio.run(unwarmed.driver.run())
-    assert unwarmed.evaluated_after["before"] == "4: sync 0" and "made" not in unwarmed.driver.progress.before
+    assert unwarmed.evaluated_after["before"] == "4: sync 0" and unwarmed.driver.progress.before != other
 
 
 def test_what_was_learned_without_an_evaluation_is_not_the_beginning_of_a_comparison(tmp_path, renderer):
@@ -468,7 +476,7 @@ def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, t
     assert harness.journal[:4] == ["sync 0", "imitate 2", "export warm_start", "sync 0"]
     assert harness.evaluated_after == {"control": "1: sync 0", "before": "4: sync 0", "after": "6: sync 1"}
     control = harness.driver.progress.control
-    assert control["well_formed"] == 1.0
+    assert control is not None and control.well_formed == 1.0
     assert (tmp_path / "dialogues" / "control_000000.parquet").exists()
     again = Harness(tmp_path, thinking, plain_renderer=renderer, **{**changes, "num_iterations": 2})
     checkpoint = CheckpointStore(tmp_path, 2).latest()

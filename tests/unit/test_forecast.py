@@ -4,13 +4,13 @@ import re
 
 import pytest
 
+from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.evaluation import EvaluationConfig
 from rlver_dist.config.learner import WarmUpConfig
 from rlver_dist.config.rollout import RolloutConfig
-from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Turn
-from rlver_dist.trainer import forecast as forecast_module
-from rlver_dist.trainer.forecast import TRAINED, Forecast
+from rlver_dist.tracking import forecast as forecast_module
+from rlver_dist.tracking.forecast import TRAINED, Forecast
 from tests.unit import builders
 
 
@@ -32,8 +32,9 @@ def reply(index: int, prompt: int, tokens: int) -> Turn:
     return builders.turn(index, prompt_ids=[0] * prompt, reply_ids=[0] * tokens)
 
 
-def config(think: bool) -> RunConfig:
-    return RunConfig(
+def unheard(think: bool) -> Forecast:
+    return Forecast(
+        algorithm=AlgorithmConfig(),
         rollout=RolloutConfig(
             dialogues_per_iteration=8, max_turns=2, max_reply_tokens=64, max_thinking_tokens=20, think=think
         ),
@@ -45,7 +46,7 @@ def config(think: bool) -> RunConfig:
 def heard(think: bool, clock: Clock) -> Forecast:
     """30 replies of 40 tokens in 60 s, so 20 tokens a second; prompts begin with 100 tokens and grow by 70 a
     turn."""
-    forecast = Forecast(config(think))
+    forecast = unheard(think)
     forecast.score_rate = 200.0
     with forecast.sampling():
         for _ in range(15):
@@ -65,7 +66,7 @@ def stage_seconds(forecast: Forecast, monkeypatch, *, warms_up: bool = False) ->
 
 
 def test_it_is_given_after_a_minute_of_sampling_and_not_before(clock):
-    forecast = Forecast(config(think=False))
+    forecast = unheard(think=False)
     forecast.score_rate = 200.0
     assert not forecast.ready
     with forecast.sampling():
@@ -80,7 +81,7 @@ def test_it_is_given_after_a_minute_of_sampling_and_not_before(clock):
 
 
 def test_dialogues_that_are_held_at_once_count_their_seconds_once(clock, monkeypatch):
-    forecast = Forecast(config(think=False))
+    forecast = unheard(think=False)
     forecast.score_rate = 200.0
     forecast.hear(reply(0, 100, 40))
     with forecast.sampling():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.guards import GuardConfig, GuardsConfig
-from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.guards import grams, guard_rewards, measure, non_words, penalty, redundancy, words
@@ -248,9 +247,9 @@ def test_training_pays_what_the_guards_leave():
     talks = [dialogue("good", "a", "Tell me about the boat."), dialogue("loop", "a", loop)]
     guards = GuardsConfig(loops=GuardConfig(start=0.0, full=11 / 13, penalty=0.2))
     learner = Learner()
-    config = RunConfig(algorithm=AlgorithmConfig(guards=guards, normalize_by_std=False))
+    algorithm = AlgorithmConfig(guards=guards, normalize_by_std=False)
     learned = asyncio.run(
-        training_step(talks, config=config, policy=learner, critic=None, kl_coef=0.0, critic_only=False)
+        training_step(talks, algorithm=algorithm, policy=learner, critic=None, kl_coef=0.0, critic_only=False)
     )
     assert learned.rewards == {"good": 0.5, "loop": pytest.approx(0.3)}
     assert learner.advantages == {"good": pytest.approx(0.1), "loop": pytest.approx(-0.1)}

@@ -313,11 +313,11 @@ OPENAI = HttpChatConfig(endpoints="http://127.0.0.1:9/v1", model="big", api_key_
     ],
 )
 def test_an_evaluation_names_its_judges(second, simulator, names):
-    config = RunConfig(evaluation=EvaluationConfig(second_judge=second), simulator=simulator)
-    assert judge_names(config) == names
+    evaluation = EvaluationConfig(second_judge=second)
+    assert judge_names(simulator, evaluation) == names
 
     async def build():
-        async with second_judge(config) as judge:
+        async with second_judge(simulator, evaluation) as judge:
             return None if judge is None else set(judge.metrics())
 
     counts = asyncio.run(build())

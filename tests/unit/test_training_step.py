@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import AlgorithmName, KLPlacement, RewardPlacement
-from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.trainer.training_step import StepResult, training_step
 from tests.unit import builders
@@ -108,11 +107,10 @@ def train(
     policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options
 ) -> StepResult:
     algorithm = AlgorithmConfig(**options)
-    config = RunConfig(algorithm=algorithm)
     return asyncio.run(
         training_step(
             TALKS,
-            config=config,
+            algorithm=algorithm,
             policy=policy,
             critic=critic,
             kl_coef=algorithm.kl_coef,
@@ -170,10 +168,10 @@ async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paire
     """Both learners after a step, and what it raised."""
     begun = asyncio.Event(), asyncio.Event()
     policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
-    config = RunConfig(
-        algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward)
+    algorithm = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward)
+    step = training_step(
+        TALKS, algorithm=algorithm, policy=policy, critic=critic, kl_coef=0.1, critic_only=False
     )
-    step = training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
     try:
         await asyncio.wait_for(step, 5)
     except ConnectionError as error:
