@@ -147,7 +147,7 @@ def _create(
     warm_start: Path | None,
 ) -> _Actors:
     """All actors, none of which has loaded anything yet."""
-    settings = EngineSettings.from_config(
+    engine_settings = EngineSettings.from_config(
         config.model,
         config.cluster,
         device=layout.device,
@@ -157,9 +157,24 @@ def _create(
         stop_token_ids=(renderer.end_token_id,),
         weight_transfer=layout.weight_transfer,
     )
-    engines = EnginePool(policy_engines(settings, layout, group))
+    engines = EnginePool(policy_engines(engine_settings, layout, group))
     speakers = user_engines(config.simulator, config.rollout.max_concurrent, layout, group)
-    learner, critic = _make_learners(config, layout, group, warm_start)
+    policy_settings = PolicySettings(
+        model=config.model,
+        algorithm=config.algorithm,
+        learner=config.learner,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        warm_start=None if warm_start is None else str(warm_start),
+    )
+    critic_settings = CriticSettings(
+        model=config.model,
+        critic=config.critic,
+        updates_per_iteration=config.algorithm.updates_per_iteration,
+        seed=config.seed,
+    )
+    learner = PolicyGroup(policy_ranks(policy_settings, layout, group))
+    critic = CriticGroup(critic_ranks(critic_settings, layout, group)) if layout.critic_ranks else None
     sync = WeightSync(
         learner,
         engines,
@@ -179,30 +194,6 @@ def _create(
         replicas=reward_services(config.simulator, layout, speakers),
         group=group,
     )
-
-
-def _make_learners(
-    config: RunConfig, layout: Layout, group: PlacementGroup | None, warm_start: Path | None
-) -> tuple[PolicyGroup, CriticGroup | None]:
-    """The policy learner, and the critic where the layout has one."""
-    policy = PolicySettings(
-        model=config.model,
-        algorithm=config.algorithm,
-        learner=config.learner,
-        temperature=config.rollout.temperature,
-        seed=config.seed,
-        warm_start=None if warm_start is None else str(warm_start),
-    )
-    learner = PolicyGroup(policy_ranks(policy, layout, group))
-    if not layout.critic_ranks:
-        return learner, None
-    critic = CriticSettings(
-        model=config.model,
-        critic=config.critic,
-        updates_per_iteration=config.algorithm.updates_per_iteration,
-        seed=config.seed,
-    )
-    return learner, CriticGroup(critic_ranks(critic, layout, group))
 
 
 async def _start(actors: _Actors, layout: Layout, console: Console) -> None:
