@@ -73,7 +73,9 @@ class _Actors:
         closing = [*self.engines.engines, *self.user_engines, *self.learner.ranks, *critics]
         # vLLM's processes may outlive an actor that is only killed. One that hangs, or is dead already, must
         # not keep the others from ending.
-        calls = [asyncio.wrap_future(actor.close.remote().future()) for actor in closing]
+        calls: list[asyncio.Future[object]] = [
+            asyncio.wrap_future(actor.close.remote().future()) for actor in closing
+        ]
         await asyncio.wait(calls, timeout=20)
         for actor in [*closing, *self.replicas]:
             ray.kill(actor)

@@ -68,8 +68,8 @@ class RemoteEngines:
         """Make all engines ready to receive."""
         ray.get([engine.start_update.remote() for engine in self._engines])
 
-    def receive_update(self, update_info: dict[str, object]) -> None:
-        """Let all engines receive all weights."""
+    def receive_update(self, update_info: object) -> None:
+        """Let all engines receive all weights; `update_info` is vLLM's own payload, passed on as it is."""
         ray.get([engine.receive_update.remote(update_info) for engine in self._engines])
 
     def finish_update(self, version: int) -> None:

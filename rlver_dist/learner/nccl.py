@@ -26,8 +26,8 @@ class TransferTargets(Protocol):
     def start_update(self) -> None:
         """Make all engines ready to receive."""
 
-    def receive_update(self, update_info: dict[str, object]) -> None:
-        """Let all engines receive all weights."""
+    def receive_update(self, update_info: object) -> None:
+        """Let all engines receive all weights; `update_info` is vLLM's own payload, passed on as it is."""
 
     def finish_update(self, version: int) -> None:
         """Let all engines compute with the new weights, labelled `version`."""

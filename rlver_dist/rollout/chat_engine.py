@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.dialogue import Message, Role
@@ -46,7 +46,7 @@ class ChatTemplate:
             for message, sentinel in zip(messages, sentinels, strict=True)
         ]
         with boundary("chat template"):
-            rest = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            rest = str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         ids: list[int] = []
         for message, sentinel in zip(messages, sentinels, strict=True):
             piece, found, rest = rest.partition(sentinel)
@@ -89,7 +89,8 @@ class ChatEngine:
         arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         with boundary(f"vLLM engine for {self._settings.model_path}"):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-            self._template = ChatTemplate(self._llm.get_tokenizer())
+            # vLLM's own type is a narrower protocol; what it returns for a Hugging Face folder is this.
+            self._template = ChatTemplate(cast("PreTrainedTokenizerBase", self._llm.get_tokenizer()))
         try:
             self._template.render(PROBE)
         except BoundaryError as error:

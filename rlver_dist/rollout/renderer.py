@@ -176,8 +176,10 @@ class Renderer:
         """Template text before the system text, before the opening, between reply and user, and after the
         last user text."""
         try:
-            rest = self._tokenizer.apply_chat_template(
-                self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True
+            rest = str(
+                self._tokenizer.apply_chat_template(
+                    self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True
+                )
             )
         except Exception as error:
             raise self._refusal(
