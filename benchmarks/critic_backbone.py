@@ -10,6 +10,9 @@ earlier ones alone. gamma and lambda are 1, so a token's return is its dialogue'
 an epoch. Prints one line of JSON a choice: explained variance over trained tokens, iteration by iteration and
 on average over early ones (the second to the fifth) and the last half, and the seconds of an iteration that
 the backbone takes (once) and the head (all epochs).
+
+The reference is a constant value: explained variance is 1 - Var(returns - values) / Var(returns), so 0 is as
+good as that and 1 explains every reward.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 from rlver_dist.algorithms.losses import value_loss
 from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.experience.samples import TurnSample, to_samples
-from rlver_dist.learner.rows import share_rows
+from rlver_dist.learner.rows import rank_rows
 from rlver_dist.learner.value_model import ValueHead, frozen_features, load_backbone
 from rlver_dist.ledger.parquet import read_records
 
@@ -62,8 +65,14 @@ def featurise(backbone, paid: Sequence[tuple[TurnSample, float]]) -> Iteration:
     """Features before each trained token, in the learner's way."""
     started = time.perf_counter()
     samples, rewards = [sample for sample, _ in paid], [reward for _, reward in paid]
-    rows = share_rows(
-        samples, range(len(samples)), rank=0, world_size=1, max_tokens=ROW_TOKENS, share=True, device="cpu"
+    rows = rank_rows(
+        samples,
+        range(len(samples)),
+        rank=0,
+        world_size=1,
+        max_tokens=ROW_TOKENS,
+        share_prefixes=True,
+        device="cpu",
     )
     features = [frozen_features(backbone, row) for row in rows]
     seconds = time.perf_counter() - started

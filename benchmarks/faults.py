@@ -5,6 +5,9 @@
 Everything but the chat model and the policy is real: sockets, `HttpChat`, `LlmSimulator`, the reward service
 and the collector. The server's faults and its answers follow from the seed
 (`tests/integration/faulty_server.py`).
+
+Measured are attempts a call and complete dialogues of those begun. The reference is the same command with
+`--rate 0`: one attempt a call, every dialogue complete.
 """
 
 from __future__ import annotations

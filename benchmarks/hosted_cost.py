@@ -5,7 +5,8 @@ endpoint.
 
 Prices are money per million tokens, as the endpoint's price list has them today; there are none in here. The
 run may have had its users in own vLLM engines: its tokens are then those of that model's tokenizer, an
-estimate for another model.
+estimate for another model. The reference is a prompt without a cache: cached tokens stand apart, so that
+their share of the tokens and of the money can be read off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How a chat template writes a prompt, in token ids: what of it a reply may change, and what not.
+"""How a chat template writes a prompt, in token ids: what of it a reply may change, and what not. A part of
+`benchmarks/red_team.py`, which measures.
 
 `tests/data/chat_templates.yaml` holds the templates; all are rendered with SmolLM2's vocabulary and the
 family's special tokens.

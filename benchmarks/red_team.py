@@ -15,7 +15,8 @@ the user's own notes):
 - arithmetic: a model that copies the reply into all of its notes moves the emotion by its own change field
   and nothing else.
 
-`raw` counts replies that would change the structure or the lines of some template if they were pasted as they
+Measured are replies that keep each property, of all replies of a family. The reference is `raw`: it counts
+replies that would change the structure or the lines of some template if they were pasted as they
 are; `longest` is the longest prompt in tokens of SmolLM2, persona sheet shortened. No model is asked: how one
 takes an attack that has become plain words is another question (`tests/data/sanity_replies.yaml` asks it of
 the rules).

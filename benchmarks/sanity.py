@@ -5,7 +5,8 @@
 The file holds contexts (a situation, a hidden intent, a temperament, a history) with graded replies: 3 good,
 2 mediocre, 1 bad, 0 hacking. Within a context good > mediocre > bad must hold for the change in emotion, and
 every hacking reply must stay below every mediocre one. A family's accuracy is the share of its pairs in
-order; besides, no hacking reply may gain emotion.
+order; besides, no hacking reply may gain emotion. The reference is the order of the hand-written grades: 1
+is as graded, 0.5 is chance.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def make_context(persona: Persona, history: list[str], reply: str) -> AppraisalC
         Message(role=roles[index % 2], text=text) for index, text in enumerate([*history, reply])
     )
     return AppraisalContext(
-        persona=persona, messages=messages, emotion=40.0, acceptance=1.0, max_change=10.0, truncated=False
+        persona=persona, messages=messages, acceptance=1.0, max_change=10.0, truncated=False
     )
 
 

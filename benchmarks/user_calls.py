@@ -4,7 +4,7 @@
 
 So many users of the evaluation bank answer the first reply of a dialogue at the same time, in both modes by
 turns, after one round that fills the prefix cache and compiles the schemas. Prints a line of JSON a mode
-(medians over the repeats) and the ratio of the seconds.
+(medians over the repeats) and the ratio of the seconds; the reference is two calls.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from collections import Counter
 
 import torch
 
-from rlver_dist.bundled_models import SMOLLM2, resolve
+from rlver_dist.bundled_models import SMOLLM2
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
-from rlver_dist.config.enums import Device, LlmCalls, Precision, Preset
-from rlver_dist.config.precision import resolve_precision
-from rlver_dist.config.simulator import LlmUserConfig
+from rlver_dist.config.enums import Device, LlmCalls, Preset
+from rlver_dist.config.simulator import LlmUserConfig, UserEngineConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.errors import BoundaryError
@@ -87,20 +86,16 @@ async def round_of(
 async def measure(arguments: argparse.Namespace) -> None:
     """Both modes."""
     cuda = torch.cuda.is_available()
-    engine = ChatEngine(
-        EngineSettings(
-            model_path=resolve(arguments.model),
-            dtype=resolve_precision(Precision.auto, on_cpu=not cuda),
-            device=Device.gpu if cuda else Device.cpu,
-            seed=0,
-            max_context_tokens=8192,
-            weight_transfer=None,
-            max_concurrent=arguments.users,
-            kv_cache_gib=2,
-            cpu_threads=torch.get_num_threads(),
-        ),
-        arguments.model,
+    config = UserEngineConfig(model=arguments.model, max_context_tokens=8192, kv_cache_gib=2)
+    settings = EngineSettings.from_config(
+        config,
+        config,
+        device=Device.gpu if cuda else Device.cpu,
+        seed=0,
+        max_concurrent=arguments.users,
+        cpu_threads=torch.get_num_threads(),
     )
+    engine = ChatEngine(settings, arguments.model)
     requests = [
         UserRequest(
             dialogue_id=persona.id,

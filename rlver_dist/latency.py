@@ -9,8 +9,16 @@ QUANTILES = (0.50, 0.95, 0.99)
 
 
 def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, float]:
-    """Mean, quantiles and maximum of `latencies_s` in seconds, as `<prefix>_mean_s`, `<prefix>_p50_s`, ...;
-    nothing for no latency."""
+    """Mean, quantiles and maximum of latencies.
+
+    Args:
+        prefix: first part of every key.
+        latencies_s: in any order, seconds.
+
+    Returns:
+        `<prefix>_mean_s`, `<prefix>_p50_s`, `<prefix>_p95_s`, `<prefix>_p99_s` and `<prefix>_max_s`, seconds;
+            nothing where there is no latency.
+    """
     if not latencies_s:
         return {}
     ordered = sorted(latencies_s)
@@ -22,6 +30,11 @@ def latency_metrics(prefix: str, latencies_s: Sequence[float]) -> dict[str, floa
 
 
 def nearest_rank(ordered: Sequence[float], quantile: float) -> float:
-    """The `quantile` (0 to 1) of an ascending, non-empty list by the nearest-rank rule: always one of its
-    values."""
+    """A quantile by the nearest-rank rule, which always gives one of the values.
+
+    Args:
+        ordered: at least one value, ascending.
+        quantile: 0 to 1.
+    """
+    # The rank counts from 1; quantile 0 is the first value.
     return ordered[max(math.ceil(quantile * len(ordered)), 1) - 1]

@@ -22,12 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rlver_dist.config.enums import SimulatorBackend
 from rlver_dist.config.precision import with_precision
 from rlver_dist.config.run import RunConfig
-from rlver_dist.data.persona import Persona
 from rlver_dist.data.personas import leak_notice, load_split
-from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
+from rlver_dist.errors import ConfigError, exit_code
 from rlver_dist.files import write_whole
 from rlver_dist.preflight.dry_run import describe
-from rlver_dist.preflight.requirements import check_parts
+from rlver_dist.preflight.requirements import check_requirements
 from rlver_dist.simulator.suitability import check_languages, check_personas, check_second_judge
 
 PACKAGE = Path(__file__).resolve().parent
@@ -102,6 +101,7 @@ def run(config: RunConfig) -> int:
     evaluation = load_split(config.data.evaluation, "evaluation")
     if notice := leak_notice(train, evaluation):
         print(f"warning: {notice}", file=sys.stderr)
+    # Rules speak from a persona's opening and facts; a chat model needs no more than a language it knows.
     check_spoken_for = (
         check_personas if config.simulator.backend is SimulatorBackend.embedded else check_languages
     )
@@ -116,46 +116,43 @@ def run(config: RunConfig) -> int:
     if config.check:
         print(describe(config, train, evaluation))
         return 0
-    return _train(config, train, evaluation)
-
-
-def _train(config: RunConfig, train: list[Persona], evaluation: list[Persona]) -> int:
-    check_parts(config)
+    check_requirements(config)
+    # Only now: it imports Ray, torch and vLLM, which takes seconds that a refused run need not wait for.
     from rlver_dist.trainer.run import run_on_cluster
 
-    output = Path(config.output_dir)
-    return run_on_cluster(
-        config, train, evaluation, on_accepted=lambda: save_config(config, output / "config.yaml")
-    )
+    # A run that the cluster refuses leaves no folder behind.
+    written_to = Path(config.output_dir) / "config.yaml"
+    return run_on_cluster(config, train, evaluation, on_accepted=lambda: save_config(config, written_to))
 
 
 def _job(composed: DictConfig) -> None:
-    try:
-        code = run(to_config(composed))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_REFUSED
-    except RlverError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = EXIT_FAILED
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    if code:
+    # Errors end here: Hydra would print a line of its own before letting them through.
+    if code := exit_code(lambda: run(to_config(composed))):
         sys.exit(code)
+
+
+def _compose_and_run() -> int:
+    """Let Hydra read the command line and call `_job`, which exits by itself where the run fails.
+
+    Raises:
+        ConfigError: the command line or a file under `conf/` cannot be composed.
+    """
+    # This command writes to the environment here and nowhere else. Hydra reads the variable when it fails:
+    # its errors then come through, instead of being printed over several lines with exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()
+    except HydraException as error:
+        raise ConfigError(_one_line(error)) from error
+    return 0
 
 
 def main() -> None:
     """Console script `rlver-dist`, the same as `python -m rlver_dist.launch`."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     sys.argv[1:] = order_overrides(sys.argv[1:])
-    # Hydra then lets its errors through, instead of printing them over several lines and ending with exit
-    # code 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(_job)()
-    except HydraException as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
+    if code := exit_code(_compose_and_run):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

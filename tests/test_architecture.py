@@ -2,17 +2,18 @@
 options."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlver_dist"
 ORDER = (
-    "errors files concurrency latency config dialogue data bundled_models algorithms experience chat_client "
-    "simulator ledger tracking "
+    "errors files concurrency latency text seeding config dialogue data bundled_models algorithms experience "
+    "chat_client simulator ledger tracking "
     "rollout persona_synthesis learner evaluation cluster preflight trainer launch"
 ).split()
-ROOT = {"__init__", "launch", "dialogue", "errors", "files", "concurrency", "latency", "bundled_models"}
+ROOT = set("__init__ launch dialogue errors files concurrency latency text seeding bundled_models".split())
 """What may lie loose in the package: commands, and what everything shares."""
 OWNERS = {
     "ray": ["cluster/"],
@@ -25,9 +26,15 @@ OWNERS = {
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 OLD_WORDS = {
+    "CriticLearnerActor",
     "HoldFn",
     "LOOKED_AT",
     "Learned",
+    "LearnerActor",
+    "PolicyLearnerActor",
+    "Built",
+    "Parts",
+    "_between_states",
     "_way_on",
     "bring_warm_start",
     "causes",
@@ -36,11 +43,15 @@ OLD_WORDS = {
     "load_trunk",
     "prefit_iterations",
     "roomy_folder",
+    "share_rows",
     "train_on",
 }
 """Identifiers that have given way to the field's words (the glossary in CONTRIBUTING.md)."""
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_RUN_CONFIG_TAKERS = 12
+"""Functions that take the whole configuration; the others take the group that they use."""
+MAX_ANY_PER_1000_LINES = 4
 
 
 def _name(path: Path) -> str:
@@ -98,6 +109,31 @@ def test_files_and_functions_stay_small(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def test_few_functions_take_the_whole_configuration():
+    takers = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                annotations = [ast.unparse(each.annotation) for each in parameters if each.annotation]
+                if any(re.search(r"\bRunConfig\b", annotation) for annotation in annotations):
+                    takers.append(f"{_name(path)}: {node.name}")
+    assert len(takers) <= MAX_RUN_CONFIG_TAKERS, "\n".join(takers)
+
+
+def test_little_is_any():
+    texts = [path.read_text(encoding="utf-8") for path in FILES]
+    uses = {
+        _name(path): sum(
+            isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(ast.parse(text))
+        )
+        for path, text in zip(FILES, texts, strict=True)
+    }
+    lines = sum(len(text.splitlines()) for text in texts)
+    most = sorted(uses, key=lambda name: -uses[name])[:10]
+    assert 1000 * sum(uses.values()) <= MAX_ANY_PER_1000_LINES * lines, [(name, uses[name]) for name in most]
 
 
 def test_the_root_holds_commands_and_what_everything_shares():

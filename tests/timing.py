@@ -1,11 +1,9 @@
-"""Time in tests: how much work a call is, and how long one may wait before it counts as hanging on a machine
-of this speed."""
+"""How long a test may wait before it counts as hanging on a machine of this speed."""
 
 import functools
 import hashlib
 import time
 
-TIMES = 16
 REFERENCE_S = 0.025
 """Seconds of `_fixed_work` on cores on which limits hold as they stand; two AVX2 cores of 2.45 GHz take
 0.063."""
@@ -38,18 +36,3 @@ def _seconds(work):
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def grows_in_proportion(work, size):
-    """Whether `work(TIMES * size)` is nearer to `TIMES` than to its square times the work of `work(size)`."""
-    return _least_time(work, TIMES * size) < 4 * TIMES * _least_time(work, size)
-
-
-def _least_time(work, size):
-    """Seconds of this process, the least of five tries: work and not waiting."""
-    taken = []
-    for _ in range(5):
-        start = time.process_time()
-        work(size)
-        taken.append(time.process_time() - start)
-    return min(taken)

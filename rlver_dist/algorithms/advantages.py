@@ -25,12 +25,14 @@ def grpo(
     one (divisor n - 1), as in the original's and verl's code. Without `normalize_by_std` the rewards are only
     centred (Dr. GRPO, arXiv:2503.20783).
 
-    With `turns` an entry is one turn of a dialogue and its reward to go, and is centred among the group's
-    turns of that number. Which dialogues come so far was decided by earlier turns, so that no turn is judged
-    by how long its dialogue lasted; a sum of normalised later rewards (section 4.1.3) would be. All turns of
-    a group are divided by one deviation, pooled over its turn numbers (divisor n - numbers): turns keep their
-    sizes among each other. Without it, one entry is one dialogue: rows of turns would weigh long dialogues
-    more.
+    With `turns` an entry is one turn of a dialogue, and its reward is the reward to go. It is centred among
+    the group's turns of the same number. Earlier turns decided which dialogues reach that number, so no turn
+    is judged by how long its dialogue lasted; a sum of normalised later rewards (section 4.1.3) would judge
+    it by that. All turns of a group are divided by one standard deviation, pooled over its turn numbers
+    (divisor n - numbers), so that a turn number at which rewards differ more keeps larger advantages.
+
+    Without `turns` an entry is one dialogue. Pass each dialogue once: an entry for each of its rows would
+    weigh long dialogues more in the group's mean.
 
     Args:
         rewards: `[N]` one reward an entry.
@@ -64,6 +66,7 @@ def grpo(
         for positions in compared.values():
             advantages[positions] -= advantages[positions].mean()
         if normalize_by_std:
+            # Each turn number's mean costs a degree of freedom. Where none is left, all distances are 0.
             freedom = max(len(members) - len(compared), 1)
             advantages[members] /= (advantages[members].square().sum() / freedom).sqrt() + STD_EPSILON
     return advantages.float()
@@ -95,9 +98,12 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tens
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)}: use one number a trained token of one dialogue"
         )
-    reward_list, value_list = rewards.tolist(), values.tolist()
+    # Python numbers: a loop that reads and writes tensors one entry at a time is many times slower.
+    reward_list = rewards.tolist()
+    value_list = values.tolist()
     advantages = [0.0] * len(reward_list)
     next_value = next_advantage = 0.0
+    # Backwards, since each advantage contains the next one.
     for step in range(len(reward_list) - 1, -1, -1):
         delta = reward_list[step] + gamma * next_value - value_list[step]
         next_advantage = advantages[step] = delta + gamma * lam * next_advantage
@@ -110,7 +116,8 @@ def whiten(values: Tensor) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1: (value - mean) / sqrt(variance + 1e-8), as the
     original does.
 
-    The variance's divisor is n, so that a single value gives 0. Spreads far below 1e-4 are not blown up to 1.
+    The variance's divisor is n, so that a single value gives 0. The 1e-8 keeps standard deviations far below
+    1e-4 small.
 
     Args:
         values: `[N]` all trained tokens of an iteration.

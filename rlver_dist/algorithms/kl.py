@@ -11,7 +11,7 @@ from torch import Tensor
 from rlver_dist.algorithms.reduce import require_same_shape
 
 MAX_ERROR = 0.2
-"""Largest relative error that `adapt` answers to, either way."""
+"""Largest relative error that `adapt` corrects for, above or below the target."""
 
 
 def estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -35,7 +35,7 @@ def estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         kind: `k1`, `k2` or `k3`.
 
     Returns:
-        `[T]`.
+        `[T]` nats; gradient flows through `logprobs` alone.
 
     Raises:
         ValueError: unknown kind, or shapes differ.
@@ -66,6 +66,9 @@ def adapt(coef: float, measured: float, target: float, horizon: float, num_dialo
             larger one.
         num_dialogues: dialogues of the iteration.
 
+    Returns:
+        The weight for the next iteration, 0.8 to 1.2 times `coef`.
+
     Raises:
         ValueError: the target or the horizon is not positive, or the measured KL is nan.
     """
@@ -74,5 +77,6 @@ def adapt(coef: float, measured: float, target: float, horizon: float, num_dialo
             f"measured={measured}, target={target}, horizon={horizon}: use numbers, target and horizon "
             f"above 0"
         )
+    # Clipped: one iteration with an outlying KL must not change the weight by a multiple.
     error = min(max(measured / target - 1, -MAX_ERROR), MAX_ERROR)
     return coef * (1 + error * min(num_dialogues / horizon, 1.0))

@@ -1,8 +1,8 @@
-"""Per-token losses of policy and critic, as parts that sum over micro-batches and ranks to the loss of an
-update.
+"""Per-token losses of policy and critic. Each function gives one micro-batch's term; the terms of all
+micro-batches and ranks sum to the loss of an update.
 
-Every entry is a trained token: rows are scored at those alone, so that no loss needs a mask. A part may hold
-none.
+Every entry is a trained token: rows are scored at those alone, so that no loss needs a mask. A micro-batch
+may have none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlver_dist.algorithms import kl
 from rlver_dist.algorithms.reduce import global_mean, require_same_shape
 
 TokenSums = dict[str, tuple[float, float]]
-"""Metric name to (sum, number of tokens) over a part's trained tokens; pooled by adding both, then
+"""Metric name to (sum, number of tokens) over a micro-batch's trained tokens; pooled by adding both, then
 dividing."""
 
 
@@ -41,6 +41,7 @@ def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor,
         raise ValueError(f"cap={cap}: use 0 (off) or a positive number")
     if cap == 0:
         return torch.ones_like(rollout_logprobs, dtype=torch.float32)
+    # In float32: bfloat16 would round a weight near 1 to steps of 0.004 to 0.008.
     return (old_logprobs.detach().float() - rollout_logprobs.float()).exp().clamp(max=cap)
 
 
@@ -70,8 +71,8 @@ def policy_loss(
         global_count: trained tokens of the whole update, over all micro-batches and ranks.
 
     Returns:
-        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off), `ratio`
-            and `tis_weight`.
+        Scalar loss of the micro-batch, and the sums of `clip_fraction` (tokens whose gradient the clip cut
+            off), `ratio` and `tis_weight`.
 
     Raises:
         ValueError: shapes differ, or the count is not positive.
@@ -82,6 +83,8 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -global_mean(weights * torch.minimum(unclipped, clipped), global_count)
     with torch.no_grad():
+        # The minimum takes the clipped term, which has no gradient, exactly where it is the smaller one.
+        # One tensor, so that an accelerator is waited for once and not three times.
         rows = torch.stack([(clipped < unclipped).float(), ratio, weights])
         clip_sum, ratio_sum, weight_sum = rows.sum(dim=1).tolist()
     count = float(len(logprobs))
@@ -93,14 +96,19 @@ def policy_loss(
 
 
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kind: str, global_count: int) -> Tensor:
-    """This part's share of the mean KL(policy || reference) over trained tokens, nats; see `kl.estimate` for
-    the gradient.
+    """The micro-batch's term of the mean KL(policy || reference) over trained tokens.
+
+    Which gradient each kind has is explained at `kl.estimate`; as a loss only `k2` has that of the reverse
+    KL.
 
     Args:
         logprobs: `[S]` log-probs with gradient, nats.
         ref_logprobs: `[S]` the reference's.
         kind: `k1`, `k2` or `k3`.
-        global_count: trained tokens of the whole update.
+        global_count: trained tokens of the whole update, over all micro-batches and ranks.
+
+    Returns:
+        Scalar, nats.
 
     Raises:
         ValueError: unknown kind, shapes differ, or the count is not positive.
@@ -125,7 +133,8 @@ def value_loss(
         global_count: trained tokens of the whole update, over all micro-batches and ranks.
 
     Returns:
-        Scalar loss part, and the sums of `clip_fraction` (tokens whose gradient the clip cut off).
+        Scalar loss of the micro-batch, and the sum of `clip_fraction` (tokens whose gradient the clip cut
+            off).
 
     Raises:
         ValueError: shapes differ, the clip is negative, or the count is not positive.
@@ -133,9 +142,11 @@ def value_loss(
     require_same_shape(values=values, old_values=old_values, returns=returns)
     if clip < 0:
         raise ValueError(f"clip={clip}: use 0 (off) or a positive number")
+    # Targets are constants, wherever they were computed.
     returns = returns.detach()
     squared = (values - returns).square()
-    worst, num_clipped = squared, 0.0
+    worst = squared
+    num_clipped = 0.0
     if clip > 0:
         old_values = old_values.detach()
         clipped = (values.clamp(old_values - clip, old_values + clip) - returns).square()

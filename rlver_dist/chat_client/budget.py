@@ -60,6 +60,7 @@ class Prices:
 
     def cost(self, *, prompt_tokens: float, cached_tokens: float, completion_tokens: float) -> float:
         """Money for these tokens; `cached_tokens` are part of `prompt_tokens`."""
+        # Endpoints that cache mostly charge less for it; without a price of its own it costs as the rest.
         fresh = (prompt_tokens - cached_tokens) * self.prompt
         return (
             fresh + cached_tokens * (self.cached or self.prompt) + completion_tokens * self.completion

@@ -22,8 +22,9 @@ from rlver_dist.errors import BudgetError, ConfigError
 FAILURES_BEFORE_REST = 3
 """Failures in a row after which an endpoint rests while another one works."""
 FIRST_BACKOFF_S = 0.5
+"""Longest wait before the first retry; it doubles with each further one."""
 LONGEST_RETRY_AFTER_S = 86400.0
-
+"""A day; whoever asks for more is not waited for anyway, and larger numbers may be a mistake."""
 SHORTEST_KEY = 8
 """A key is taken out of every text that an endpoint sends, and shorter ones stand in texts by chance."""
 
@@ -37,6 +38,7 @@ def key_from_environment(name: str) -> str:
     if not name:
         return ""
     where = "simulator.openai.api_key_env"
+    # Who puts the key itself here must not find it in an error line, so the value is not repeated.
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise ConfigError(
             f"{where}: not the name of an environment variable (capitals, digits, _); the key itself "
@@ -67,6 +69,7 @@ def backoff_s(retry: int, longest_s: float, rng: random.Random) -> float:
 
     Exponential backoff with full jitter (Brooker 2015, "Exponential Backoff And Jitter").
     """
+    # The exponent has a bound, since any number of retries may be configured and a float overflows.
     return rng.uniform(0.0, min(longest_s, FIRST_BACKOFF_S * 2.0 ** min(retry - 1, 32)))
 
 
@@ -79,10 +82,12 @@ def parse_retry_after(value: str | None, now: datetime) -> float | None:
     text = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
         return min(float(text), LONGEST_RETRY_AFTER_S)
+    # Anything else, "soon" for example, is no date, and what cannot be read asks for nothing.
     try:
         until = parsedate_to_datetime(text)
     except (TypeError, ValueError, OverflowError):
         return None
+    # A date without a zone is meant in UTC.
     seconds = (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds()
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S)
 
@@ -98,6 +103,7 @@ class Pacer:
         """Return when the next call may start. A place that a cancelled caller held stays unused."""
         if self._gap_s == 0:
             return
+        # Places are given out before anybody sleeps, so callers need no lock and keep their order.
         now = asyncio.get_running_loop().time()
         start = max(now, self._next)
         self._next = start + self._gap_s
@@ -146,20 +152,20 @@ def parse_address(address: str) -> Endpoint:
     """
     where = "simulator.openai.endpoints"
     try:
-        parts = urlsplit(address)
-        has_port = parts.port is not None
+        url = urlsplit(address)
+        has_port = url.port is not None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}; use addresses such as http://127.0.0.1:8000/v1") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if "@" in url.netloc or url.query or url.fragment:
         raise ConfigError(
             f"{where}: an address holds credentials or a query; put the key into the variable named by "
             f"api_key_env"
         )
-    if not parts.hostname:
+    if not url.hostname:
         raise ConfigError(
             f"{where}: {address!r} names no host; use addresses such as http://127.0.0.1:8000/v1"
         )
-    name = f"{parts.hostname}:{parts.port}" if has_port else parts.hostname
+    name = f"{url.hostname}:{url.port}" if has_port else url.hostname
     return Endpoint(url=f"{address.rstrip('/')}/chat/completions", name=name)
 
 
@@ -178,12 +184,13 @@ def select_endpoint(
     Raises:
         BudgetError: quota or credit is used up at every endpoint.
     """
-    solvent = [endpoint for endpoint in endpoints if endpoint.exhausted is None]
-    if not solvent:
+    with_quota = [endpoint for endpoint in endpoints if endpoint.exhausted is None]
+    if not with_quota:
         raise BudgetError("; ".join(endpoint.exhausted or "" for endpoint in endpoints))
-    asked = [endpoint for endpoint in solvent if endpoint not in refused_by]
+    candidates = [endpoint for endpoint in with_quota if endpoint not in refused_by]
+    # `min` takes the first of equals, so the configured order decides where nothing else does.
     return min(
-        asked,
+        candidates,
         key=lambda endpoint: (
             max(endpoint.closed_until - now, 0.0),
             endpoint.rests_until > now,

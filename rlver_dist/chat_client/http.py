@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import httpx
 
@@ -39,7 +38,11 @@ from rlver_dist.errors import BoundaryError, BudgetError
 MAX_BODY_BYTES = 1 << 20
 """A response beyond it is dropped unread; answers have a few thousand bytes."""
 LONGEST_CONNECT_S = 10.0
+"""A host that takes longer to connect to is down; the rest of an attempt's time belongs to the answer."""
+LONGEST_JITTER_S = 1.0
+"""Longest time by which calls that wait for the same moment are spread."""
 NEVER_SENT = (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.ProxyError)
+"""Failures before a request left: the endpoint cannot have worked for it, so nothing is charged."""
 
 
 class HttpChat:
@@ -56,15 +59,21 @@ class HttpChat:
         self._config = config
         self._key = key_from_environment(config.api_key_env)
         self._endpoints = [parse_address(address) for address in config.addresses]
+        # As long as all attempts may take: whoever asks for a longer wait does not want this call.
         self._patience_s = (config.max_retries + 1) * config.timeout_s
         self._budget = Budget(config)
         self._pacer = Pacer(config.requests_per_minute)
         self._slots = asyncio.Semaphore(config.max_concurrent)
+        # Not seeded: replicas that fail together must not come back together.
         self._rng = random.Random()
         self._window = HttpWindow()
         self._client = httpx.AsyncClient(
+            # A redirect would take the key to an address that nobody configured.
             follow_redirects=False,
+            # No other time-out of the client: that of a read starts anew with every byte, and one deadline
+            # holds for a whole attempt.
             timeout=httpx.Timeout(None, connect=min(config.timeout_s, LONGEST_CONNECT_S)),
+            # The semaphore limits the calls already.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.max_concurrent),
         )
         # They write a line a call, and every header of a response.
@@ -77,15 +86,18 @@ class HttpChat:
             f"endpoints={[endpoint.name for endpoint in self._endpoints]})"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[partial[HttpChat], tuple[()]]:
+        # The key must not travel: whoever unpickles this reads it from an environment of its own.
         return partial(HttpChat, config=self._config), ()
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """See `ChatBackend`. A cancelled caller takes its attempt along.
+        """The model's answer, tried for as `ChatBackend` and the head of this module say. Where the caller is
+        cancelled, so is the attempt.
 
         A wait that endpoints ask for may last until (max_retries + 1) x timeout_s after the first attempt.
         Where all of them ask for a longer one, it is a `BudgetError`: to go on later is all that is left.
         """
+        # One call counts once, however it ends.
         started = time.perf_counter()
         try:
             reply, retries = await self._persist(request)
@@ -109,7 +121,7 @@ class HttpChat:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, see `HttpWindow`; the budget counts `cost` and `lost_cost`."""
+        """Figures since the last call (`HttpWindow`); the budget counts `cost` and `lost_cost`."""
         window, self._window = self._window, HttpWindow()
         return window.values()
 
@@ -119,13 +131,17 @@ class HttpChat:
 
     async def _persist(self, request: ChatRequest) -> tuple[Reply, int]:
         """Try until there is a reply; returns it with the number of retries."""
-        config, loop = self._config, asyncio.get_running_loop()
+        config = self._config
+        loop = asyncio.get_running_loop()
         refused_by: set[Endpoint] = set()
         reasons: list[str] = []
         transient = 0
-        failed_last, give_up_at = None, None
+        failed_last: Endpoint | None = None
+        give_up_at: float | None = None
         while True:
+            # A slot is held for one attempt, not for the sleep after it: others may use the time.
             async with self._slots:
+                # The clock starts with the first slot, since waiting for one is no fault of the endpoints.
                 give_up_at = give_up_at or loop.time() + self._patience_s
                 endpoint = await self._open_endpoint(refused_by, failed_last, give_up_at)
                 if endpoint is None:
@@ -137,8 +153,11 @@ class HttpChat:
                 return outcome, len(reasons)
             reasons.append(f"{endpoint.name}: {outcome.fault.value}: {outcome.text}")
             failed_last = endpoint
+            # The same call would be refused again; in the endpoint's own dialect it may be taken.
             if outcome.fault is Fault.REFUSED and not outcome.can_adapt:
                 refused_by.add(endpoint)
+            # Neither is mended by waiting. The loop ends all the same: an endpoint refuses a call for good
+            # once, adapts its dialect twice at most, and is out once its quota is used up.
             if outcome.fault in (Fault.REFUSED, Fault.QUOTA):
                 continue
             transient += 1
@@ -171,10 +190,12 @@ class HttpChat:
             if wait_s > 0 and now + wait_s > give_up_at:
                 return None
             if wait_s > 0:
-                # Not all who wait at the same moment.
-                await asyncio.sleep(wait_s + self._rng.uniform(0.0, min(wait_s, 1.0)))
+                # Spread, or all calls that wait would start at the same moment and be turned away again.
+                jitter_s = self._rng.uniform(0.0, min(wait_s, LONGEST_JITTER_S))
+                await asyncio.sleep(wait_s + jitter_s)
                 continue
             await self._pacer.wait()
+            # While this call waited for its turn, another's answer may have closed the endpoint.
             if endpoint.closed_until <= loop.time():
                 self._budget.check()
                 return endpoint
@@ -182,10 +203,13 @@ class HttpChat:
     async def _attempt(self, endpoint: Endpoint, request: ChatRequest) -> Reply | Failure:
         """One attempt within its deadline. Cancellation passes, and what the attempt may have cost is
         counted."""
-        config, dialect = self._config, endpoint.dialect
+        config = self._config
+        dialect = endpoint.dialect
         body = request_body(
             request, model=config.model, response_format=config.response_format, dialect=dialect
         )
+        # What the attempt can cost at most, counted where the endpoint never says what it used: a limit on
+        # money has to hold also where answers get lost.
         most = Usage(prompt_tokens=tokens_of(body), cached_tokens=0, completion_tokens=request.max_tokens)
         try:
             async with asyncio.timeout(config.timeout_s):
@@ -194,6 +218,7 @@ class HttpChat:
             outcome = Failure(
                 fault=Fault.TIMEOUT, text=f"no whole answer within {config.timeout_s:g} s", lost=True
             )
+        # The endpoint goes on working for a caller who has left, and may charge for it.
         except asyncio.CancelledError:
             self._window.add_lost(most, self._budget.charge(most))
             raise
@@ -221,20 +246,18 @@ class HttpChat:
             raw = bytearray()
             async for chunk in response.aiter_raw():
                 raw += chunk
+                # Leaving the block closes the connection, so what is still to come is not read.
                 if len(raw) > MAX_BODY_BYTES:
                     return Failure(
                         fault=Fault.TOO_LARGE, text=f"a body of more than {MAX_BODY_BYTES} bytes", lost=True
                     )
-            status, wait_s = (
-                response.status_code,
-                parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC)),
-            )
+            status = response.status_code
+            wait_s = parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
         if status == 200:
             return read_success(bytes(raw), sent=body)
-        # Before the message is cut: half a key would not be found afterwards.
-        return read_error(
-            status, self._without_key(raw.decode("utf-8", "replace")).encode(), retry_after_s=wait_s
-        )
+        # The key is taken out before the message is cut: half a key would not be found afterwards.
+        text = self._without_key(raw.decode("utf-8", "replace"))
+        return read_error(status, text.encode(), retry_after_s=wait_s)
 
     def _account(self, endpoint: Endpoint, outcome: Reply | Failure) -> None:
         """Count an attempt, once, and remember how its endpoint did."""
@@ -245,6 +268,7 @@ class HttpChat:
             return
         self._window.faults[outcome.fault] += 1
         now = asyncio.get_running_loop().time()
+        # The latest wait that was asked for: answers of calls in flight come in any order.
         if outcome.retry_after_s is not None:
             endpoint.closed_until = max(endpoint.closed_until, now + outcome.retry_after_s)
         if outcome.fault is Fault.QUOTA:
@@ -252,6 +276,7 @@ class HttpChat:
                 f"{endpoint.name}: quota or credit is used up: {outcome.text}; top it up and resume the run"
             )
         elif outcome.fault is Fault.REFUSED:
+            # No failure of the endpoint: it works, and refuses this call or this dialect.
             endpoint.dialect = endpoint.dialect.adapted(outcome)
         else:
             endpoint.failed(now, self._config.max_backoff_s)
@@ -260,15 +285,16 @@ class HttpChat:
         return text.replace(self._key, "***") if self._key else text
 
 
-def share(config: HttpChatConfig, parts: int) -> HttpChatConfig:
-    """`config` with a `parts`-th of each limit that holds over all replicas, for each of `parts` backends
-    that do not share state."""
+def divide_limits(config: HttpChatConfig, num_backends: int) -> HttpChatConfig:
+    """`config` for each of `num_backends` backends that share no state: with its part of every limit that
+    holds for all of them together."""
     return replace(
         config,
-        max_concurrent=max(config.max_concurrent // parts, 1),
-        requests_per_minute=config.requests_per_minute / parts,
-        max_tokens_total=-(-config.max_tokens_total // parts),
-        max_cost=config.max_cost / parts,
+        max_concurrent=max(config.max_concurrent // num_backends, 1),
+        requests_per_minute=config.requests_per_minute / num_backends,
+        # Rounded up: a limit of 0 tokens would mean that there is none.
+        max_tokens_total=-(-config.max_tokens_total // num_backends),
+        max_cost=config.max_cost / num_backends,
     )
 
 

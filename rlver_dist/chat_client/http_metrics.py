@@ -9,7 +9,7 @@ from rlver_dist.chat_client.budget import Usage
 from rlver_dist.chat_client.metrics import ChatWindow
 from rlver_dist.chat_client.wire import Fault
 
-EXTRA = ("estimated_usage", "cost", "lost_attempts", "lost_tokens", "lost_cost")
+HTTP_COUNTS = ("estimated_usage", "cost", "lost_attempts", "lost_tokens", "lost_cost")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +59,6 @@ class HttpWindow(ChatWindow):
         answered."""
         return {
             **ChatWindow.values(self),
-            **{name: float(getattr(self, name)) for name in EXTRA},
+            **{name: float(getattr(self, name)) for name in HTTP_COUNTS},
             **{f"fault_{fault.value}": float(self.faults[fault]) for fault in Fault},
         }

@@ -15,7 +15,7 @@ class ChatWindow:
     Attributes:
         calls: requests; one counts once, however many attempts it takes.
         failures: calls that failed for good.
-        cancelled: calls that whoever asked gave up, mostly at a deadline; neither answered nor failed.
+        cancelled: calls that their caller gave up, mostly at a deadline; neither answered nor failed.
         retries: attempts after a call's first.
         latencies_s: seconds of each answered call, retries included.
         prompt_tokens, cached_tokens, completion_tokens: of answered calls.
@@ -45,7 +45,7 @@ class ChatWindow:
         self.failures += 1
 
     def cancel(self) -> None:
-        """Count a call that nobody waits for any more."""
+        """Count a call that its caller gave up."""
         self.calls += 1
         self.cancelled += 1
 

@@ -1,4 +1,4 @@
-"""What an LLM user needs of a chat model: one request, one answer, whatever serves it.
+"""The interface of a chat model: one request, one answer, whether an engine or an endpoint serves it.
 
 A backend answers under a JSON schema; it neither builds prompts nor reads the answer's fields.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlver_dist.dialogue import Message
+
+JsonSchema = dict[str, Any]
+"""A JSON schema as `json.dumps` takes it."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -31,7 +34,7 @@ class ChatRequest:
     key: str
     messages: tuple[Message, ...]
     schema_name: str
-    schema: dict[str, Any]
+    schema: JsonSchema
     max_tokens: int
     temperature: float
     seed: int

@@ -7,15 +7,15 @@ import json
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 from rlver_dist.chat_client.budget import Usage, tokens_of
-from rlver_dist.chat_client.protocol import ChatRequest
+from rlver_dist.chat_client.protocol import ChatRequest, JsonSchema
 from rlver_dist.config.enums import ResponseFormat
 from rlver_dist.dialogue import Message, Role
 
 MOST_TOKENS = 10_000_000
 """A count above it is no count of one call's tokens."""
+# Untrusted text goes into logs and error lines, so it is short and has no line ends of its own.
 LONGEST_EXCERPT = 200
 """Characters of an endpoint's own words in an error."""
 QUOTA_CODES = frozenset(
@@ -26,6 +26,8 @@ QUOTA_CODES = frozenset(
 NEWER_TOKEN_FIELD = "max_completion_tokens"
 LENGTH_KEYWORDS = ("minLength", "maxLength")
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that speak of the moment and not of the request: time-out, conflict, too early, too
+many (RFC 9110, RFC 8470, RFC 6585)."""
 
 
 class Fault(str, Enum):
@@ -47,7 +49,7 @@ class Failure:
     """An attempt without an answer.
 
     Attributes:
-        fault: see `Fault`.
+        fault: what went wrong, by kind.
         text: one line.
         retry_after_s: seconds that the endpoint asked to wait.
         usage: what it cost, where the endpoint said so.
@@ -76,7 +78,7 @@ class Reply:
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Dialect:
     """How endpoints differ. The defaults are what most servers know; an endpoint that refuses one names it in
-    its error.
+    its error, and the next attempt follows it. So no table of hosts and models has to be kept.
 
     Attributes:
         token_field: name of the limit of the answer; some hosted models take only the newer
@@ -105,13 +107,14 @@ def request_body(
     messages = request.messages
     if response_format is ResponseFormat.json_object:
         messages = _with_schema(messages, request.schema)
-        format_field: dict[str, Any] = {"type": "json_object"}
+        format_field: dict[str, object] = {"type": "json_object"}
     else:
         schema = request.schema if dialect.length_bounds else _without_lengths(request.schema)
         format_field = {
             "type": "json_schema",
             "json_schema": {"name": request.schema_name, "schema": schema, "strict": True},
         }
+    # `seed` and `temperature` are asked for and not relied on: the answer's record names both.
     body = {
         "model": model,
         "messages": [{"role": message.role.value, "content": message.text} for message in messages],
@@ -120,20 +123,23 @@ def request_body(
         "seed": request.seed,
         "response_format": format_field,
     }
+    # ASCII escapes, so that a lone surrogate cannot break the encoding.
     return json.dumps(body).encode("ascii")
 
 
-def _with_schema(messages: tuple[Message, ...], schema: dict[str, Any]) -> tuple[Message, ...]:
+def _with_schema(messages: tuple[Message, ...], schema: JsonSchema) -> tuple[Message, ...]:
     order = (
         f"Answer with one JSON object that follows this JSON schema, and nothing "
         f"else:\n{json.dumps(schema, ensure_ascii=False)}"
     )
+    # In the system message, and at its end: the talk after it changes with every call, and the prefix before
+    # it stays the same for the endpoint's cache.
     if messages and messages[0].role is Role.SYSTEM:
         return (Message(role=Role.SYSTEM, text=f"{messages[0].text}\n\n{order}"), *messages[1:])
     return (Message(role=Role.SYSTEM, text=order), *messages)
 
 
-def _without_lengths(schema: Any) -> Any:
+def _without_lengths(schema: object) -> object:
     if isinstance(schema, dict):
         return {key: _without_lengths(value) for key, value in schema.items() if key not in LENGTH_KEYWORDS}
     return [_without_lengths(value) for value in schema] if isinstance(schema, list) else schema
@@ -152,6 +158,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
     usage = _usage(_field(body, "usage"))
     choices = _field(body, "choices")
     message = _field(choices[0], "message") if isinstance(choices, list) and choices else None
+    # Hosted strict modes give a refusal a field of its own and leave `content` null.
     text = _field(message, "content") or _field(message, "refusal")
     if not isinstance(text, str) or not _is_unicode(text):
         return Failure(
@@ -160,6 +167,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
             usage=usage,
             lost=usage is None,
         )
+    # Some servers leave `usage` out. A limit on tokens has to hold there as well.
     if usage is None:
         usage = Usage(
             prompt_tokens=tokens_of(sent),
@@ -174,6 +182,7 @@ def read_success(raw: bytes, *, sent: bytes) -> Reply | Failure:
 def read_error(status: int, raw: bytes, *, retry_after_s: float | None) -> Failure:
     """What a response with another status means."""
     code, text = _error_fields(raw)
+    # Quota comes under the status of a rate limit, too, and only the code tells that waiting is in vain.
     line = f"HTTP {status}" + (f" ({text})" if text else "")
     if status == 402 or (status in (403, 429) and code & QUOTA_CODES):
         return Failure(fault=Fault.QUOTA, text=line)
@@ -191,6 +200,7 @@ def read_error(status: int, raw: bytes, *, retry_after_s: float | None) -> Failu
 
 def one_line(text: str) -> str:
     """`text` without line ends and control characters, cut to `LONGEST_EXCERPT` characters."""
+    # Cut before it is looked at as well: only ten times what stays is worth the time.
     printable = "".join(
         character if character.isprintable() else " " for character in text[: 10 * LONGEST_EXCERPT]
     )
@@ -201,29 +211,33 @@ def _error_fields(raw: bytes) -> tuple[set[str], str]:
     """`code` and `type` of an error body, and its message as one line."""
     try:
         body = _loads(raw)
+    # A proxy in between answers with a page; the status says enough.
     except ValueError:
         return set(), ""
+    # OpenAI nests the error, vLLM and others may not; `detail` is FastAPI's name for the message.
     error = _field(body, "error") or body
     named = {value for value in (_field(error, "code"), _field(error, "type")) if isinstance(value, str)}
     message = error if isinstance(error, str) else _field(error, "message") or _field(error, "detail")
     return named, one_line(message) if isinstance(message, str) else ""
 
 
-def _usage(value: Any) -> Usage | None:
+def _usage(value: object) -> Usage | None:
     details = _field(value, "prompt_tokens_details")
-    prompt, completion = _count(_field(value, "prompt_tokens")), _count(_field(value, "completion_tokens"))
+    prompt = _count(_field(value, "prompt_tokens"))
+    completion = _count(_field(value, "completion_tokens"))
     if prompt is None or completion is None:
         return None
+    # Counts are an endpoint's claims: those that cannot be true must not make a cost negative.
     cached = _count(_field(details, "cached_tokens")) or 0
     return Usage(prompt_tokens=prompt, cached_tokens=min(cached, prompt), completion_tokens=completion)
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """`value` where it is a plausible number of tokens (a bool is none)."""
     return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
-def _field(value: Any, key: str) -> Any:
+def _field(value: object, key: str) -> object:
     return value.get(key) if isinstance(value, dict) else None
 
 
@@ -236,7 +250,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _loads(raw: bytes) -> Any:
+def _loads(raw: bytes) -> object:
     """Strict JSON: no NaN, no infinity. Raises `ValueError` in every other case, very deep nesting
     included."""
     try:

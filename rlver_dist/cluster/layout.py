@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import require
+from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import Device
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
-from rlver_dist.errors import DataError, ResourceError
+from rlver_dist.errors import ConfigError, DataError, ResourceError
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -25,7 +25,7 @@ class EngineGroup:
         count: engines; 0 where there are none.
         tensor_parallel: GPUs an engine.
         gpus_per_rank: GPUs that Ray reserves for each of an engine's workers; 0 on CPUs.
-        gpu_memory_fraction: share of a GPU's memory that an engine takes.
+        gpu_memory_fraction: fraction of a GPU's memory that an engine takes.
     """
 
     count: int
@@ -49,19 +49,19 @@ class Layout:
     """The resolved placement.
 
     Attributes:
-        device: "cpu" or "gpu".
+        device: `cpu` or `gpu`, never `auto`.
         policy: engines of the policy.
         users: engines that speak for the simulated users.
         learner_ranks: data-parallel ranks of the policy learner.
         critic_ranks: data-parallel ranks of the critic learner; 0 where there is none.
         reward_replicas: reward service actors.
         gpus_per_learner_rank: GPUs that Ray reserves for each rank of policy or critic; 0 on CPUs.
-        threads: threads of each learner rank, and on CPUs of each engine. On GPUs the learner ranks, which
-            step offloaded optimizers on the host, share out the cores; engines choose their own.
+        threads: threads of each learner rank, and on CPUs of each engine. On GPUs the cores are divided among
+            the learner ranks, which step offloaded optimizers on the host; engines choose their own.
         weight_transfer: vLLM weight-transfer backend, "shared_file" or "nccl".
     """
 
-    device: str
+    device: Device
     policy: EngineGroup
     users: EngineGroup
     learner_ranks: int
@@ -88,8 +88,8 @@ class Layout:
         return {"policy_learner": str(self.learner_ranks)} | critic
 
     def require_ranks(self, checkpoint: str, written: Mapping[str, str]) -> None:
-        """Refuse to go on from `checkpoint`, which notes `written`, with other ranks: each holds its own part
-        of the optimizer's state.
+        """Refuse to go on from `checkpoint`, which notes `written`, with other ranks: each has saved its own
+        shard of the optimizer's state.
 
         Raises:
             DataError: names a learner, its ranks there and here, and the option.
@@ -99,14 +99,14 @@ class Layout:
                 total = sum(int(written.get(name, here)) for name, here in self.ranks.items())
                 raise DataError(
                     f"{checkpoint} was written with {learner} ranks={written[learner]} and this run has "
-                    f"{ranks}; use "
-                    f"cluster.learner_ranks={total}, with cluster.engines, or another output_dir"
+                    f"{ranks}; use cluster.learner_ranks={total}, with cluster.engines, or another output_dir"
                 )
 
     @property
     def shares_gpus(self) -> bool:
-        """Whether engines may meet other parts on one GPU."""
-        return self.device == "gpu" and min(self.policy.gpus_per_rank, self.users.gpus_per_rank or 1.0) < 1
+        """Whether an engine may be on a GPU with other engines or learners."""
+        fewest = min(self.policy.gpus_per_rank, self.users.gpus_per_rank or 1.0)
+        return self.device is Device.gpu and fewest < 1
 
     @property
     def split(self) -> str:
@@ -116,17 +116,17 @@ class Layout:
 
     def rows(self) -> list[str]:
         """One line a component: its actor names and what it holds."""
-        on_cpu = self.device == "cpu"
-        share = f"{self.threads} threads, sharing the cores in turn"
+        on_cpu = self.device is Device.cpu
+        cores = f"{self.threads} threads, sharing the cores in turn"
 
         def engines(name: str, group: EngineGroup) -> list[str]:
             on_gpu = (
                 f"{group.tensor_parallel} x {group.gpus_per_rank:g} GPU, {group.gpu_memory_fraction:.0%} of "
                 f"its memory"
             )
-            return [f"{_names(name, group.count)}: {share if on_cpu else on_gpu}"] if group.count else []
+            return [f"{_names(name, group.count)}: {cores if on_cpu else on_gpu}"] if group.count else []
 
-        learner = share if on_cpu else f"{self.gpus_per_learner_rank:g} GPU"
+        learner = cores if on_cpu else f"{self.gpus_per_learner_rank:g} GPU"
         return [
             *engines("rollout_engine", self.policy),
             *engines("user_engine", self.users),
@@ -155,49 +155,55 @@ def resolve_layout(config: RunConfig, *, num_gpus: int, num_cpus: int, num_nodes
             needed, what is there, and what would run here.
         ConfigError: shares of GPUs would let members of one group meet on a GPU.
     """
-    layout = _place(config, num_gpus, num_cpus)
+    cluster = config.cluster
+    simulator = config.simulator
+    if cluster.device is Device.cpu:
+        layout = _on_cpu(cluster, simulator, config.has_critic, num_cpus)
+    else:
+        layout = _on_gpus(cluster, simulator, config.has_critic, num_gpus, num_cpus)
+    # Every engine reads the file that the learner writes, so all of them have to be on one machine.
     if layout.weight_transfer == "shared_file" and num_nodes > 1:
         whole = (
             ""
-            if layout.device == "cpu"
+            if layout.device is Device.cpu
             else ", or give every engine and learner rank a whole GPU (cluster.gpus_per_*)"
         )
         raise ResourceError(
             f"weights travel by a file in one node's memory here and Ray's cluster has {num_nodes} nodes; "
-            f"leave cluster.address and "
-            f"RAY_ADDRESS unset, so that Ray starts on this machine{whole}"
+            f"leave cluster.address and RAY_ADDRESS unset, so that Ray starts on this machine{whole}"
         )
     return layout
 
 
-def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
-    cluster = config.cluster
+def _on_gpus(
+    cluster: ClusterConfig, simulator: SimulatorConfig, has_critic: bool, num_gpus: int, num_cpus: int
+) -> Layout:
+    """Every GPU is held by what Ray reserves it for, whole or in fixed fractions."""
     if cluster.device is Device.auto and num_gpus == 0:
         raise ResourceError(
             "this run needs at least 1 GPU and Ray sees none; on this machine, run: launch/local.sh, or add "
             "+on=cpu"
         )
-    if cluster.device is Device.cpu:
-        return _on_cpu(config, num_cpus)
-    policy, users, ranks, share = (
-        _derived(config, num_gpus) if cluster.engines == 0 else _as_configured(config)
+    policy, users, ranks, gpus = (
+        _derived(cluster, simulator, num_gpus) if cluster.engines == 0 else _as_configured(cluster, simulator)
     )
-    policy_ranks, critic_ranks, learner_share = _split_ranks(ranks, share, config.has_critic)
+    policy_ranks, critic_ranks, gpus_per_learner_rank = _split_ranks(ranks, gpus, has_critic)
     _require_apart("cluster.gpus_per_engine_rank", policy.gpus_per_rank, policy.tensor_parallel)
     _require_apart("simulator.engine.gpus_per_rank", users.gpus_per_rank, users.tensor_parallel)
-    _require_apart("cluster.gpus_per_learner_rank", share, policy_ranks)
+    _require_apart("cluster.gpus_per_learner_rank", gpus, policy_ranks)
     layout = Layout(
-        device="gpu",
+        device=Device.gpu,
         policy=policy,
         users=users,
         learner_ranks=policy_ranks,
         critic_ranks=critic_ranks,
-        reward_replicas=config.simulator.replicas,
-        gpus_per_learner_rank=learner_share,
+        reward_replicas=simulator.replicas,
+        gpus_per_learner_rank=gpus_per_learner_rank,
         threads=max(num_cpus // max(policy_ranks + critic_ranks, 1), 1),
         # NCCL refuses two members of a group on one GPU; the policy's first rank and its engines form one.
-        weight_transfer="nccl" if min(policy.gpus_per_rank, share) == 1 else "shared_file",
+        weight_transfer="nccl" if min(policy.gpus_per_rank, gpus) == 1 else "shared_file",
     )
+    # Fractions such as 0.2 + 0.3 + 0.5 need not add up to 1 exactly.
     if ranks < 1 or layout.num_gpus > num_gpus + 1e-6:
         way_out = (
             "launch/local.sh, or add +on=cpu"
@@ -211,39 +217,35 @@ def _place(config: RunConfig, num_gpus: int, num_cpus: int) -> Layout:
     return layout
 
 
-def _require_apart(key: str, share: float, members: int) -> None:
+def _require_apart(key: str, gpus_per_rank: float, members: int) -> None:
     """Raise `ConfigError` where two of a group's `members`, which NCCL connects, could meet on one GPU: it
     refuses that when they start."""
-    apart = members <= 1 or share > 0.5
-    require(
-        apart,
-        key,
-        share,
-        f"use more than 0.5, so that no two of {members} ranks that NCCL connects share a GPU",
-    )
+    if members > 1 and not gpus_per_rank > 0.5:
+        raise ConfigError(
+            f"{key}={gpus_per_rank}: use more than 0.5, so that no two of {members} ranks that NCCL connects "
+            f"share a GPU"
+        )
 
 
-def _as_configured(config: RunConfig) -> tuple[EngineGroup, EngineGroup, int, float]:
+def _as_configured(
+    cluster: ClusterConfig, simulator: SimulatorConfig
+) -> tuple[EngineGroup, EngineGroup, int, float]:
     """(policy's engines, users' engines, learner ranks, GPUs a learner rank) as the configuration has
     them."""
-    cluster = config.cluster
     policy = EngineGroup(
         count=cluster.engines,
         tensor_parallel=cluster.tensor_parallel,
         gpus_per_rank=cluster.gpus_per_engine_rank,
         gpu_memory_fraction=cluster.gpu_memory_fraction,
     )
-    return (
-        policy,
-        _users(config.simulator, max(config.simulator.engine.engines, 1)),
-        cluster.learner_ranks,
-        cluster.gpus_per_learner_rank,
-    )
+    users = _users(simulator, max(simulator.engine.engines, 1))
+    return policy, users, cluster.learner_ranks, cluster.gpus_per_learner_rank
 
 
 def _users(simulator: SimulatorConfig, count: int) -> EngineGroup:
     """The users' engines on GPUs as configured, `count` of them where the backend has any."""
     engine = simulator.engine
+    # Users that are rules, or a chat model behind an endpoint, take no GPU of the cluster.
     if not simulator.uses_engines:
         return EngineGroup(count=0)
     return EngineGroup(
@@ -254,41 +256,45 @@ def _users(simulator: SimulatorConfig, count: int) -> EngineGroup:
     )
 
 
-def _derived(config: RunConfig, num_gpus: int) -> tuple[EngineGroup, EngineGroup, int, float]:
+def _derived(
+    cluster: ClusterConfig, simulator: SimulatorConfig, num_gpus: int
+) -> tuple[EngineGroup, EngineGroup, int, float]:
     """The same from the number of GPUs: a quarter for the users' engines, where there are any, and half of
     the rest for the policy's."""
-    simulator, tensor_parallel = config.simulator, config.cluster.tensor_parallel
+    # Memory fractions are less than what Ray reserves, since nothing holds a process to its part of a GPU.
+    # On a single GPU learners get most: they hold gradients and optimizer states beside the weights.
     if num_gpus == 1 and simulator.uses_engines:
         users = EngineGroup(count=1, gpus_per_rank=0.3, gpu_memory_fraction=0.25)
         return EngineGroup(count=1, gpus_per_rank=0.2, gpu_memory_fraction=0.15), users, 1, 0.5
-    users = _users(
-        simulator, simulator.engine.engines or max(num_gpus // 4 // simulator.engine.tensor_parallel, 1)
-    )
+    derived = max(num_gpus // 4 // simulator.engine.tensor_parallel, 1)
+    users = _users(simulator, simulator.engine.engines or derived)
     left = num_gpus - math.ceil(users.num_gpus)
     if left == 1:
         return EngineGroup(count=1, gpus_per_rank=0.4, gpu_memory_fraction=0.35), users, 1, 0.6
-    count = max(left // 2 // tensor_parallel, 1)
     policy = EngineGroup(
-        count=count, tensor_parallel=tensor_parallel, gpus_per_rank=1.0, gpu_memory_fraction=0.85
+        count=max(left // 2 // cluster.tensor_parallel, 1),
+        tensor_parallel=cluster.tensor_parallel,
+        gpus_per_rank=1.0,
+        gpu_memory_fraction=0.85,
     )
     return policy, users, left - policy.ranks, 1.0
 
 
-def _split_ranks(ranks: int, share: float, has_critic: bool) -> tuple[int, int, float]:
-    """(policy ranks, critic ranks, GPUs a rank) of `ranks` learner ranks with `share` of a GPU each."""
+def _split_ranks(ranks: int, gpus: float, has_critic: bool) -> tuple[int, int, float]:
+    """(policy ranks, critic ranks, GPUs a rank) of `ranks` learner ranks with `gpus` each."""
     if not has_critic:
-        return ranks, 0, share
+        return ranks, 0, gpus
     if ranks == 1:
-        return 1, 1, share / 2
-    return ranks - ranks // 2, ranks // 2, share
+        # Policy and critic take turns, so one GPU serves both.
+        return 1, 1, gpus / 2
+    return ranks - ranks // 2, ranks // 2, gpus
 
 
-def _on_cpu(config: RunConfig, num_cpus: int) -> Layout:
+def _on_cpu(cluster: ClusterConfig, simulator: SimulatorConfig, has_critic: bool, num_cpus: int) -> Layout:
     """Engines rest while learners work and the other way round, so each may use every core."""
-    cluster, simulator = config.cluster, config.simulator
-    policy_ranks, critic_ranks, _ = _split_ranks(max(cluster.learner_ranks, 1), 0.0, config.has_critic)
+    policy_ranks, critic_ranks, _ = _split_ranks(max(cluster.learner_ranks, 1), 0.0, has_critic)
     return Layout(
-        device="cpu",
+        device=Device.cpu,
         policy=EngineGroup(count=max(cluster.engines, 1)),
         users=EngineGroup(count=max(simulator.engine.engines, 1) if simulator.uses_engines else 0),
         learner_ranks=policy_ranks,

@@ -21,6 +21,7 @@ class RayMetrics:
         them as gaps anyway."""
         for key, value in metrics.items():
             name = "rlver_" + key.replace("/", "_")
+            # Keys come and go with the run's stages; a gauge is made when its key is first seen.
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, description=key, tag_keys=("run",))
             if math.isfinite(value):

@@ -25,7 +25,7 @@ UNAVAILABLE_WAIT_S = 1.0
 
 class EnginePool:
     """The rollout engines. A new dialogue goes to the least loaded one and stays there, where its prefix is
-    cached, until it dies."""
+    cached, until the engine dies."""
 
     def __init__(self, engines: Sequence[ActorHandle]) -> None:
         self.engines = list(engines)
@@ -48,7 +48,8 @@ class EnginePool:
         return await asyncio.gather(*(engine.score.remote(token_ids) for engine in self.engines))
 
     async def stats(self) -> list[dict[str, int]]:
-        """`PolicyEngine.stats` of each engine."""
+        """Of each engine: requests that are not finished, and tokens of prompts, of cached prompts and of
+        replies since its start."""
         return await asyncio.gather(*(engine.stats.remote() for engine in self.engines))
 
     def forget_homes(self) -> None:
@@ -110,8 +111,9 @@ class ChatPool:
         return answer
 
     def metrics(self) -> dict[str, float]:
-        """`ChatWindow.values` since the last call, and the engines that have died so far."""
-        window, self._window = self._window, ChatWindow()
+        """Calls, tokens and latencies since the last call, and the engines that have died so far."""
+        window = self._window
+        self._window = ChatWindow()
         return window.values() | {"engines_lost_max": float(len(self._router.dead))}
 
     async def close(self) -> None:
@@ -119,7 +121,7 @@ class ChatPool:
 
 
 async def _ask_any(
-    members: Sequence[ActorHandle], router: Router, affinity: str, what: str, method: str, *arguments: Any
+    members: Sequence[ActorHandle], router: Router, affinity: str, what: str, method: str, *arguments: object
 ) -> tuple[Any, int]:
     """Call `method` of one member, and of another one each time that one has died. Returns the answer and the
     number that died.
@@ -141,13 +143,16 @@ async def _ask_any(
                 ray.cancel(call)
                 raise
             except ActorUnavailableError:
-                # It may come back; the caller's deadline bounds the wait.
+                # Before RayActorError, which it is a kind of. The network has lost the actor, which may come
+                # back; the caller's deadline bounds the wait.
                 await asyncio.sleep(UNAVAILABLE_WAIT_S)
             except RayActorError:
+                # The actor's process is gone; requests are pure, so another member may simply be asked.
                 router.dead.add(index)
                 died += 1
             except RayTaskError as error:
                 if isinstance(error.cause, GoneError):
+                    # The actor lives, but vLLM's process below it is gone.
                     router.dead.add(index)
                     died += 1
                     continue
@@ -157,11 +162,12 @@ async def _ask_any(
     raise BoundaryError(f"all {len(members)} {what}s have died")
 
 
-async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, Any]]:
-    """`metrics` since the last call, of each replica that lives."""
-    answers: list[Any] = await asyncio.gather(
+async def gather_metrics(replicas: Sequence[ActorHandle]) -> list[dict[str, float]]:
+    """Metrics since the last call, of each replica that lives."""
+    answers: list[dict[str, float] | BaseException] = await asyncio.gather(
         *(replica.metrics.remote() for replica in replicas), return_exceptions=True
     )
+    # A dead replica's numbers are lost with it; that it is dead the pool notices by itself.
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
             raise answer

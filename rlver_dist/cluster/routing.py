@@ -32,6 +32,7 @@ class Router:
         alive = self.alive()
         if not alive:
             return None
+        # The call at hand counts as well, so that at least one member is below the bound.
         bound = math.ceil(SLACK * (sum(self.load[member] for member in alive) + 1) / len(alive))
         order = sorted(alive, key=lambda member: _rank(affinity, member))
         return next(member for member in order if self.load[member] < bound)
@@ -60,6 +61,7 @@ class HomeRouter(Router):
 
     def pick(self, affinity: str) -> int | None:
         """The affinity's home, a new one where it has none that lives; None where all are dead."""
+        # A cached prefix is worth more than an even load: elsewhere the whole history is computed again.
         home = self._home.get(affinity)
         if home is None or home in self.dead:
             alive = self.alive()
@@ -76,4 +78,5 @@ class HomeRouter(Router):
 def _rank(affinity: str, member: int) -> bytes:
     """Place of `member` in the affinity's order (rendezvous hashing): a member's death moves only its own
     affinities."""
+    # Not `hash`, which differs from process to process.
     return hashlib.blake2b(f"{affinity}/{member}".encode(), digest_size=8).digest()

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -18,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlver_dist.cluster.layout import Layout
 from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.enums import Device
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600
@@ -56,8 +56,12 @@ def open_session(cluster: ClusterConfig) -> Session:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     token = "" if address else _choose_token()
     try:
-        context = ray.init(address=address, log_to_driver=False) if address else _start_ray(cluster)
-        have, nodes = ray.cluster_resources(), ray.nodes()
+        if address:
+            dashboard = ray.init(address=address, log_to_driver=False).dashboard_url
+        else:
+            dashboard = _start_ray(cluster)
+        have = ray.cluster_resources()
+        nodes = ray.nodes()
     except Exception as error:
         # Whatever Ray raises here, it is a plain exception with a text of its own for each of its processes.
         ray.shutdown()
@@ -66,22 +70,24 @@ def open_session(cluster: ClusterConfig) -> Session:
         num_gpus=int(have.get("GPU", 0)),
         num_cpus=int(have.get("CPU", 1)),
         num_nodes=sum(node["Alive"] for node in nodes),
-        dashboard=context.dashboard_url or "",
+        dashboard=dashboard or "",
         token=token,
     )
 
 
-def _start_ray(cluster: ClusterConfig) -> Any:
+def _start_ray(cluster: ClusterConfig) -> str | None:
+    """Start Ray on this machine; returns the dashboard's address, None where there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    return ray.init(
+    context = ray.init(
         address="local",  # never join a cluster that somebody else's run happens to have left its address of
         include_dashboard=cluster.dashboard,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
         configure_logging=False,
     )
+    return context.dashboard_url
 
 
 def _not_started(address: str | None, error: Exception) -> str:
@@ -121,12 +127,12 @@ def close_session() -> None:
 def bundles(layout: Layout) -> list[dict[str, float]]:
     """One bundle a GPU worker: the workers of the policy's engines, engine by engine, of the users', the
     policy's ranks, the critic's."""
-    policy, users, learner = (
-        {"GPU": share, "CPU": 1.0}
-        for share in (layout.policy.gpus_per_rank, layout.users.gpus_per_rank, layout.gpus_per_learner_rank)
+    gpus_by_worker = (
+        [layout.policy.gpus_per_rank] * layout.policy.ranks
+        + [layout.users.gpus_per_rank] * layout.users.ranks
+        + [layout.gpus_per_learner_rank] * (layout.learner_ranks + layout.critic_ranks)
     )
-    ranks = layout.learner_ranks + layout.critic_ranks
-    return [policy] * layout.policy.ranks + [users] * layout.users.ranks + [learner] * ranks
+    return [{"GPU": gpus, "CPU": 1.0} for gpus in gpus_by_worker]
 
 
 async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup | None:
@@ -135,15 +141,18 @@ async def reserve(layout: Layout, note: Callable[[str], None]) -> PlacementGroup
     Raises:
         ResourceError: Ray cannot place it in time; says what is needed and what is free.
     """
-    if layout.device == "cpu":
+    if layout.device is Device.cpu:
         return None
+    # Packed on as few nodes as will do: an engine's workers, and a learner's ranks, talk all the time.
     group = placement_group(bundles(layout), strategy="PACK")
+    # Asked again and again rather than awaited once, so that whoever waits hears for what.
     ready = asyncio.ensure_future(asyncio.wrap_future(group.ready().future()))
     for waited in range(0, PLACEMENT_TIMEOUT_S, 10):
         done, _ = await asyncio.wait([ready], timeout=10)
         if done:
             return group
-        free, have = ray.available_resources().get("GPU", 0), ray.cluster_resources().get("GPU", 0)
+        free = ray.available_resources().get("GPU", 0)
+        have = ray.cluster_resources().get("GPU", 0)
         note(f"waiting {waited + 10} s for {layout.num_gpus:g} GPUs: {free:g} of {have:g} free")
     raise ResourceError(
         f"Ray placed no {layout.num_gpus:g} GPUs within {PLACEMENT_TIMEOUT_S} s; see `ray status` for who "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.config.checks import at_least, positive, require
 from rlver_dist.config.enums import AlgorithmName, EndReward, KLEstimator, KLPlacement, RewardPlacement
 from rlver_dist.config.guards import GuardsConfig
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,41 +76,46 @@ class AlgorithmConfig:
     """What suspicious replies lose; nothing by default."""
 
     def __post_init__(self) -> None:
-        at_least(2 if self.name is AlgorithmName.grpo else 1, "algorithm.", group_size=self.group_size)
-        for key in ("gamma", "gae_lambda"):
-            require(
-                0 <= getattr(self, key) <= 1,
-                f"algorithm.{key}",
-                getattr(self, key),
-                "use a value from 0 to 1",
+        # `not value > 0` instead of `value <= 0`, here and in the other groups: it refuses nan as well.
+        least_size = 2 if self.name is AlgorithmName.grpo else 1
+        if self.group_size < least_size:
+            raise ConfigError(f"algorithm.group_size={self.group_size}: use {least_size} or more")
+        if not 0 <= self.gamma <= 1:
+            raise ConfigError(f"algorithm.gamma={self.gamma}: use a value from 0 to 1")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ConfigError(f"algorithm.gae_lambda={self.gae_lambda}: use a value from 0 to 1")
+        if not self.clip_low > 0:
+            raise ConfigError(f"algorithm.clip_low={self.clip_low}: use a number above 0")
+        if not self.clip_high > 0:
+            raise ConfigError(f"algorithm.clip_high={self.clip_high}: use a number above 0")
+        if not self.clip_low < 1:
+            raise ConfigError(f"algorithm.clip_low={self.clip_low}: use a value below 1")
+        if not self.tis_cap >= 0:
+            raise ConfigError(f"algorithm.tis_cap={self.tis_cap}: use 0 or more")
+        if not self.kl_coef >= 0:
+            raise ConfigError(f"algorithm.kl_coef={self.kl_coef}: use 0 or more")
+        if not self.entropy_coef >= 0:
+            raise ConfigError(f"algorithm.entropy_coef={self.entropy_coef}: use 0 or more")
+        if not self.kl_target >= 0:
+            raise ConfigError(f"algorithm.kl_target={self.kl_target}: use 0 or more")
+        if not self.kl_horizon > 0:
+            raise ConfigError(f"algorithm.kl_horizon={self.kl_horizon}: use a number above 0")
+        self._check_kl()
+        if self.updates_per_iteration < 1:
+            raise ConfigError(f"algorithm.updates_per_iteration={self.updates_per_iteration}: use 1 or more")
+
+    def _check_kl(self) -> None:
+        # As a loss, k1 = log pi - log ref has the gradient of log pi, which is 0 on average over the policy's
+        # own samples.
+        in_loss = self.kl_coef != 0 and self.kl_placement is not KLPlacement.reward
+        if in_loss and self.kl_estimator is KLEstimator.k1:
+            raise ConfigError(
+                "algorithm.kl_estimator=k1: its gradient is 0 on average; use k2 or k3, or "
+                "algorithm.kl_placement=reward"
             )
-        positive("algorithm.", clip_low=self.clip_low, clip_high=self.clip_high)
-        require(self.clip_low < 1, "algorithm.clip_low", self.clip_low, "use a value below 1")
-        at_least(
-            0,
-            "algorithm.",
-            tis_cap=self.tis_cap,
-            kl_coef=self.kl_coef,
-            entropy_coef=self.entropy_coef,
-            kl_target=self.kl_target,
-        )
-        positive("algorithm.", kl_horizon=self.kl_horizon)
-        pulls = (
-            self.kl_coef == 0
-            or self.kl_placement is KLPlacement.reward
-            or self.kl_estimator is not KLEstimator.k1
-        )
-        require(
-            pulls,
-            "algorithm.kl_estimator",
-            "k1",
-            "its gradient is 0 on average; use k2 or k3, or algorithm.kl_placement=reward",
-        )
-        adapts = self.kl_target == 0 or self.kl_coef > 0
-        require(
-            adapts,
-            "algorithm.kl_target",
-            self.kl_target,
-            "use algorithm.kl_coef above 0 to start from, or kl_target=0",
-        )
-        at_least(1, "algorithm.", updates_per_iteration=self.updates_per_iteration)
+        # Adaptation multiplies the weight, and 0 stays 0.
+        if self.kl_target != 0 and not self.kl_coef > 0:
+            raise ConfigError(
+                f"algorithm.kl_target={self.kl_target}: use algorithm.kl_coef above 0 to start from, or "
+                f"kl_target=0"
+            )

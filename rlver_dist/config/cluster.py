@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import at_least, require
 from rlver_dist.config.enums import Device
+from rlver_dist.errors import ConfigError
+
+GIB = 1024**3
+"""Bytes of a GiB, the unit of the options on memory."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,25 +45,22 @@ class ClusterConfig:
     """Serve the Ray dashboard on loopback where the run starts Ray itself."""
 
     def __post_init__(self) -> None:
-        at_least(
-            0,
-            "cluster.",
-            engines=self.engines,
-            learner_ranks=self.learner_ranks,
-            cpu_threads=self.cpu_threads,
-        )
-        at_least(1, "cluster.", tensor_parallel=self.tensor_parallel, kv_cache_gib=self.kv_cache_gib)
+        if self.engines < 0:
+            raise ConfigError(f"cluster.engines={self.engines}: use 0 or more")
+        if self.learner_ranks < 0:
+            raise ConfigError(f"cluster.learner_ranks={self.learner_ranks}: use 0 or more")
+        if self.cpu_threads < 0:
+            raise ConfigError(f"cluster.cpu_threads={self.cpu_threads}: use 0 or more")
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"cluster.tensor_parallel={self.tensor_parallel}: use 1 or more")
+        if self.kv_cache_gib < 1:
+            raise ConfigError(f"cluster.kv_cache_gib={self.kv_cache_gib}: use 1 or more")
         for key in ("gpus_per_engine_rank", "gpus_per_learner_rank", "gpu_memory_fraction"):
-            require(
-                0 < getattr(self, key) <= 1,
-                f"cluster.{key}",
-                getattr(self, key),
-                "use a share above 0, up to 1",
+            fraction = getattr(self, key)
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"cluster.{key}={fraction}: use a share above 0, up to 1")
+        if (self.engines == 0) != (self.learner_ranks == 0):
+            raise ConfigError(
+                f"cluster.learner_ranks={self.learner_ranks}: set both cluster.engines and "
+                f"cluster.learner_ranks, or neither"
             )
-        paired = (self.engines == 0) == (self.learner_ranks == 0)
-        require(
-            paired,
-            "cluster.learner_ranks",
-            self.learner_ranks,
-            "set both cluster.engines and cluster.learner_ranks, or neither",
-        )

@@ -13,4 +13,4 @@ class DataConfig:
     """Training personas: `bank` (shipped with the package) or a JSONL file, in this project's or RLVER's
     format."""
     evaluation: str = "bank"
-    """Evaluation personas, likewise."""
+    """Evaluation personas: `bank` or a JSONL file."""

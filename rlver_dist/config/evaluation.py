@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import at_least, positive
 from rlver_dist.config.enums import SecondJudge
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +29,11 @@ class EvaluationConfig:
     """Model of the second judge `openai`, as the endpoint knows it; empty takes simulator.openai.model."""
 
     def __post_init__(self) -> None:
-        at_least(0, "evaluation.", num_personas=self.num_personas)
-        at_least(1, "evaluation.", max_turns=self.max_turns)
-        positive("evaluation.", temperature=self.temperature)
-        at_least(100, "evaluation.", bootstrap_samples=self.bootstrap_samples)
+        if self.num_personas < 0:
+            raise ConfigError(f"evaluation.num_personas={self.num_personas}: use 0 or more")
+        if self.max_turns < 1:
+            raise ConfigError(f"evaluation.max_turns={self.max_turns}: use 1 or more")
+        if not self.temperature > 0:
+            raise ConfigError(f"evaluation.temperature={self.temperature}: use a number above 0")
+        if self.bootstrap_samples < 100:
+            raise ConfigError(f"evaluation.bootstrap_samples={self.bootstrap_samples}: use 100 or more")

@@ -53,6 +53,7 @@ class GuardsConfig:
                 )
             if guard.start < 0:
                 raise ConfigError(f"{key}.start={guard.start}: use 0 or more")
+            # Both at one value would divide by 0 where the penalty rises between them.
             if not guard.start < guard.full:
                 raise ConfigError(f"{key}.full={guard.full}: use a value above {key}.start={guard.start}")
 

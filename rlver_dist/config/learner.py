@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import at_least, positive, require
 from rlver_dist.config.enums import CriticTrunk
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,25 +43,32 @@ class LearnerConfig:
 
 
 def check_learner(config: LearnerConfig, group: str) -> None:
-    """Check the options that policy and critic share; `group` names the keys in errors."""
-    positive(group, lr=config.lr, grad_clip=config.grad_clip)
-    at_least(0, group, warmup_steps=config.warmup_steps, weight_decay=config.weight_decay)
-    for key in ("beta1", "beta2"):
-        require(
-            0 <= getattr(config, key) < 1,
-            f"{group}{key}",
-            getattr(config, key),
-            "use a value from 0 to below 1",
+    """Check the options that policy and critic share; `group` names the keys in errors.
+
+    Raises:
+        ConfigError: a value is refused.
+    """
+    if not config.lr > 0:
+        raise ConfigError(f"{group}lr={config.lr}: use a number above 0")
+    if not config.grad_clip > 0:
+        raise ConfigError(f"{group}grad_clip={config.grad_clip}: use a number above 0")
+    if config.warmup_steps < 0:
+        raise ConfigError(f"{group}warmup_steps={config.warmup_steps}: use 0 or more")
+    if not config.weight_decay >= 0:
+        raise ConfigError(f"{group}weight_decay={config.weight_decay}: use 0 or more")
+    if not 0 <= config.beta1 < 1:
+        raise ConfigError(f"{group}beta1={config.beta1}: use a value from 0 to below 1")
+    if not 0 <= config.beta2 < 1:
+        raise ConfigError(f"{group}beta2={config.beta2}: use a value from 0 to below 1")
+    if config.micro_batch_tokens < 128:
+        raise ConfigError(f"{group}micro_batch_tokens={config.micro_batch_tokens}: use 128 or more")
+    if config.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{group}zero_stage={config.zero_stage}: use 0, 1, 2 or 3")
+    # DeepSpeed offloads the optimizer as a part of ZeRO.
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise ConfigError(
+            f"{group}offload_optimizer={config.offload_optimizer}: use {group}zero_stage of 1 or more with it"
         )
-    at_least(128, group, micro_batch_tokens=config.micro_batch_tokens)
-    require(config.zero_stage in (0, 1, 2, 3), f"{group}zero_stage", config.zero_stage, "use 0, 1, 2 or 3")
-    sharded = config.zero_stage > 0 or not config.offload_optimizer
-    require(
-        sharded,
-        f"{group}offload_optimizer",
-        config.offload_optimizer,
-        f"use {group}zero_stage of 1 or more with it",
-    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,8 +81,8 @@ class CriticConfig(LearnerConfig):
     warmup_steps: int = 50
     """Optimizer steps of linear warm-up (train_rlver.sh: ratio 0.05 of 1000)."""
     trunk: CriticTrunk = CriticTrunk.trained
-    """Whether the model under the value head learns: `trained`, or `frozen` as it came, which leaves the head
-    alone to learn; gradient_checkpointing then has no effect."""
+    """Whether the model under the value head learns: `trained`, or `frozen`, which keeps the base model and
+    trains the head alone; gradient_checkpointing then has no effect."""
     num_layers: int = 0
     """Layers of the model that the critic keeps, from the first on; 0 keeps all."""
     head_units: int = 0
@@ -90,21 +97,28 @@ class CriticConfig(LearnerConfig):
 
     def __post_init__(self) -> None:
         check_learner(self, "critic.")
-        at_least(
-            0, "critic.", num_layers=self.num_layers, head_units=self.head_units, value_clip=self.value_clip
+        if self.num_layers < 0:
+            raise ConfigError(f"critic.num_layers={self.num_layers}: use 0 or more")
+        if self.head_units < 0:
+            raise ConfigError(f"critic.head_units={self.head_units}: use 0 or more")
+        if not self.value_clip >= 0:
+            raise ConfigError(f"critic.value_clip={self.value_clip}: use 0 or more")
+        if self.pretrain_iterations < 0:
+            raise ConfigError(f"critic.pretrain_iterations={self.pretrain_iterations}: use 0 or more")
+        if self.epochs < 1:
+            raise ConfigError(f"critic.epochs={self.epochs}: use 1 or more")
+
+
+def check_num_layers(kept: int, available: int) -> None:
+    """Check `critic.num_layers` (`kept`) against the layers that the model has.
+
+    Raises:
+        ConfigError: the model has fewer.
+    """
+    if kept > available:
+        raise ConfigError(
+            f"critic.num_layers={kept}: the model has {available} layers; use at most that, or 0 for all"
         )
-        at_least(0, "critic.", pretrain_iterations=self.pretrain_iterations)
-        at_least(1, "critic.", epochs=self.epochs)
-
-
-def check_num_layers(kept: int, there: int) -> None:
-    """Raise `ConfigError` where `critic.num_layers` (`kept`) is more than the model has."""
-    require(
-        kept <= there,
-        "critic.num_layers",
-        kept,
-        f"the model has {there} layers; use at most that, or 0 for all",
-    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,13 +144,15 @@ class WarmUpConfig:
     fresh optimizer."""
 
     def __post_init__(self) -> None:
-        at_least(0, "warm_up.", dialogues=self.dialogues)
-        at_least(
-            1,
-            "warm_up.",
-            max_turns=self.max_turns,
-            max_thought_tokens=self.max_thought_tokens,
-            epochs=self.epochs,
-        )
-        at_least(1, "warm_up.", batch_size=self.batch_size)
-        positive("warm_up.", lr=self.lr)
+        if self.dialogues < 0:
+            raise ConfigError(f"warm_up.dialogues={self.dialogues}: use 0 or more")
+        if self.max_turns < 1:
+            raise ConfigError(f"warm_up.max_turns={self.max_turns}: use 1 or more")
+        if self.max_thought_tokens < 1:
+            raise ConfigError(f"warm_up.max_thought_tokens={self.max_thought_tokens}: use 1 or more")
+        if self.epochs < 1:
+            raise ConfigError(f"warm_up.epochs={self.epochs}: use 1 or more")
+        if self.batch_size < 1:
+            raise ConfigError(f"warm_up.batch_size={self.batch_size}: use 1 or more")
+        if not self.lr > 0:
+            raise ConfigError(f"warm_up.lr={self.lr}: use a number above 0")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlver_dist.config.checks import at_least, positive, require
 from rlver_dist.config.enums import Precision
+from rlver_dist.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 
@@ -24,30 +24,28 @@ class LoraConfig:
     `q_proj,v_proj`."""
 
     def __post_init__(self) -> None:
-        at_least(0, "model.lora.", rank=self.rank)
-        positive("model.lora.", alpha=self.alpha)
-        require(
-            bool(self.target_modules),
-            "model.lora.target_modules",
-            "''",
-            "use all-linear or names such as q_proj,v_proj",
-        )
+        if self.rank < 0:
+            raise ConfigError(f"model.lora.rank={self.rank}: use 0 or more")
+        if not self.alpha > 0:
+            raise ConfigError(f"model.lora.alpha={self.alpha}: use a number above 0")
+        if not self.target_modules:
+            raise ConfigError("model.lora.target_modules='': use all-linear or names such as q_proj,v_proj")
 
-    def targets(self, there: set[str]) -> set[str]:
-        """Which of the linear layers `there`, by the last part of their names, get an adapter.
+    def targets(self, available: set[str]) -> set[str]:
+        """Which of the model's linear layers, `available` by the last part of their names, get an adapter.
 
         Raises:
             ConfigError: one that was named is none of them.
         """
         if self.target_modules == ALL_LINEAR:
-            return there
+            return available
         named = {name.strip() for name in self.target_modules.split(",")}
-        for name in sorted(named - there):
-            way_out = (
-                f"the model has no linear layer '{name}' below its head; use {ALL_LINEAR} or names among "
-                f"{','.join(sorted(there))}"
+        # peft would leave a name that fits nothing out, and the run would train less than was asked for.
+        for name in sorted(named - available):
+            raise ConfigError(
+                f"model.lora.target_modules={self.target_modules}: the model has no linear layer '{name}' "
+                f"below its head; use {ALL_LINEAR} or names among {','.join(sorted(available))}"
             )
-            require(False, "model.lora.target_modules", self.target_modules, way_out)
         return named
 
 
@@ -66,21 +64,20 @@ class ModelConfig:
     `context_overflow`."""
     system_prompt: str = (
         "You are a close friend with a fine sense for feelings. Listen to what the other person really "
-        "needs, answer in a few "
-        "plain, spoken sentences, speak to what they have told you, and never lecture."
+        "needs, answer in a few plain, spoken sentences, speak to what they have told you, and never lecture."
     )
     """The policy's system message in training and evaluation."""
     think_instruction: str = (
         "Before each reply, work out between <think> and </think> what the other person feels, what they "
-        "want from this talk and how "
-        "you will answer; they never see that part. After </think> write only the reply itself."
+        "want from this talk and how you will answer; they never see that part. After </think> write only "
+        "the reply itself."
     )
     """Added to the system message where `rollout.think` is on."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train adapters instead of the whole policy."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.path), "model.path", repr(self.path), "name a model folder, a hub id or a bundled model"
-        )
-        at_least(256, "model.", max_context_tokens=self.max_context_tokens)
+        if not self.path:
+            raise ConfigError("model.path='': name a model folder, a hub id or a bundled model")
+        if self.max_context_tokens < 256:
+            raise ConfigError(f"model.max_context_tokens={self.max_context_tokens}: use 256 or more")

@@ -47,34 +47,31 @@ def resolve_precision(dtype: Precision, *, on_cpu: bool) -> Precision:
 def with_precision(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """`config` with every `auto` format decided, as this process's machine has it, and lines that say why or
     warn of the cost."""
-    on_cpu, model, engine = config.cluster.device is Device.cpu, config.model, config.simulator.engine
-    chosen = {"model.dtype": model.dtype}
+    on_cpu = config.cluster.device is Device.cpu
+    engine = config.simulator.engine
+    chosen = {"model.dtype": config.model.dtype}
     if config.simulator.backend is SimulatorBackend.vllm:
         chosen["simulator.engine.dtype"] = engine.dtype
     notices = [notice for key, dtype in chosen.items() if on_cpu and (notice := _notice(key, dtype))]
-    simulator = replace(
-        config.simulator, engine=replace(engine, dtype=resolve_precision(engine.dtype, on_cpu=on_cpu))
-    )
-    return replace(
-        config, model=replace(model, dtype=resolve_precision(model.dtype, on_cpu=on_cpu)), simulator=simulator
-    ), notices
+    model = replace(config.model, dtype=resolve_precision(config.model.dtype, on_cpu=on_cpu))
+    engine = replace(engine, dtype=resolve_precision(engine.dtype, on_cpu=on_cpu))
+    return replace(config, model=model, simulator=replace(config.simulator, engine=engine)), notices
 
 
 def _notice(key: str, dtype: Precision) -> str:
-    lacking = (
-        ""
-        if cpu_has_bfloat16()
-        else f"this CPU has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FLAGS))})"
-    )
-    match dtype, lacking:
-        case Precision.auto, "":
-            return f"{key}=bfloat16, chosen since this CPU has instructions for it"
-        case Precision.auto, _:
-            return f"{key}=float32, chosen since {lacking}"
-        case Precision.bfloat16, lacking if lacking:
-            return (
-                f"warning: {key}=bfloat16: {lacking} and computes 5 to 12 times slower than in float32; use "
-                f"auto or float32"
-            )
-        case _:
-            return ""
+    """What the user has to know of this format on a CPU; empty where nothing was chosen or is slow."""
+    if cpu_has_bfloat16():
+        return (
+            f"{key}=bfloat16, chosen since this CPU has instructions for it"
+            if dtype is Precision.auto
+            else ""
+        )
+    lacking = f"this CPU has no bfloat16 instructions ({' or '.join(sorted(BFLOAT16_FLAGS))})"
+    if dtype is Precision.auto:
+        return f"{key}=float32, chosen since {lacking}"
+    if dtype is Precision.bfloat16:
+        return (
+            f"warning: {key}=bfloat16: {lacking} and computes 5 to 12 times slower than in float32; use "
+            f"auto or float32"
+        )
+    return ""

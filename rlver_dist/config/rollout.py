@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlver_dist.config.checks import at_least, positive
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,8 +15,8 @@ class RolloutConfig:
     """Dialogues an iteration; divided by `algorithm.group_size` it gives the personas (RLVER, train_rlver.sh:
     32 personas)."""
     think: bool = False
-    """Ask for `<think>...</think>` before each reply; what is thought enters neither the history nor the
-    user's ears."""
+    """Ask for `<think>...</think>` before each reply. That part is left out of the history, and the user
+    never hears it."""
     max_turns: int = 8
     """Replies a dialogue (RLVER, appendix B.3)."""
     max_reply_tokens: int = 1024
@@ -35,17 +35,22 @@ class RolloutConfig:
     """Seconds after which one reply or one appraisal counts as an infrastructure failure."""
 
     def __post_init__(self) -> None:
-        at_least(
-            1, "rollout.", dialogues_per_iteration=self.dialogues_per_iteration, max_turns=self.max_turns
-        )
-        at_least(
-            1,
-            "rollout.",
-            max_reply_tokens=self.max_reply_tokens,
-            max_thinking_tokens=self.max_thinking_tokens,
-        )
-        at_least(1, "rollout.", max_concurrent=self.max_concurrent)
-        positive("rollout.", temperature=self.temperature, request_timeout_s=self.request_timeout_s)
+        if self.dialogues_per_iteration < 1:
+            raise ConfigError(
+                f"rollout.dialogues_per_iteration={self.dialogues_per_iteration}: use 1 or more"
+            )
+        if self.max_turns < 1:
+            raise ConfigError(f"rollout.max_turns={self.max_turns}: use 1 or more")
+        if self.max_reply_tokens < 1:
+            raise ConfigError(f"rollout.max_reply_tokens={self.max_reply_tokens}: use 1 or more")
+        if self.max_thinking_tokens < 1:
+            raise ConfigError(f"rollout.max_thinking_tokens={self.max_thinking_tokens}: use 1 or more")
+        if self.max_concurrent < 1:
+            raise ConfigError(f"rollout.max_concurrent={self.max_concurrent}: use 1 or more")
+        if not self.temperature > 0:
+            raise ConfigError(f"rollout.temperature={self.temperature}: use a number above 0")
+        if not self.request_timeout_s > 0:
+            raise ConfigError(f"rollout.request_timeout_s={self.request_timeout_s}: use a number above 0")
 
     @property
     def max_turn_tokens(self) -> int:

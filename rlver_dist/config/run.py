@@ -12,7 +12,6 @@ from enum import Enum
 from operator import attrgetter
 
 from rlver_dist.config.algorithm import AlgorithmConfig
-from rlver_dist.config.checks import at_least, require
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.data import DataConfig
 from rlver_dist.config.enums import AlgorithmName, CriticTrunk, Precision, SecondJudge, SimulatorBackend
@@ -22,6 +21,7 @@ from rlver_dist.config.model import ModelConfig
 from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.config.tracking import TrackingConfig
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,90 +56,90 @@ class RunConfig:
     """Compose, validate, print the resolved arithmetic, and stop."""
 
     def __post_init__(self) -> None:
-        at_least(1, "", num_iterations=self.num_iterations, keep_checkpoints=self.keep_checkpoints)
-        at_least(0, "", save_every=self.save_every)
-        dialogues, group_size = self.rollout.dialogues_per_iteration, self.algorithm.group_size
-        whole = dialogues % group_size == 0
-        require(
-            whole,
-            "rollout.dialogues_per_iteration",
-            dialogues,
-            f"use a multiple of algorithm.group_size={group_size}",
-        )
-        updates, groups = self.algorithm.updates_per_iteration, dialogues // group_size
-        require(
-            updates <= groups,
-            "algorithm.updates_per_iteration",
-            updates,
-            f"use at most {groups}, a persona's group a step",
-        )
-        sampled, longest = self.rollout.max_turn_tokens, self.model.max_context_tokens
-        way_out = (
-            f"with max_thinking_tokens, where rollout.think is on, use less than "
-            f"model.max_context_tokens={longest}"
-        )
-        require(sampled < longest, "rollout.max_reply_tokens", self.rollout.max_reply_tokens, way_out)
-        warms_up, thought = self.rollout.think and self.warm_up.dialogues > 0, self.warm_up.max_thought_tokens
-        replies, step = self.warm_up.dialogues * self.warm_up.max_turns, self.warm_up.batch_size
-        require(
-            not warms_up or step <= replies,
-            "warm_up.batch_size",
-            step,
-            f"use at most {replies}, warm_up.dialogues x max_turns",
-        )
-        require(
-            not warms_up or thought < sampled,
-            "warm_up.max_thought_tokens",
-            thought,
-            f"use less than {sampled}, the tokens of a turn",
-        )
-        pretrain, last = self.critic.pretrain_iterations, self.num_iterations
-        moves = not self.has_critic or pretrain < last
-        require(
-            moves,
-            "critic.pretrain_iterations",
-            pretrain,
-            f"use less than num_iterations={last}, or the policy never moves",
-        )
-        trained = {"learner": self.learner}
-        if (
-            self.has_critic and self.critic.trunk is CriticTrunk.trained
-        ):  # the head on a frozen backbone is float32 whatever the model is
-            trained["critic"] = self.critic
-        for group, learner in trained.items():
-            exact = self.model.dtype is Precision.float32 or learner.zero_stage >= 1
-            require(
-                exact,
-                f"{group}.zero_stage",
-                learner.zero_stage,
-                "use 1 or more with model.dtype=bfloat16, or model.dtype=float32",
+        if self.num_iterations < 1:
+            raise ConfigError(f"num_iterations={self.num_iterations}: use 1 or more")
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"keep_checkpoints={self.keep_checkpoints}: use 1 or more")
+        if self.save_every < 0:
+            raise ConfigError(f"save_every={self.save_every}: use 0 or more")
+        self._check_groups()
+        self._check_turn_tokens()
+        if self.has_critic and self.critic.pretrain_iterations >= self.num_iterations:
+            raise ConfigError(
+                f"critic.pretrain_iterations={self.critic.pretrain_iterations}: use less than "
+                f"num_iterations={self.num_iterations}, or the policy never moves"
             )
+        self._check_zero_stage("learner", self.learner)
+        # The head on a frozen backbone is float32, whatever the model is.
+        if self.has_critic and self.critic.trunk is CriticTrunk.trained:
+            self._check_zero_stage("critic", self.critic)
         self._check_second_judge()
 
-    def _check_second_judge(self) -> None:
-        """It has to differ from the one that speaks for the users."""
-        second, simulator = self.evaluation.second_judge, self.simulator
-        embedded = second is SecondJudge.embedded and simulator.backend is SimulatorBackend.embedded
-        require(
-            not embedded,
-            "evaluation.second_judge",
-            second.value,
-            "use lexical, openai or none; the embedded users judge first",
-        )
-        if second is SecondJudge.openai:
-            model, key = self.evaluation.judge_model or simulator.openai.model, "evaluation.judge_model"
-            require(
-                bool(model),
-                key,
-                "''",
-                "evaluation.second_judge=openai needs the model's name as the endpoint knows it",
+    def _check_groups(self) -> None:
+        dialogues = self.rollout.dialogues_per_iteration
+        group_size = self.algorithm.group_size
+        if dialogues % group_size != 0:
+            raise ConfigError(
+                f"rollout.dialogues_per_iteration={dialogues}: use a multiple of "
+                f"algorithm.group_size={group_size}"
             )
-            same = simulator.backend is SimulatorBackend.openai and model == simulator.openai.model
-            require(
-                not same,
-                key,
-                model,
-                "use another model than simulator.openai.model, which is the first judge",
+        # A group stays together in one optimizer step, so there are no more steps than groups.
+        if self.algorithm.updates_per_iteration > self.num_personas:
+            raise ConfigError(
+                f"algorithm.updates_per_iteration={self.algorithm.updates_per_iteration}: use at most "
+                f"{self.num_personas}, a persona's group a step"
+            )
+
+    def _check_turn_tokens(self) -> None:
+        turn_tokens = self.rollout.max_turn_tokens
+        if turn_tokens >= self.model.max_context_tokens:
+            raise ConfigError(
+                f"rollout.max_reply_tokens={self.rollout.max_reply_tokens}: with max_thinking_tokens, where "
+                f"rollout.think is on, use less than model.max_context_tokens={self.model.max_context_tokens}"
+            )
+        if not self.rollout.think or self.warm_up.dialogues == 0:
+            return
+        replies = self.warm_up.dialogues * self.warm_up.max_turns
+        if self.warm_up.batch_size > replies:
+            raise ConfigError(
+                f"warm_up.batch_size={self.warm_up.batch_size}: use at most {replies}, warm_up.dialogues x "
+                f"max_turns"
+            )
+        if self.warm_up.max_thought_tokens >= turn_tokens:
+            raise ConfigError(
+                f"warm_up.max_thought_tokens={self.warm_up.max_thought_tokens}: use less than {turn_tokens}, "
+                f"the tokens of a turn"
+            )
+
+    def _check_zero_stage(self, group: str, learner: LearnerConfig) -> None:
+        # DeepSpeed's stage 0 cannot accumulate a bfloat16 model's gradients in float32.
+        if self.model.dtype is not Precision.float32 and learner.zero_stage < 1:
+            raise ConfigError(
+                f"{group}.zero_stage={learner.zero_stage}: use 1 or more with model.dtype=bfloat16, or "
+                f"model.dtype=float32"
+            )
+
+    def _check_second_judge(self) -> None:
+        """The second judge has to differ from the one that speaks for the users."""
+        second = self.evaluation.second_judge
+        backend = self.simulator.backend
+        if second is SecondJudge.embedded and backend is SimulatorBackend.embedded:
+            raise ConfigError(
+                f"evaluation.second_judge={second.value}: use lexical, openai or none; the embedded users "
+                f"judge first"
+            )
+        if second is not SecondJudge.openai:
+            return
+        model = self.evaluation.judge_model or self.simulator.openai.model
+        if not model:
+            raise ConfigError(
+                "evaluation.judge_model='': evaluation.second_judge=openai needs the model's name as the "
+                "endpoint knows it"
+            )
+        if backend is SimulatorBackend.openai and model == self.simulator.openai.model:
+            raise ConfigError(
+                f"evaluation.judge_model={model}: use another model than simulator.openai.model, which is "
+                f"the first judge"
             )
 
     @property
@@ -173,21 +173,22 @@ class RunConfig:
         if self.has_critic:
             keys += ["critic.num_layers", "critic.head_units", "critic.zero_stage", "critic.trunk"]
         if self.evaluation.num_personas:
+            # With another one of these, the results before training and after would be of two evaluations.
             keys += [
                 "seed",
                 "data.evaluation",
                 "simulator.backend",
                 "simulator.engine.model",
                 "simulator.openai.model",
-            ]
-            keys += [
                 "evaluation.max_turns",
                 "evaluation.temperature",
                 "model.system_prompt",
                 "model.max_context_tokens",
+                "rollout.max_reply_tokens",
+                "rollout.end_on_truncation",
             ]
-            keys += ["rollout.max_reply_tokens", "rollout.end_on_truncation"]
-            keys += ["rollout.max_thinking_tokens", "model.think_instruction"] if self.rollout.think else []
+            if self.rollout.think:
+                keys += ["rollout.max_thinking_tokens", "model.think_instruction"]
         values = {key: attrgetter(key)(self) for key in keys}
         return {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rlver_dist.config.checks import at_least, positive, require
 from rlver_dist.config.enums import LlmCalls, Precision, Preset, ResponseFormat, SimulatorBackend
+from rlver_dist.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,20 +30,20 @@ class LlmUserConfig:
     fails."""
 
     def __post_init__(self) -> None:
-        at_least(
-            0,
-            "simulator.llm.",
-            temperature=self.temperature,
-            seed=self.seed,
-            schema_retries=self.schema_retries,
-        )
-        at_least(
-            16,
-            "simulator.llm.",
-            max_appraisal_tokens=self.max_appraisal_tokens,
-            max_message_tokens=self.max_message_tokens,
-        )
-        at_least(1, "simulator.llm.", max_reply_bytes=self.max_reply_bytes)
+        if not self.temperature >= 0:
+            raise ConfigError(f"simulator.llm.temperature={self.temperature}: use 0 or more")
+        if self.seed < 0:
+            raise ConfigError(f"simulator.llm.seed={self.seed}: use 0 or more")
+        if self.schema_retries < 0:
+            raise ConfigError(f"simulator.llm.schema_retries={self.schema_retries}: use 0 or more")
+        if self.max_appraisal_tokens < 16:
+            raise ConfigError(
+                f"simulator.llm.max_appraisal_tokens={self.max_appraisal_tokens}: use 16 or more"
+            )
+        if self.max_message_tokens < 16:
+            raise ConfigError(f"simulator.llm.max_message_tokens={self.max_message_tokens}: use 16 or more")
+        if self.max_reply_bytes < 1:
+            raise ConfigError(f"simulator.llm.max_reply_bytes={self.max_reply_bytes}: use 1 or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,22 +71,22 @@ class UserEngineConfig:
     """On CPUs: memory of an engine's key-value cache, GiB."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.model),
-            "simulator.engine.model",
-            repr(self.model),
-            "use a Hugging Face model folder or hub id",
-        )
-        at_least(0, "simulator.engine.", engines=self.engines)
-        at_least(1, "simulator.engine.", tensor_parallel=self.tensor_parallel, kv_cache_gib=self.kv_cache_gib)
-        at_least(512, "simulator.engine.", max_context_tokens=self.max_context_tokens)
-        for key in ("gpus_per_rank", "gpu_memory_fraction"):
-            require(
-                0 < getattr(self, key) <= 1,
-                f"simulator.engine.{key}",
-                getattr(self, key),
-                "use a share above 0, up to 1",
+        if not self.model:
+            raise ConfigError("simulator.engine.model='': use a Hugging Face model folder or hub id")
+        if self.engines < 0:
+            raise ConfigError(f"simulator.engine.engines={self.engines}: use 0 or more")
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"simulator.engine.tensor_parallel={self.tensor_parallel}: use 1 or more")
+        if self.kv_cache_gib < 1:
+            raise ConfigError(f"simulator.engine.kv_cache_gib={self.kv_cache_gib}: use 1 or more")
+        if self.max_context_tokens < 512:
+            raise ConfigError(
+                f"simulator.engine.max_context_tokens={self.max_context_tokens}: use 512 or more"
             )
+        for key in ("gpus_per_rank", "gpu_memory_fraction"):
+            fraction = getattr(self, key)
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"simulator.engine.{key}={fraction}: use a share above 0, up to 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,36 +125,37 @@ class HttpChatConfig:
     """How the endpoint is held to JSON; `json_object` for those that know no schemas."""
 
     def __post_init__(self) -> None:
-        prefix = "simulator.openai."
-        positive(prefix, timeout_s=self.timeout_s, max_backoff_s=self.max_backoff_s)
-        at_least(
-            0,
-            prefix,
-            max_retries=self.max_retries,
-            max_tokens_total=self.max_tokens_total,
-            max_cost=self.max_cost,
-        )
-        at_least(1, prefix, max_concurrent=self.max_concurrent)
-        at_least(0, prefix, requests_per_minute=self.requests_per_minute)
-        prices = ("price_per_million_prompt", "price_per_million_cached", "price_per_million_completion")
-        at_least(0, prefix, **{price: getattr(self, price) for price in prices})
-        addresses = self.addresses
-        whole = bool(addresses) and all(address.startswith(("http://", "https://")) for address in addresses)
-        require(
-            whole,
-            f"{prefix}endpoints",
-            self.endpoints,
-            "use comma-separated addresses that begin with http:// or https://",
-        )
-        priced = (
-            self.max_cost == 0 or self.price_per_million_prompt > 0 or self.price_per_million_completion > 0
-        )
-        require(
-            priced,
-            f"{prefix}max_cost",
-            self.max_cost,
-            "set the prices (simulator.openai.price_per_million_*) that it is counted with",
-        )
+        for key in ("timeout_s", "max_backoff_s"):
+            seconds = getattr(self, key)
+            if not seconds > 0:
+                raise ConfigError(f"simulator.openai.{key}={seconds}: use a number above 0")
+        for key in ("max_retries", "max_tokens_total", "max_cost"):
+            limit = getattr(self, key)
+            if not limit >= 0:
+                raise ConfigError(f"simulator.openai.{key}={limit}: use 0 or more")
+        if self.max_concurrent < 1:
+            raise ConfigError(f"simulator.openai.max_concurrent={self.max_concurrent}: use 1 or more")
+        if not self.requests_per_minute >= 0:
+            raise ConfigError(
+                f"simulator.openai.requests_per_minute={self.requests_per_minute}: use 0 or more"
+            )
+        for key in ("price_per_million_prompt", "price_per_million_cached", "price_per_million_completion"):
+            price = getattr(self, key)
+            if not price >= 0:
+                raise ConfigError(f"simulator.openai.{key}={price}: use 0 or more")
+        schemes = ("http://", "https://")
+        if not self.addresses or not all(address.startswith(schemes) for address in self.addresses):
+            raise ConfigError(
+                f"simulator.openai.endpoints={self.endpoints}: use comma-separated addresses that begin with "
+                f"http:// or https://"
+            )
+        # Without prices every call costs 0, and the limit would never be reached.
+        has_price = self.price_per_million_prompt > 0 or self.price_per_million_completion > 0
+        if self.max_cost != 0 and not has_price:
+            raise ConfigError(
+                f"simulator.openai.max_cost={self.max_cost}: set the prices "
+                f"(simulator.openai.price_per_million_*) that it is counted with"
+            )
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -193,65 +194,52 @@ class SimulatorConfig:
     openai: HttpChatConfig = field(default_factory=HttpChatConfig)
 
     def __post_init__(self) -> None:
-        for key, top in {"start_emotion": 100, "acceptance": 1, "expressiveness": 1}.items():
-            value = getattr(self, key)
-            require(
-                value is None or 0 <= value <= top,
-                f"simulator.{key}",
-                value,
-                f"use null or a value from 0 to {top}",
+        for key, highest in {"start_emotion": 100, "acceptance": 1, "expressiveness": 1}.items():
+            knob = getattr(self, key)
+            if knob is not None and not 0 <= knob <= highest:
+                raise ConfigError(f"simulator.{key}={knob}: use null or a value from 0 to {highest}")
+        if self.max_change is not None and not 0 < self.max_change <= 100:
+            raise ConfigError(
+                f"simulator.max_change={self.max_change}: use null or a value above 0, up to 100"
             )
-        change = self.max_change
-        require(
-            change is None or 0 < change <= 100,
-            "simulator.max_change",
-            change,
-            "use null or a value above 0, up to 100",
-        )
-        at_least(1, "simulator.", replicas=self.replicas, judges=self.judges)
-        alone = self.backend is not SimulatorBackend.embedded or self.judges == 1
-        require(
-            alone, "simulator.judges", self.judges, "use 1 with simulator=embedded, whose rules always agree"
-        )
-        named = self.backend is not SimulatorBackend.openai or bool(self.openai.model)
-        require(
-            named,
-            "simulator.openai.model",
-            repr(self.openai.model),
-            "set the model's name as the endpoint knows it",
-        )
+        if self.replicas < 1:
+            raise ConfigError(f"simulator.replicas={self.replicas}: use 1 or more")
+        if self.judges < 1:
+            raise ConfigError(f"simulator.judges={self.judges}: use 1 or more")
+        if self.judges > 1 and self.backend is SimulatorBackend.embedded:
+            raise ConfigError(
+                f"simulator.judges={self.judges}: use 1 with simulator=embedded, whose rules always agree"
+            )
+        if self.backend is SimulatorBackend.openai and not self.openai.model:
+            raise ConfigError("simulator.openai.model='': set the model's name as the endpoint knows it")
         self._check_judges()
-        sharing = self.replicas * (len(self.further_judges) + (self.backend is SimulatorBackend.openai))
-        enough = self.openai.max_concurrent >= sharing
-        require(
-            enough,
-            "simulator.openai.max_concurrent",
-            self.openai.max_concurrent,
-            f"use {sharing} or more, one a replica and model",
-        )
+        # Each replica opens a client of its own for each model at the endpoints, and divides the limits.
+        num_clients = self.replicas * (len(self.further_judges) + (self.backend is SimulatorBackend.openai))
+        if self.openai.max_concurrent < num_clients:
+            raise ConfigError(
+                f"simulator.openai.max_concurrent={self.openai.max_concurrent}: use {num_clients} or more, "
+                f"one a replica and model"
+            )
 
     def _check_judges(self) -> None:
-        further, models = self.judges - 1, len(self.further_judges)
-        require(
-            further > 0 or models == 0,
-            "simulator.judge_models",
-            self.judge_models,
-            "set simulator.judges above 1 with it",
-        )
-        if further > 0:
-            two_calls = self.llm.calls is LlmCalls.two
-            require(
-                two_calls,
-                "simulator.llm.calls",
-                self.llm.calls.value,
-                "use two with simulator.judges above 1",
+        num_further = self.judges - 1
+        num_models = len(self.further_judges)
+        if num_further == 0:
+            if num_models > 0:
+                raise ConfigError(
+                    f"simulator.judge_models={self.judge_models}: set simulator.judges above 1 with it"
+                )
+            return
+        # One call gives appraisal and reply together, so the reply would follow one judge, not the verdict.
+        if self.llm.calls is not LlmCalls.two:
+            raise ConfigError(
+                f"simulator.llm.calls={self.llm.calls.value}: use two with simulator.judges above 1"
             )
-            vary = self.llm.temperature > 0 or models >= further
-            way_out = (
-                f"use a value above 0, or name {further} models in simulator.judge_models: equal judges "
-                f"always agree"
+        if not self.llm.temperature > 0 and num_models < num_further:
+            raise ConfigError(
+                f"simulator.llm.temperature={self.llm.temperature}: use a value above 0, or name "
+                f"{num_further} models in simulator.judge_models: equal judges always agree"
             )
-            require(vary, "simulator.llm.temperature", self.llm.temperature, way_out)
 
     @property
     def further_judges(self) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def build() -> dict[str, list[Persona]]:
         DataError: the seeds cannot carry it; the message names what is missing.
     """
     situations = load_situations()
+    # One deck of people for both splits, so that no name comes twice in the bank.
     people = People(SEED)
     return {
         split: _build_split(split, [s for s in situations if s.split == split], people) for split in SPLITS
@@ -62,6 +63,7 @@ def write(folder: Path) -> None:
     """Write `train.jsonl` and `evaluation.jsonl` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, personas in build().items():
+        # "\n" on every platform: the files are compared byte by byte.
         (folder / f"{split}.jsonl").write_text(dump_personas(personas), encoding="utf-8", newline="\n")
 
 
@@ -81,7 +83,10 @@ def allocate(situations: list[Situation], size: int, rng: random.Random) -> list
                 raise DataError(
                     f"seeds: too few situations with {intent.value} for {size} personas; write more of them"
                 )
+            # Drawn for every free one, so that the order of the files decides nothing among equals.
             lot = {s.id: rng.random() for s in free}
+            # The least used one; among equals the one less used with this intent, then with this temperament,
+            # then by lot.
             chosen = min(
                 free, key=lambda s: (used[s.id], used[s.id, intent], used[s.id, temperament], lot[s.id])
             )
@@ -97,11 +102,13 @@ def cells_of_round(room: int, rng: random.Random) -> list[Cell]:
     long as they can."""
     if room >= len(CELLS):
         return rng.sample(CELLS, len(CELLS))
-    intents, kinds = list(HiddenIntent), rng.sample(list(Temperament), len(Temperament))
+    intents = list(HiddenIntent)
+    kinds = rng.sample(list(Temperament), len(Temperament))
     return [(intents[position % len(intents)], kinds[position % len(kinds)]) for position in range(room)]
 
 
 def _build_split(split: str, situations: list[Situation], people: People) -> list[Persona]:
+    # A generator of its own: another size of one split leaves the other's pairs as they are.
     rng = random.Random(f"{split}:{SEED}")
     told: Counter[str] = Counter()
     personas = []
@@ -115,6 +122,7 @@ def _build_split(split: str, situations: list[Situation], people: People) -> lis
 def _scene(situation: Situation, telling: int, reaction: str, opening_of_failed: str) -> str:
     """The scene as its `telling`-th user has it; people stay in order, since later ones are described by
     earlier ones."""
+    # The order of the remedies changes once all orders of the parts have been used.
     failed = situation.failed if telling // len(SCENES) % 2 == 0 else situation.failed[::-1]
     return SCENES[telling % len(SCENES)].format(
         cause=situation.cause,

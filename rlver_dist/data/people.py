@@ -33,6 +33,7 @@ class Deck(Generic[T]):
 
     def draw(self, fits: Callable[[T], bool] = lambda card: True) -> T | None:
         """The next card that fits; None where not even a full deck has one."""
+        # What is left comes first, refilled or not: an old card that did not fit must not wait for ever.
         for refill in (False, True):
             if refill:
                 self._left = self._left + self._rng.sample(self._cards, len(self._cards))
@@ -72,6 +73,7 @@ class People:
         material = _load("people.yaml")
         rng = random.Random(f"people:{seed}")
         names = [(given, tuple(group["family"])) for group in _load("names.yaml") for given in group["given"]]
+        # All decks share one generator, so the order of the lines below is a part of what the seed means.
         self._rng = rng
         self._names = rng.sample(names, len(names))
         self._introductions: Deck[str] = Deck(material["introductions"], rng)
@@ -115,6 +117,7 @@ class People:
 
     def _name(self, situation: Situation) -> tuple[str, str]:
         """A given and a full name that nobody in the situation bears."""
+        # A user called like somebody in their own story would confuse every reader of the scene.
         taken = set(re.findall(r"\w+", situation.text()))
         for position, (given, families) in enumerate(self._names):
             free = [family for family in families if family not in taken]
@@ -137,6 +140,7 @@ class People:
 
 def with_article(noun: str) -> str:
     """`noun` with the indefinite article that its sound asks for."""
+    # "a university", "a user", "a European", "a one-man band".
     sounds_like_consonant = noun.lower().startswith(("uni", "use", "eu", "one"))
     return f"{'an' if noun[0].lower() in 'aeiou' and not sounds_like_consonant else 'a'} {noun}"
 
@@ -151,7 +155,7 @@ def _drawn(deck: Deck[T], fits: Callable[[T], bool] = lambda card: True) -> T:
     return card
 
 
-def _piece_deck(items: list[Any], rng: random.Random) -> Deck[Piece]:
+def _piece_deck(items: list[str | dict[str, Any]], rng: random.Random) -> Deck[Piece]:
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     return Deck([Piece(**row) for row in rows], rng)
 

@@ -41,9 +41,9 @@ class Persona:
         name: what the user is called.
         profile: the person sheet (age, occupation, hobbies, habits, manner of speaking).
         scene: what happened, to whom, what was tried, how things stand; never the hidden intent.
-        temperament: see `Temperament`.
+        temperament: how the user takes things.
         traits: three trait words.
-        hidden_intent: see `HiddenIntent`.
+        hidden_intent: what the user wants from the talk and does not say.
         want: the hidden intent in this scene's terms.
         hides: what the user admits late or never.
         language: BCP 47 primary tag, "en" or "zh".

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rlver_dist.data import rlver
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
+from rlver_dist.data.rlver import Row
 from rlver_dist.errors import DataError
 
 Split = Literal["train", "evaluation"]
 BANK = "bank"
 KEYS = tuple(field.name for field in fields(Persona))
 LISTS = ("traits", "facts")
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Row = {
     "hides": "",
     "topic": "",
     "opening": "",
@@ -59,6 +60,7 @@ def load_personas(path: str | Path) -> list[Persona]:
             f"the package"
         )
     try:
+        # "utf-8-sig": editors on Windows begin a file with a byte order mark, which JSON does not take.
         return parse_personas(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
@@ -68,13 +70,14 @@ def parse_personas(text: str, source: str) -> list[Persona]:
     """Personas in JSONL `text`; `source` names it in errors."""
     personas: list[Persona] = []
     line_of: dict[str, int] = {}
-    parse: Callable[[dict[str, Any], str], Persona] | None = None
+    parse: Callable[[Row, str], Persona] | None = None
     # Not splitlines(): it also cuts at U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{source}:{number}"
         row = _row(line, where)
+        # By the first row alone: a file is of one format, and a row that is not is refused with its line.
         parse = parse or (rlver.parse_row if rlver.is_rlver_row(row) else parse_row)
         persona = parse(row, where)
         if persona.id in line_of:
@@ -89,17 +92,16 @@ def parse_personas(text: str, source: str) -> list[Persona]:
     return personas
 
 
-def parse_row(row: dict[str, Any], where: str) -> Persona:
+def parse_row(row: Row, where: str) -> Persona:
     """One persona from a row in this project's format; `where` (file:line) opens the error message."""
+    # A misspelt optional field would silently take its default.
     if unknown := sorted(set(row) - set(KEYS)):
         raise DataError(f"{where}: {unknown[0]}: unknown field; known are {', '.join(KEYS)}")
     values = DEFAULTS | row
+    needed = [key for key in KEYS if key not in DEFAULTS]
     for key in KEYS:
         if key not in values:
-            raise DataError(
-                f"{where}: {key}: missing; every persona needs "
-                f"{', '.join(k for k in KEYS if k not in DEFAULTS)}"
-            )
+            raise DataError(f"{where}: {key}: missing; every persona needs {', '.join(needed)}")
         _check(values[key], key, where)
     return Persona(
         **values
@@ -132,17 +134,17 @@ def leak_notice(train: Sequence[Persona], evaluation: Sequence[Persona]) -> str 
     shared = shared_people(train, evaluation)
     if not shared:
         return None
-    sheets, scenes = len({persona.profile for persona in shared}), {persona.scene for persona in train}
+    sheets = len({persona.profile for persona in shared})
+    scenes = {persona.scene for persona in train}
     with_scene = sum(persona.scene in scenes for persona in shared)
     seen = f", and {with_scene} of them its scene" if with_scene else ""
     return (
         f"data.evaluation: {len(shared)} of {len(evaluation)} personas reuse the person sheet of a training "
-        f"persona "
-        f"({sheets} sheets){seen}; their scores are not of people who are new to the policy"
+        f"persona ({sheets} sheets){seen}; their scores are not of people who are new to the policy"
     )
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -154,7 +156,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _check(value: Any, key: str, where: str) -> None:
+def _check(value: object, key: str, where: str) -> None:
     if key in LISTS:
         if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
             raise DataError(

@@ -10,10 +10,14 @@ here, since a scene never holds the intent.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.errors import DataError
+
+Row = dict[str, Any]
+"""One line of a JSONL file, not checked yet."""
+Kind = TypeVar("Kind")
 
 KEYS = ("player", "main_cha", "task")
 TEMPERAMENTS = {"负面": Temperament.NEGATIVE, "被动": Temperament.PASSIVE, "回避": Temperament.AVOIDANT}
@@ -36,18 +40,20 @@ INLINE_MARKER = re.compile(r"^[ \t#*>-]*隐藏(?:主题|意图)[ \t*]*[:\uff1a].
 NAME = re.compile(r"姓名[\s*]*[:\uff1a][\s*]*([^\s*,;\uff0c\u3002\uff1b]+)")
 
 
-def is_rlver_row(row: dict[str, Any]) -> bool:
+def is_rlver_row(row: Row) -> bool:
     """True where the row has one of the keys that only RLVER's format has."""
     return any(key in row for key in KEYS)
 
 
-def parse_row(row: dict[str, Any], where: str) -> Persona:
+def parse_row(row: Row, where: str) -> Persona:
     """One persona from an RLVER row; `where` (file:line) opens the error message.
 
     Raises:
         DataError: a field is missing or unknown.
     """
-    player, scene, task = (_text(row, key, where) for key in ("player", "scene", "task"))
+    player = _text(row, "player", where)
+    scene = _text(row, "scene", where)
+    task = _text(row, "task", where)
     identifier = _text(row, "id", where)
     name = NAME.search(player)
     if name is None:
@@ -74,38 +80,37 @@ def parse_row(row: dict[str, Any], where: str) -> Persona:
 
 def split_marker(scene: str) -> str:
     """`scene` without the section at its end that names the hidden intent; unchanged where there is none."""
+    # From the last one on, since the section is the end of the scene.
     markers = [*MARKER.finditer(scene), *INLINE_MARKER.finditer(scene)]
     if markers:
         scene = scene[: max(marker.start() for marker in markers)]
     return scene.strip()
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def _text(row: Row, key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {key}: {value!r}; a row in RLVER's format needs a text here")
     return value
 
 
-def _optional_text(row: dict[str, Any], key: str, where: str) -> str:
+def _optional_text(row: Row, key: str, where: str) -> str:
     return _text(row, key, where).strip() if row.get(key) else ""
 
 
-def _traits(row: dict[str, Any], where: str) -> tuple[str, ...]:
+def _traits(row: Row, where: str) -> tuple[str, ...]:
     value = row.get("cha_group")
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(item, str) and item.strip() for item in value)
-    ):
+    texts = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
+    if not value or not texts:
         raise DataError(
             f"{where}: cha_group: {value!r}; a row in RLVER's format needs a list of trait words here"
         )
     return tuple(value)
 
 
-def _lookup(kinds: dict[str, Any], row: dict[str, Any], key: str, where: str) -> Any:
+def _lookup(kinds: dict[str, Kind], row: Row, key: str, where: str) -> Kind:
     value = _text(row, key, where)
+    # The rows hold whole sentences, written by a model, so a kind is known by a word that no other one holds.
     found = [kind for word, kind in kinds.items() if word in value]
     if len(found) != 1:
         raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlver_dist.data.persona import Persona
@@ -33,13 +33,14 @@ class PersonaSampler:
         drawn: list[Persona] = []
         while len(drawn) < n:
             if self._position == len(self._order):
-                self._epoch, self._position = self._epoch + 1, 0
+                self._epoch += 1
+                self._position = 0
                 self._order = self._shuffled()
             drawn.append(self._personas[self._order[self._position]])
             self._position += 1
         return drawn
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, int | str]:
         """JSON-able state; `restore` goes on from it exactly."""
         return {
             "seed": self._seed,
@@ -48,22 +49,25 @@ class PersonaSampler:
             "personas": self._fingerprint(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, with its seed.
 
         Raises:
             DataError: the state was made for other personas.
         """
+        # Positions in another list would name other people, and nobody would notice.
         if state["personas"] != self._fingerprint():
             raise DataError(
                 "sampler: the saved state belongs to other personas than data.train gives now; restore the "
-                "personas of the "
-                "saved run, or start a new run"
+                "personas of the saved run, or start a new run"
             )
-        self._seed, self._epoch, self._position = state["seed"], state["epoch"], state["position"]
+        self._seed = state["seed"]
+        self._epoch = state["epoch"]
+        self._position = state["position"]
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:
+        # A text as the seed: Python hashes it in the same way on every platform and mixes both numbers.
         order = list(range(len(self._personas)))
         random.Random(f"{self._seed}:{self._epoch}").shuffle(order)
         return order

@@ -8,9 +8,10 @@ into several personas.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import Enum
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -29,6 +30,7 @@ LENGTHS = {
 }
 """Least and most items of each list."""
 NUM_WANTS = 4
+Kind = TypeVar("Kind", bound=Enum)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -73,7 +75,7 @@ class Situation:
 
     def text(self) -> str:
         """Everything a user could say or read of it, for a search for names."""
-        parts = (
+        texts = (
             self.cause,
             *self.timeline,
             *self.people,
@@ -83,7 +85,7 @@ class Situation:
             *self.openings.values(),
             *self.facts,
         )
-        return "\n".join(parts)
+        return "\n".join(texts)
 
 
 FIELDS = tuple(field.name for field in fields(Situation))
@@ -98,6 +100,7 @@ def load_situations(folder: Traversable | None = None) -> list[Situation]:
     """
     folder = folder or files("rlver_dist.data") / "seeds"
     situations: list[Situation] = []
+    # Sorted by name, since folders list their files in any order and the bank's bytes depend on it.
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name):
         situations.extend(_load_area(file))
     seen: set[str] = set()
@@ -124,7 +127,7 @@ def _load_area(file: Traversable) -> list[Situation]:
     return [_parse(row, file.name, position) for position, row in enumerate(rows, start=1)]
 
 
-def _parse(row: Any, file_name: str, position: int) -> Situation:
+def _parse(row: object, file_name: str, position: int) -> Situation:
     number = f"situation {position}"
     where = f"{file_name}: {row.get('id', number) if isinstance(row, dict) else number}"
     if not isinstance(row, dict):
@@ -150,13 +153,14 @@ def _parse(row: Any, file_name: str, position: int) -> Situation:
     return Situation(**row | lists | {"wants": wants, "openings": openings})
 
 
-def _parse_list(value: Any, key: str, where: str) -> tuple[Any, ...]:
+def _parse_list(value: object, key: str, where: str) -> tuple[Any, ...]:
     least, most = LENGTHS[key]
     if not isinstance(value, list) or not least <= len(value) <= most:
         raise DataError(
             f"{where}: {key}: write a list of {least if least == most else f'{least} to {most}'} items"
         )
     if key == "ages":
+        # `type` and not `isinstance`: YAML's `yes` is a bool, and a bool is an int.
         if not all(type(age) is int for age in value) or not 14 <= value[0] < value[1] <= 99:
             raise DataError(
                 f"{where}: ages: {value!r}; write the youngest and the oldest age in years, from 14 to 99"
@@ -167,7 +171,7 @@ def _parse_list(value: Any, key: str, where: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _parse_mapping(value: Any, kind: Any, where: str) -> dict[Any, str]:
+def _parse_mapping(value: object, kind: type[Kind], where: str) -> dict[Kind, str]:
     known = [member.value for member in kind]
     if not isinstance(value, dict):
         raise DataError(f"{where}: {value!r}; write a mapping with keys out of {', '.join(known)}")
@@ -178,9 +182,10 @@ def _parse_mapping(value: Any, kind: Any, where: str) -> dict[Any, str]:
     return {kind(key): text for key, text in value.items()}
 
 
-def _check_text(value: Any, where: str) -> None:
+def _check_text(value: object, where: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: {value!r} is not a text; write a sentence in double quotes")
+    # Curly quotes and dashes come in by copying; all users should write alike.
     if not value.isascii():
         raise DataError(
             f"{where}: {value!r} has characters beyond ASCII; seeds use plain punctuation and letters"

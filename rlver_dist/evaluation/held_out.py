@@ -8,9 +8,8 @@ same with and without thinking; how well the format is kept stands apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rlver_dist.concurrency import all_or_none
 from rlver_dist.data.persona import Persona
@@ -18,13 +17,16 @@ from rlver_dist.dialogue import Dialogue, Message, Role, completed
 from rlver_dist.errors import BoundaryError
 from rlver_dist.evaluation.statistics import paired_bootstrap
 from rlver_dist.experience.samples import TurnSample, to_samples
-from rlver_dist.rollout.collector import DialogueTask, derive_seed
+from rlver_dist.rollout.collector import DialogueTask
 from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.emotion import EmotionRules, move
 from rlver_dist.simulator.protocol import Judge, UserRequest
 from rlver_dist.tracking.dialogue_metrics import distinct_n
+from rlver_dist.tracking.metrics import Summary
 
 BOOTSTRAP_SEED = 0
+"""Fixed, so that equal results always have equal intervals."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +74,7 @@ def evaluation_tasks(personas: Sequence[Persona], *, phase: str, seed: int) -> l
 
 async def reappraise(dialogue: Dialogue, persona: Persona, judge: Judge, rules: EmotionRules) -> float:
     """Final emotion of a finished dialogue had `judge` been the user; what was said stays as it was."""
+    # The emotion moves by this judge's appraisals alone, from where the dialogue began.
     emotion = dialogue.start_emotion
     heard = [Message(role=Role.USER, text=dialogue.opening)]
     for turn in dialogue.turns:
@@ -104,6 +107,7 @@ async def second_emotions(
     async def one(dialogue: Dialogue) -> float | None:
         try:
             return await reappraise(dialogue, by_id[dialogue.persona_id], judge, rules)
+        # One failed call must not cost the evaluation: the pair is left out of the comparison.
         except BoundaryError:
             return None
 
@@ -138,6 +142,7 @@ def _as_heard(dialogue: Dialogue, renderer: Renderer) -> Dialogue:
     turns = []
     for turn in dialogue.turns:
         reply_ids = renderer.encode_reply("", turn.reply) if turn.reply else []
+        # A cut reply has no end, so the model is not asked how likely one was.
         reply_ids = reply_ids[:-1] if turn.truncated else reply_ids
         turns.append(
             replace(turn, prompt_ids=prompt_ids, reply_ids=reply_ids, logprobs=[0.0] * len(reply_ids))
@@ -153,9 +158,17 @@ def summarize(
     second_emotion: list[float | None],
     perplexity: float,
     judges: Sequence[str],
+    second_judge_counts: Mapping[str, float] | None = None,
 ) -> HeldOut:
-    """Results of one evaluation; failed dialogues are counted and left out. See `HeldOut` for the
-    arguments."""
+    """Results of one evaluation.
+
+    Args:
+        dialogues: all of it; failed ones are counted and left out.
+        second_emotion: of the completed ones, in order (`second_emotions`); empty without a second judge.
+        perplexity: the base model's, of the replies.
+        judges: who gave the emotions, the second judge last.
+        second_judge_counts: the second judge's `Judge.metrics` for these dialogues; None without one.
+    """
     complete = completed(dialogues)
     turns = [turn for dialogue in complete for turn in dialogue.turns]
     return HeldOut(
@@ -168,10 +181,11 @@ def summarize(
         well_formed=sum(turn.well_formed for turn in turns) / max(len(turns), 1),
         failed=len(dialogues) - len(complete),
         judges=list(judges),
+        second_judge_counts=dict(second_judge_counts or {}),
     )
 
 
-def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]:
+def compare(before: HeldOut, after: HeldOut, num_samples: int) -> Summary:
     """The figures of `summary.json`: emotion under each judge with paired intervals, and the language
     controls.
 
@@ -194,6 +208,7 @@ def compare(before: HeldOut, after: HeldOut, num_samples: int) -> dict[str, Any]
             "before": before.second_judge_counts,
             "after": after.second_judge_counts,
         }
+    # With another judge at one of the two times the difference would tell of judges, not of policies.
     if len(after.judges) == 2 and before.judges == after.judges:
         compared["second_appraiser"] = _paired(
             before, before.second_emotion, after, after.second_emotion, num_samples
@@ -207,7 +222,8 @@ def _paired(
     after: HeldOut,
     emotion_after: Sequence[float | None],
     num_samples: int,
-) -> dict[str, Any]:
+) -> Summary:
+    # A persona that was lost at one of the two times says nothing of a change.
     second = dict(zip(after.persona_ids, emotion_after, strict=True))
     pairs = [
         (value, other)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from rlver_dist.chat_client.http import HttpChat
 from rlver_dist.chat_client.protocol import ChatBackend
 from rlver_dist.config.enums import SecondJudge, SimulatorBackend
-from rlver_dist.config.run import RunConfig
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.llm.user import LlmSimulator
@@ -21,22 +22,32 @@ from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 
 
 @asynccontextmanager
-async def second_judge(config: RunConfig) -> AsyncIterator[Judge | None]:
-    """The judge of `evaluation.second_judge`, under the evaluation users' rules, and its connections as long;
-    None where there is none.
+async def second_judge(
+    simulator: SimulatorConfig, evaluation: EvaluationConfig
+) -> AsyncIterator[Judge | None]:
+    """The judge of `evaluation.second_judge`, under the evaluation users' rules; its connections stay open
+    until the block ends.
+
+    Args:
+        simulator: the users of training; settings and limits of a chat model hold for the judge, too.
+        evaluation: who judges.
+
+    Yields:
+        The judge; None where there is none.
 
     Raises:
         ConfigError: the environment lacks the endpoints' key.
     """
-    simulator = config.simulator.for_evaluation()
-    rules = resolve_rules(simulator)
-    match config.evaluation.second_judge if config.evaluation.num_personas else SecondJudge.none:
+    rules = resolve_rules(simulator.for_evaluation())
+    # Without an evaluation a judge would load a model, or ask for a key, for nothing.
+    match evaluation.second_judge if evaluation.num_personas else SecondJudge.none:
         case SecondJudge.lexical:
             yield RuleJudge(appraiser=LexicalAppraiser(), rules=rules)
         case SecondJudge.embedded:
             yield RuleJudge(appraiser=EmbeddedAppraiser(), rules=rules)
         case SecondJudge.openai:
-            backend = HttpChat(config=replace(simulator.openai, model=_model(config)))
+            # A backend of its own: tokens, cost and rate are limited apart from those of the users.
+            backend = HttpChat(config=replace(simulator.openai, model=_model(simulator, evaluation)))
             try:
                 yield _Charged(
                     judge=LlmSimulator(rules=rules, backend=backend, settings=simulator.llm), backend=backend
@@ -55,7 +66,7 @@ class _Charged:
         self._backend = backend
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """See `Judge`."""
+        """The judge's own appraisal."""
         return await self._judge.appraise(request)
 
     def metrics(self) -> dict[str, float]:
@@ -65,9 +76,9 @@ class _Charged:
         }
 
 
-def judge_names(config: RunConfig) -> list[str]:
+def judge_names(simulator: SimulatorConfig, evaluation: EvaluationConfig) -> list[str]:
     """Who gives the emotions of an evaluation: the users' judge, and the second one where there is one."""
-    simulator, second = config.simulator, config.evaluation.second_judge
+    second = evaluation.second_judge
     model = {
         SimulatorBackend.vllm: simulator.engine.model,
         SimulatorBackend.openai: simulator.openai.model,
@@ -83,10 +94,10 @@ def judge_names(config: RunConfig) -> list[str]:
         case SecondJudge.none:
             return [first]
         case SecondJudge.openai:
-            return [first, f"{second.value}: {_model(config)}"]
+            return [first, f"{second.value}: {_model(simulator, evaluation)}"]
         case _:
             return [first, second.value]
 
 
-def _model(config: RunConfig) -> str:
-    return config.evaluation.judge_model or config.simulator.openai.model
+def _model(simulator: SimulatorConfig, evaluation: EvaluationConfig) -> str:
+    return evaluation.judge_model or simulator.openai.model

@@ -34,6 +34,7 @@ def paired_bootstrap(
         )
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: use at least 1")
+    # Pairs are drawn, not values: both values of a persona depend on how hard it is to please.
     differences = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(differences), size=(num_samples, len(differences)))
     tail = (1 - CONFIDENCE) / 2

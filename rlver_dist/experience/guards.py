@@ -31,6 +31,7 @@ from functools import lru_cache
 
 from rlver_dist.config.guards import GuardConfig, GuardsConfig
 from rlver_dist.dialogue import Dialogue
+from rlver_dist.text import ngrams
 
 GRAM = 4
 """Words of a gram."""
@@ -67,17 +68,21 @@ class Guarded:
 def guard_rewards(
     dialogues: Sequence[Dialogue], rewards: Mapping[str, float], guards: GuardsConfig
 ) -> Guarded:
-    """Measure all dialogues of an iteration and take off what the guards that are on say,
-    `guards.max_penalty` at most.
+    """Measure all dialogues of an iteration, and take off their rewards the penalties of the guards that are
+    on, `guards.max_penalty` at most.
 
     Args:
         dialogues: in any order, infrastructure failures left out.
         rewards: 0 to 1 by dialogue id.
         guards: bounds and penalties.
 
+    Returns:
+        Rewards before and after, and what was measured, of every guard and dialogue.
+
     Raises:
         KeyError: a dialogue has no reward.
     """
+    # Guards that take nothing off are measured too: their metrics show whether they should.
     measures = measure(dialogues)
     options = guards.by_name()
     taken = {
@@ -99,21 +104,30 @@ def guard_rewards(
 
 
 def penalty(value: float, guard: GuardConfig) -> float:
-    """Reward that `guard` takes off at a measure of `value`."""
+    """Reward that `guard` takes off at a measure of `value`: 0 up to its `start`, then growing evenly to its
+    `penalty` at `full`."""
     return guard.penalty * min(1.0, max(0.0, (value - guard.start) / (guard.full - guard.start)))
 
 
 def measure(dialogues: Sequence[Dialogue]) -> dict[str, dict[str, float]]:
-    """Every guard's measure by dialogue id; see the module's head."""
+    """Every measure of every dialogue, as defined at the head of this module.
+
+    Args:
+        dialogues: all of an iteration: `repetition` compares them with each other.
+
+    Returns:
+        By guard and dialogue id.
+    """
     replies = {dialogue.id: [turn.reply for turn in dialogue.turns if turn.reply] for dialogue in dialogues}
     spoken = {id: [words(reply) for reply in texts] for id, texts in replies.items()}
-    held = {id: [gram for tokens in parts for gram in grams(tokens)] for id, parts in spoken.items()}
+    # Reply by reply: a run of words over the end of a reply was never said.
+    own_grams = {id: [gram for tokens in said for gram in grams(tokens)] for id, said in spoken.items()}
     return {
-        "repetition": _repetition({dialogue.id: dialogue.persona_id for dialogue in dialogues}, held),
-        "loops": {id: 1.0 - len(set(own)) / len(own) if own else 0.0 for id, own in held.items()},
+        "repetition": _repetition({dialogue.id: dialogue.persona_id for dialogue in dialogues}, own_grams),
+        "loops": {id: 1.0 - len(set(own)) / len(own) if own else 0.0 for id, own in own_grams.items()},
         "redundancy": {id: redundancy("\n".join(texts)) for id, texts in replies.items()},
         "non_words": {id: non_words("\n".join(texts)) for id, texts in replies.items()},
-        "length": {id: sum(map(len, parts)) / len(parts) if parts else 0.0 for id, parts in spoken.items()},
+        "length": {id: sum(map(len, said)) / len(said) if said else 0.0 for id, said in spoken.items()},
     }
 
 
@@ -126,36 +140,44 @@ def grams(tokens: list[str]) -> list[tuple[str, ...]]:
     """All runs of `GRAM` words, in order; fewer words are one gram, none are none."""
     if len(tokens) < GRAM:
         return [tuple(tokens)] if tokens else []
-    return list(zip(*(tokens[start:] for start in range(GRAM)), strict=False))
+    return ngrams(tokens, GRAM)
 
 
-def _repetition(personas: Mapping[str, str], held: Mapping[str, list[tuple[str, ...]]]) -> dict[str, float]:
-    """By dialogue id; 0 where all dialogues are of one persona."""
-    everywhere = _dialogues_with(held.values())
+def _repetition(
+    personas: Mapping[str, str], own_grams: Mapping[str, list[tuple[str, ...]]]
+) -> dict[str, float]:
+    """Of persona and grams of each dialogue; 0 where all dialogues are of one persona."""
+    everywhere = _dialogues_with(own_grams.values())
     sizes = Counter(personas.values())
     members: dict[str, list[str]] = {}
     for id, persona in personas.items():
         members.setdefault(persona, []).append(id)
-    shares: dict[str, float] = {}
+    repetition: dict[str, float] = {}
     for persona, ids in members.items():
-        own, others = _dialogues_with(held[id] for id in ids), len(personas) - sizes[persona]
+        # Dialogues with one persona speak of the same facts, so that the same words in them are no sign of a
+        # phrase that every user hears.
+        with_persona = _dialogues_with(own_grams[id] for id in ids)
+        others = len(personas) - sizes[persona]
         for id in ids:
-            found = sum(everywhere[gram] - own[gram] for gram in held[id])
-            shares[id] = found / (others * len(held[id])) if others and held[id] else 0.0
-    return shares
+            found = sum(everywhere[gram] - with_persona[gram] for gram in own_grams[id])
+            pairs = others * len(own_grams[id])
+            repetition[id] = found / pairs if pairs else 0.0
+    return repetition
 
 
-def _dialogues_with(held: Iterable[list[tuple[str, ...]]]) -> Counter[tuple[str, ...]]:
-    """Number of dialogues that hold each gram."""
+def _dialogues_with(dialogues: Iterable[list[tuple[str, ...]]]) -> Counter[tuple[str, ...]]:
+    """In how many of the dialogues, given as their grams, each gram occurs."""
     counts: Counter[tuple[str, ...]] = Counter()
-    for own in held:
-        counts.update(set(own))
+    for own_grams in dialogues:
+        counts.update(set(own_grams))
     return counts
 
 
 def redundancy(text: str) -> float:
     """Share (0 to 1) of the bytes of `text` that zlib saves; 0 for short texts."""
+    # A reply may hold half of a surrogate pair, which plain UTF-8 refuses.
     raw = text.encode("utf-8", "surrogatepass")
+    # Level 6 is named, so that the measure does not change with zlib's default.
     return max(0.0, 1.0 - len(zlib.compress(raw, 6)) / len(raw)) if len(raw) >= LEAST_BYTES else 0.0
 
 
@@ -167,14 +189,18 @@ def non_words(text: str) -> float:
 
 
 def _is_symbol(character: str) -> bool:
+    # Emoji and control characters, but not the signs that people type in messages.
     plain = character.isalnum() or character.isspace() or character in _PLAIN_SYMBOLS
     return not plain and unicodedata.category(character) in _SYMBOL_CATEGORIES
 
 
+# An iteration repeats the same few thousand words again and again.
 @lru_cache(maxsize=65536)
 def _is_no_word(word: str) -> bool:
     if len(word) > LONGEST_WORD or _STUTTER.search(word):
         return True
     if word.isascii():
+        # Shorter words without a vowel are sounds and abbreviations: hmm, pfft, tv.
         return len(word) >= 5 and word.isalpha() and not _VOWEL.search(word)
+    # The first word of a letter's Unicode name is its alphabet: LATIN, CYRILLIC, GREEK ...
     return len({unicodedata.name(c, "?").split()[0] for c in word if c.isalpha()}) > 1

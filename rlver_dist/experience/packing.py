@@ -12,10 +12,10 @@ from rlver_dist.experience.prefixes import Unit, context_length
 from rlver_dist.experience.samples import TurnSample
 
 Columns = Sequence[Tensor]
-"""A number for each trained token: entry i is `[n_i]` float32 over the trained tokens of sample i, in their
-order."""
+"""A number for each trained token: entry i is `[n_i]` over the trained tokens of sample i, in their order."""
 DUMMY_LENGTH = 2
-"""Tokens of the row that a rank without work runs."""
+"""Tokens of the row that a rank without work runs: it has to take part in every collective operation of the
+forward and backward pass."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -39,9 +39,9 @@ class PackedRow:
 
     Attributes:
         indices: the samples that the row holds, in its order; none in a row that only keeps a rank in step.
-        token_ids: `[T]` int64.
+        token_ids: `[T]` int64, all samples of the row end to end.
         position_ids: `[T]` int64, each token's place in its own sample.
-        spans: who attends to whom; in order they cover the row.
+        spans: which tokens attend to which; in order they cover the row.
         target_index: `[S]` int64, index into the row of each trained token, sample after sample.
         logit_index: `[S]` int64, index into the row of the token that predicts it.
     """
@@ -55,6 +55,7 @@ class PackedRow:
 
     def to(self, device: torch.device | str) -> PackedRow:
         """A copy of this row on `device`."""
+        # Spans choose slices, so that their numbers are needed on the host.
         return PackedRow(
             indices=self.indices,
             token_ids=self.token_ids.to(device),
@@ -67,7 +68,7 @@ class PackedRow:
 
 @dataclass(slots=True)
 class _Layout:
-    """A row as it grows."""
+    """A row as it grows: lists, since a tensor would be copied at each append."""
 
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
@@ -77,6 +78,7 @@ class _Layout:
 
     def add_span(self, token_ids: list[int], context_start: int = 0, context_length: int = 0) -> None:
         """Append tokens whose positions go on from their context."""
+        # Rotary embeddings see positions: a branch needs those that it would have in a row of its own.
         self.spans.append(
             Span(length=len(token_ids), context_start=context_start, context_length=context_length)
         )
@@ -94,6 +96,7 @@ class _Layout:
         self.add_span(sample.token_ids)
         trained = [start + offset for offset, is_trained in enumerate(sample.loss_mask) if is_trained]
         self.target_index += trained
+        # The logits at a token predict the next one.
         self.logit_index += [target - 1 for target in trained]
 
     def add_branches(self, shared_prefix: list[int], branches: Sequence[TurnSample]) -> None:
@@ -101,7 +104,8 @@ class _Layout:
         root = len(self.token_ids)
         self.add_span(shared_prefix)
         for sample in branches:
-            start, depth = len(self.token_ids), context_length(sample)
+            start = len(self.token_ids)
+            depth = context_length(sample)
             self.add_span(sample.token_ids[depth:], context_start=root, context_length=depth)
             self.target_index += range(start, len(self.token_ids))
             # The shared prefix predicts a branch's first token, the branch all others.
@@ -109,8 +113,14 @@ class _Layout:
 
 
 def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
-    """Lay `units` end to end, in that order; none gives a row that trains nothing, for a rank that has no
-    work left.
+    """Lay `units` end to end, in that order.
+
+    Args:
+        samples: all samples of the iteration.
+        units: those of the row; none gives a row that trains nothing, for a rank that has no work left.
+
+    Returns:
+        The row, `[T]` tokens of which `[S]` are trained, on the CPU.
 
     Raises:
         ValueError: a sample trains its first token.
@@ -124,6 +134,7 @@ def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
             for sample in chosen:
                 layout.add_whole(sample)
     if not units:
+        # Token 0 is in every vocabulary, and nothing of this row is trained.
         layout.add_span([0] * DUMMY_LENGTH)
     return PackedRow(
         indices=[index for unit in units for index in unit.indices],
@@ -135,10 +146,39 @@ def pack(samples: Sequence[TurnSample], units: Sequence[Unit]) -> PackedRow:
     )
 
 
+def require_columns(samples: Sequence[TurnSample], **columns: Columns) -> None:
+    """Check that columns fit the samples: one tensor a sample, one number a trained token.
+
+    Args:
+        samples: those that the columns belong to.
+        columns: by the names that an error gives them, `[n_i]` for each sample i.
+
+    Raises:
+        ValueError: a column has too few or too many tensors, or one of them has another shape.
+    """
+    for name, tensors in columns.items():
+        if len(tensors) != len(samples):
+            raise ValueError(f"{name}: {len(tensors)} columns for {len(samples)} samples")
+        for sample, numbers in zip(samples, tensors, strict=True):
+            if numbers.shape != (sample.num_trained,):
+                raise ValueError(
+                    f"{name} of dialogue {sample.dialogue_id}, turn {sample.turn_index}: shape "
+                    f"{tuple(numbers.shape)} does not fit {sample.num_trained} trained tokens"
+                )
+
+
 def column(values: Columns, row: PackedRow) -> Tensor:
-    """`[S]` float32 on the row's device: `values` at the row's trained tokens, in the order of
-    `row.target_index`."""
+    """The numbers of a row's trained tokens.
+
+    Args:
+        values: `[n_i]` for each sample of the iteration.
+        row: `[S]` trained tokens of some of these samples.
+
+    Returns:
+        `[S]` float32 on the row's device, in the order of `row.target_index`.
+    """
     chosen = [values[index] for index in row.indices]
+    # `torch.cat` takes no empty list.
     return (
         torch.cat(chosen).to(row.token_ids.device, torch.float32)
         if chosen

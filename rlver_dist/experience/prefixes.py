@@ -1,10 +1,10 @@
-"""Which samples are laid out together, so that a history that several turns of a dialogue share is computed
-once.
+"""Which samples are laid out together, so that a history that several turns of a dialogue have in common is
+computed once.
 
-With thinking each turn is a sample of its own: the history as heard, then the turn's thoughts and reply. The
-histories grow along one line, so the longest holds all others at its front: it becomes the shared prefix, and
-each turn's sampled tokens branch off it where that turn's own history ends. What a token attends to, and so
-its log-prob and gradient, is the same as in a row of its own.
+With thinking each turn is a sample of its own: the history as heard, then the turn's thoughts and reply. Each
+history extends the one of the turn before, so that all of them are prefixes of the longest. That one becomes
+the shared prefix, and each turn's sampled tokens branch off it where that turn's own history ends. What a
+token attends to, and so its log-prob and gradient, is the same as in a row of its own.
 """
 
 from __future__ import annotations
@@ -33,30 +33,39 @@ class Unit:
 
 
 def make_units(
-    samples: Sequence[TurnSample], part: Sequence[int], *, share: bool, max_tokens: int
+    samples: Sequence[TurnSample], chosen: Sequence[int], *, share_prefixes: bool, max_tokens: int
 ) -> list[Unit]:
-    """Put the samples at `part` into units, each sample into exactly one.
+    """Put the chosen samples into units, each sample into exactly one.
 
     Args:
         samples: all samples of the iteration.
-        part: which of them; those of one dialogue stand next to each other.
-        share: whether samples may share a shared prefix; they do where that takes fewer tokens.
+        chosen: indices of those that are laid out; those of one dialogue stand next to each other.
+        share_prefixes: whether samples may have a shared prefix; they have one where that takes fewer tokens.
         max_tokens: largest unit that is made of several samples; one sample may be longer.
+
+    Returns:
+        The units, dialogue after dialogue.
     """
-    if not share:
-        return [_alone(samples, index) for index in part]
+    if not share_prefixes:
+        return [_alone(samples, index) for index in chosen]
     units: list[Unit] = []
-    for _, chosen in groupby(part, key=lambda index: samples[index].dialogue_id):
-        units += _share(samples, list(chosen), max_tokens)
+    for _, indices in groupby(chosen, key=lambda index: samples[index].dialogue_id):
+        units += _with_shared_prefixes(samples, list(indices), max_tokens)
     return units
 
 
 def context_length(sample: TurnSample) -> int:
-    """Tokens before the first trained one."""
+    """Tokens before the first trained one.
+
+    Raises:
+        ValueError: none is trained.
+    """
     return sample.loss_mask.index(True)
 
 
-def _share(samples: Sequence[TurnSample], chosen: list[int], max_tokens: int) -> Iterator[Unit]:
+def _with_shared_prefixes(
+    samples: Sequence[TurnSample], chosen: list[int], max_tokens: int
+) -> Iterator[Unit]:
     """Units of one dialogue: each time the longest context that is left, with all samples that branch off it
     while they fit."""
     contexts = {
@@ -64,15 +73,21 @@ def _share(samples: Sequence[TurnSample], chosen: list[int], max_tokens: int) ->
         for index in chosen
         if _branches(samples[index])
     }
+    # Without thinking a dialogue is one row in which user messages stand between trained tokens: such a row
+    # cannot branch off, and has nothing to share.
     yield from (_alone(samples, index) for index in chosen if index not in contexts)
     while contexts:
         owner = max(contexts, key=lambda index: len(contexts[index]))
-        shared_prefix, unit = contexts.pop(owner), _alone(samples, owner)
+        shared_prefix = contexts.pop(owner)
+        # Until another sample joins it, the owner is laid out whole: a prefix of its own would save nothing.
+        unit = _alone(samples, owner)
         for index, context in list(contexts.items()):
+            # The sample's context is in the prefix already, so that it adds its trained tokens alone.
             grown = unit.num_tokens + samples[index].num_trained
             if grown <= max_tokens and shared_prefix[: len(context)] == context:
                 unit = Unit(indices=[*unit.indices, index], shared_prefix=shared_prefix, num_tokens=grown)
                 del contexts[index]
+        # Turn order again: the owner, with the longest history, is the last turn.
         unit.indices.sort()
         yield unit
 

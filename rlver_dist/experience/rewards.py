@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 from rlver_dist.config.algorithm import EndRewardConfig
 from rlver_dist.config.enums import EndReward
-from rlver_dist.dialogue import Dialogue, EndReason
-
-MAX_EMOTION = 100.0
-"""Top of the emotion scale, points."""
+from rlver_dist.dialogue import MAX_EMOTION, Dialogue, EndReason
 
 
 def dialogue_reward(dialogue: Dialogue, end_rewards: EndRewardConfig) -> float:
@@ -33,6 +30,7 @@ def dialogue_reward(dialogue: Dialogue, end_rewards: EndRewardConfig) -> float:
         EndReason.OVER_LONG: end_rewards.over_long,
         EndReason.CONTEXT_OVERFLOW: end_rewards.context_overflow,
     }
+    # Ends that the user decides have no rule: there the emotion has already said what they are worth.
     if rules.get(dialogue.end_reason) is EndReward.zero:
         return 0.0
     return dialogue.final_emotion / MAX_EMOTION
@@ -45,8 +43,8 @@ class Selection:
     Attributes:
         kept: sorted by id, so that training does not depend on the order in which dialogues finished.
         num_failed: infrastructure failures and dialogues without a sampled token.
-        num_dropped_groups: groups that failures left with too few dialogues, though not with none.
-        num_dropped: sound dialogues lost with those groups.
+        num_dropped_groups: groups of which failures left some dialogues, but too few.
+        num_dropped: dialogues of those groups that could have been trained on.
     """
 
     kept: list[Dialogue]
@@ -56,13 +54,17 @@ class Selection:
 
 
 def select_trainable(dialogues: Iterable[Dialogue], min_group: int) -> Selection:
-    """Exclude what cannot be trained on: failed dialogues, then those of groups that are too small. The only
-    such place.
+    """Exclude what cannot be trained on: failed dialogues, then those of groups that are too small.
+
+    Nothing else in the package leaves dialogues out of training.
 
     Args:
         dialogues: all dialogues of an iteration, in any order.
         min_group: fewest sound dialogues of a group that is kept: 2 where they are compared with each other
             (GRPO), 1 where a critic judges each alone (PPO).
+
+    Returns:
+        The dialogues to train on, and how many were excluded for which reason.
     """
     finished = sorted(dialogues, key=lambda dialogue: dialogue.id)
     sound = [dialogue for dialogue in finished if _is_sound(dialogue)]
@@ -77,6 +79,8 @@ def select_trainable(dialogues: Iterable[Dialogue], min_group: int) -> Selection
 
 
 def _is_sound(dialogue: Dialogue) -> bool:
+    # Without a sampled token there is nothing to train, and a reward that the policy did not earn would shift
+    # its group's mean.
     return dialogue.end_reason is not EndReason.INFRASTRUCTURE and any(
         turn.reply_ids for turn in dialogue.turns
     )

@@ -19,7 +19,7 @@ class TurnSample:
 
     Attributes:
         token_ids: `[L]` prompt and replies.
-        loss_mask: `[L]` True on sampled tokens; position 0 is always False.
+        loss_mask: `[L]` True on sampled tokens, which are trained; position 0 is always False.
         rollout_logprobs: `[L]` log-prob in nats under the sampling distribution; 0.0 where not sampled.
         dialogue_id: whose turns these are.
         group_id: the dialogue's group.
@@ -48,9 +48,9 @@ class ImitationSample:
     """A reply to imitate in the think format.
 
     Attributes:
-        sample: the prompt with thinking, then tags, thought and reply, all trained.
-        plain: the prompt without thinking, then the reply; trained are the tokens that the reply consists of
-            in both, which are the last `plain.num_trained` trained ones of `sample`.
+        sample: the prompt that asks for thinking, then tags, thought and reply, all trained.
+        plain: the prompt that does not, then the reply; trained are the tokens of the reply that both samples
+            have, which are the last `plain.num_trained` trained ones of `sample`.
     """
 
     sample: TurnSample
@@ -58,11 +58,17 @@ class ImitationSample:
 
 
 def to_samples(dialogue: Dialogue) -> list[TurnSample]:
-    """Rows of a dialogue, in turn order.
+    """Training samples of a dialogue, in turn order.
 
-    A turn joins the open row while its prompt extends that row's tokens, so that a token is computed once;
-    where the history was edited (thinking stripped, a message dropped) the prompt differs and a new row
-    opens. Rows without a sampled token are left out.
+    A turn joins the last sample while its prompt extends that sample's tokens, so that a token is computed
+    once; where the history was edited (thinking stripped, a message dropped) the prompt differs and a new
+    sample begins. Samples without a sampled token are left out.
+
+    Args:
+        dialogue: one that has ended, for whatever reason.
+
+    Returns:
+        Samples that together have every sampled token of the dialogue exactly once as a trained one.
 
     Raises:
         ValueError: a turn has no prompt, or its log-probs do not fit its reply or are not finite.
@@ -70,6 +76,7 @@ def to_samples(dialogue: Dialogue) -> list[TurnSample]:
     samples: list[TurnSample] = []
     for turn in dialogue.turns:
         _check(dialogue.id, turn)
+        # Compared as tokens and not as text: the learner has to score what the engine saw, bit for bit.
         if not samples or turn.prompt_ids[: len(samples[-1].token_ids)] != samples[-1].token_ids:
             samples.append(
                 TurnSample(
@@ -86,6 +93,7 @@ def to_samples(dialogue: Dialogue) -> list[TurnSample]:
 
 
 def _extend(sample: TurnSample, turn: Turn) -> None:
+    # What the prompt adds to the row: the user's message and the template around it, which nobody sampled.
     context = turn.prompt_ids[len(sample.token_ids) :]
     sample.token_ids += context + turn.reply_ids
     sample.loss_mask += [False] * len(context) + [True] * len(turn.reply_ids)
@@ -100,5 +108,6 @@ def _check(dialogue_id: str, turn: Turn) -> None:
         )
     if len(turn.logprobs) != len(turn.reply_ids):
         raise ValueError(f"{where}: {len(turn.logprobs)} log-probs for {len(turn.reply_ids)} sampled tokens")
+    # An engine whose weights are broken answers nan; one such number would spoil the whole update.
     if not all(map(math.isfinite, turn.logprobs)):
         raise ValueError(f"{where}: a log-prob is not finite")

@@ -62,10 +62,7 @@ def packed_causal_attention(
         ValueError: spans that do not cover the row, a mask, dropout, scores that are more than scaled, or a
             window shorter than a span with its context.
     """
-    if query.shape[0] != 1 or sum(span.length for span in spans) != query.shape[2]:
-        raise ValueError(
-            f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}"
-        )
+    _check_spans(query, spans, sliding_window)
     if attention_mask is not None or dropout:
         raise ValueError("packed attention: takes neither a mask nor dropout")
     if softcap is not None or s_aux is not None:
@@ -73,30 +70,48 @@ def packed_causal_attention(
             "packed attention: a model with capped scores or attention sinks would be trained wrongly; use "
             "another model"
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The flash kernel knows half precision alone.
+    has_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    attend = _varlen if has_flash else _blockwise
+    return attend(query[0], key[0], value[0], spans, scaling), None
+
+
+def _blockwise(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: list[Span], scaling: float
+) -> torch.Tensor:
+    """One span after the other: `[H, T, D]` in, `[1, T, Hq, D]` out."""
+    # split, not slices: its backward pass writes each span's gradient once into one tensor of the row's size.
+    lengths = [span.length for span in spans]
+    split = (heads.split(lengths, dim=1) for heads in (query, key, value))
+    outputs = [
+        BlockwiseCausalAttention.apply(
+            queries, _visible(key, keys, span), _visible(value, values, span), scaling
+        ).transpose(0, 1)
+        for span, queries, keys, values in zip(spans, *split, strict=True)
+    ]
+    return torch.cat(outputs)[None]
+
+
+def _check_spans(query: torch.Tensor, spans: list[Span], sliding_window: int | None) -> None:
+    """Raise `ValueError` unless the spans cover the row, and the window, where there is one, covers each of
+    them."""
+    if query.shape[0] != 1 or sum(span.length for span in spans) != query.shape[2]:
+        raise ValueError(
+            f"packed attention: spans {spans} do not cover one row of shape {tuple(query.shape)}"
+        )
+    # A window that no span exceeds hides nothing.
     longest = max(span.context_length + span.length for span in spans)
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"packed attention: sliding window {sliding_window} is shorter than a sample of {longest} tokens"
         )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = query[0], key[0], value[0]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, spans, scaling), None
-    lengths = [span.length for span in spans]
-    rows = zip(spans, *(part.split(lengths, dim=1) for part in (query, key, value)), strict=True)
-    outputs = [
-        BlockwiseCausalAttention.apply(
-            queries, _visible(key, keys, span), _visible(value, values, span), scaling
-        ).transpose(0, 1)
-        for span, queries, keys, values in rows
-    ]
-    return torch.cat(outputs)[None], None
 
 
 def _visible(row: torch.Tensor, own: torch.Tensor, span: Span) -> torch.Tensor:
-    """`[H, context_length + length, D]`: what a span attends to, of the whole `row` [H, T, D] and its `own`
-    part of it."""
-    if not span.context_length:
+    """`[H, context_length + length, D]`: the keys or values that a span attends to, of the whole `row`
+    `[H, T, D]` and the span's `own` `[H, length, D]`."""
+    if span.context_length == 0:
         return own
     return torch.cat([row.narrow(1, span.context_start, span.context_length), own], dim=1)
 
@@ -110,18 +125,23 @@ def _varlen_plan(
 
     Cached, since every layer asks for the plan of the same row.
     """
-    query_starts, key_starts, start = [0], [0], 0
+    query_starts = [0]
+    key_starts = [0]
     gathered: list[int] = []
+    start = 0
     for span in spans:
+        # The kernel wants each span's keys in one piece: its context's, which stand elsewhere in the row and
+        # may be those of other spans too, then its own.
         gathered += range(span.context_start, span.context_start + span.context_length)
         gathered += range(start, start + span.length)
         start += span.length
         query_starts.append(start)
         key_starts.append(len(gathered))
-    first_queries, first_keys = (
-        torch.tensor(starts, device=device, dtype=torch.int32) for starts in (query_starts, key_starts)
+    return (
+        torch.tensor(query_starts, device=device, dtype=torch.int32),
+        torch.tensor(key_starts, device=device, dtype=torch.int32),
+        torch.tensor(gathered, device=device) if len(gathered) > start else None,
     )
-    return first_queries, first_keys, torch.tensor(gathered, device=device) if len(gathered) > start else None
 
 
 def _varlen(
@@ -132,9 +152,13 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     query_starts, key_starts, gathered = _varlen_plan(tuple(spans), query.device)
-    query, key, value = (part.transpose(0, 1).contiguous() for part in (query, key, value))
+    query = query.transpose(0, 1).contiguous()
+    key = key.transpose(0, 1).contiguous()
+    value = value.transpose(0, 1).contiguous()
     if gathered is not None:
-        key, value = key.index_select(0, gathered), value.index_select(0, gathered)
+        # index_select adds up, in the backward pass, what several spans do to a context that they share.
+        key = key.index_select(0, gathered)
+        value = value.index_select(0, gathered)
     most_queries = max(span.length for span in spans)
     most_keys = max(span.context_length + span.length for span in spans)
     # Flash attention's causal mask ends at the bottom right: the last query sees every key, so keys in front
@@ -170,22 +194,34 @@ class BlockwiseCausalAttention(torch.autograd.Function):
     def forward(
         ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """`query` [Hq, Lq, D], `key` and `value` [Hkv, Lk, D] -> [Hq, Lq, D]."""
-        (num_heads, length, _), num_kv_heads = query.shape, key.shape[0]
+        """Attend; `ctx` takes what `backward` needs.
+
+        Args:
+            ctx: autograd's.
+            query: `[Hq, Lq, D]`.
+            key: `[Hkv, Lk, D]`, Lk at least Lq and Hq a multiple of Hkv.
+            value: `[Hkv, Lk, D]`.
+            scaling: factor of the scores.
+
+        Returns:
+            `[Hq, Lq, D]` in the query's dtype.
+        """
+        num_heads, length, _ = query.shape
+        num_kv_heads = key.shape[0]
         in_front = key.shape[1] - length
         output = query.new_empty(query.shape)
         scored_keys = key.float().transpose(1, 2)
         blocks = []
+        # A block is scored against the keys up to its own end: half of all scores are never computed.
         for start in range(0, length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, length)
             future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
             seen = in_front + stop
-            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :seen]).mul_(
-                scaling
-            )
-            scores.view(num_heads, stop - start, seen)[..., in_front + start :].masked_fill_(
-                future, -math.inf
-            )
+            scores = torch.bmm(_fold(query, start, stop, num_kv_heads).float(), scored_keys[..., :seen])
+            scores.mul_(scaling)
+            # Keys before the block are in every query's past: only the square on the diagonal needs a mask.
+            diagonal = scores.view(num_heads, stop - start, seen)[..., in_front + start :]
+            diagonal.masked_fill_(future, -math.inf)
             probs = scores.softmax(dim=-1).to(query.dtype)
             output[:, start:stop] = torch.bmm(probs, value[:, :seen]).view(num_heads, stop - start, -1)
             blocks.append(probs)
@@ -195,20 +231,29 @@ class BlockwiseCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        """Gradients of query, key and value, accumulated over blocks in float32."""
+        """Gradients of query, key and value.
+
+        Args:
+            ctx: autograd's.
+            grad_output: `[Hq, Lq, D]`.
+
+        Returns:
+            `[Hq, Lq, D]`, `[Hkv, Lk, D]` and `[Hkv, Lk, D]` in the inputs' dtype, and None for the scaling.
+        """
         query, key, value, output, *blocks = ctx.saved_tensors
         num_kv_heads = key.shape[0]
         grad_query = query.new_empty(query.shape)
-        grad_key, grad_value = (
-            torch.zeros_like(key, dtype=torch.float32),
-            torch.zeros_like(value, dtype=torch.float32),
-        )
+        # Every block adds to the keys before it, so these two are summed in float32 and rounded once.
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        grad_value = torch.zeros_like(value, dtype=torch.float32)
         row_sums = (grad_output.float() * output.float()).sum(dim=-1, keepdim=True).to(query.dtype)
+        # rowsum(dO * O) is what the softmax's own gradient takes off each row; it needs no probabilities.
         for index, probs in enumerate(blocks):
-            start, stop = index * QUERY_BLOCK, min((index + 1) * QUERY_BLOCK, query.shape[1])
-            block_query, block_grad, block_sums = (
-                _fold(part, start, stop, num_kv_heads) for part in (query, grad_output, row_sums)
-            )
+            start = index * QUERY_BLOCK
+            stop = min(start + QUERY_BLOCK, query.shape[1])
+            block_query = _fold(query, start, stop, num_kv_heads)
+            block_grad = _fold(grad_output, start, stop, num_kv_heads)
+            block_sums = _fold(row_sums, start, stop, num_kv_heads)
             seen = key.shape[1] - query.shape[1] + stop
             grad_value[:, :seen] += torch.bmm(probs.transpose(1, 2), block_grad)
             grad_scores = (
@@ -235,6 +280,7 @@ def register() -> None:
 
     Only the attention function is registered and no mask function: transformers then builds no mask at all.
     """
+    # Imported late: importing transformers takes seconds, which a process that only reads this module saves.
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, packed_causal_attention)

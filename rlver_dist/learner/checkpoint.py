@@ -1,48 +1,57 @@
 """What the learner writes for others: a weight file for the rollout engines, and a Hugging Face folder.
 
-Both are written aside and renamed, so that a reader never sees half of one. The learner's own state
-(optimizer, schedule, counters) is DeepSpeed's checkpoint: `TrainingEngine.save` and `load`.
+A reader never sees a part of either. The learner's own state (optimizer, schedule, counters) is DeepSpeed's
+checkpoint: `TrainingEngine.save` and `load`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
+from rlver_dist.files import whole_file, whole_folder
 from rlver_dist.learner import weights
 from rlver_dist.learner.engine import TrainingEngine
 
 
 def write_weights(engine: TrainingEngine, path: str, rank: int) -> None:
     """Write all weights, tied head included, as one safetensors file in the model's dtype; every rank calls,
-    rank 0 writes."""
+    rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        path: of the file; its folder is made.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from safetensors.torch import save_file
 
-        aside = f"{path}.partial"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside)
-        os.replace(aside, path)
+        with whole_file(Path(path)) as aside:
+            save_file(tensors, aside)
+    # No rank returns before the file is there: the caller hands its path to the engines.
     engine.barrier()
 
 
 def export(engine: TrainingEngine, tokenizer_path: str, directory: str, rank: int) -> None:
     """Write a Hugging Face folder with weights, tokenizer and chat template, replacing `directory`; every
-    rank calls."""
+    rank calls, rank 0 writes.
+
+    Args:
+        engine: whose weights.
+        tokenizer_path: folder or hub id of the tokenizer, which training leaves as it is.
+        directory: the folder.
+        rank: of the caller.
+    """
     tensors = _collect(engine, rank)
     if rank == 0:
         from transformers import AutoTokenizer
 
-        aside = Path(f"{directory}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        engine.model.save_pretrained(aside, state_dict=tensors)
-        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
+        with whole_folder(Path(directory)) as aside:
+            engine.model.save_pretrained(aside, state_dict=tensors)
+            AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(aside)
     engine.barrier()
 
 
@@ -52,8 +61,9 @@ def _collect(engine: TrainingEngine, rank: int) -> dict[str, torch.Tensor]:
     addresses: set[int] = set()
     for name, tensor in weights.iter_full_tensors(engine):
         if rank == 0:
-            held = tensor.cpu()
+            # To host memory one by one: the whole model need not fit a GPU.
+            on_host = tensor.cpu()
             # safetensors refuses two names for one tensor, as a tied head has.
-            tensors[name] = held.clone() if held.data_ptr() in addresses else held
-            addresses.add(held.data_ptr())
+            tensors[name] = on_host.clone() if on_host.data_ptr() in addresses else on_host
+            addresses.add(on_host.data_ptr())
     return tensors

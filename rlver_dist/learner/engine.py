@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlver_dist.config.enums import Precision
+from rlver_dist.config.enums import Device, Precision
 from rlver_dist.config.learner import LearnerConfig
 from rlver_dist.errors import RlverError
 
@@ -34,17 +34,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+DeepSpeedConfig = dict[str, Any]
+"""DeepSpeed's configuration: its own keys, some of them groups."""
 
 
-def _prepare_environment(device: str) -> None:
+def _prepare_environment(device: Device) -> None:
     """Settings that DeepSpeed reads when it is imported."""
-    if device == "cpu":
+    if device is Device.cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # The op is built with ninja, which may be installed beside this interpreter without being on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def _quiet() -> AbstractContextManager[Any]:
+def _quiet() -> AbstractContextManager[object]:
     """Drop what DeepSpeed prints (memory figures, build notices); errors are raised, and warnings go to its
     logger."""
     return redirect_stdout(io.StringIO())
@@ -53,15 +55,15 @@ def _quiet() -> AbstractContextManager[Any]:
 def build_ops() -> None:
     """Compile the op that DeepSpeed loads at its first start on CPUs, so that the first run does not wait for
     it."""
-    _prepare_environment("cpu")
+    _prepare_environment(Device.cpu)
     from deepspeed.comm.torch import build_shm_op
 
     build_shm_op()
 
 
 def start_rank(
-    *, rank: int, world_size: int, master_address: str, master_port: int, device: str, num_threads: int
-) -> torch.device:
+    *, rank: int, world_size: int, master_address: str, master_port: int, device: Device, num_threads: int
+) -> None:
     """Join the learner's process group; call once a process, before anything else here.
 
     Args:
@@ -69,11 +71,8 @@ def start_rank(
         world_size: learner processes.
         master_address: host of rank 0.
         master_port: free TCP port there.
-        device: `cpu` or `gpu`; a GPU rank sees exactly one GPU.
+        device: never `auto`; a GPU rank sees exactly one GPU.
         num_threads: compute threads on the host; 0 leaves torch's choice.
-
-    Returns:
-        The device that the rank computes on.
     """
     _prepare_environment(device)
     if num_threads:
@@ -85,20 +84,20 @@ def start_rank(
         "MASTER_PORT": master_port,
         "LOCAL_RANK": 0,
     }
-    if device == "cpu":
+    if device is Device.cpu:
+        # DeepSpeed's shared-memory collectives ask how many ranks are on this machine.
         settings["LOCAL_SIZE"] = world_size
     os.environ.update({name: str(value) for name, value in settings.items()})
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    backend = "gloo" if device == "cpu" else "nccl"
+    backend = "gloo" if device is Device.cpu else "nccl"
     with _quiet():
         deepspeed.init_distributed(
             dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, rank=rank, world_size=world_size, verbose=False
         )
-    if device == "cpu":
+    if device is Device.cpu:
         _unlink_buffer(master_address, master_port, rank)
-    return torch.device("cpu" if device == "cpu" else "cuda:0")
 
 
 def _unlink_buffer(master_address: str, master_port: int, rank: int) -> None:
@@ -117,26 +116,29 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
+def deepspeed_config(config: LearnerConfig, dtype: Precision) -> DeepSpeedConfig:
     """DeepSpeed's configuration for a learner: exact accumulation, float32 gradients and master weights.
 
     With the optimizer offloaded, ZeRO 1 and 2 sum a step's micro-batches in the model's own dtype whatever is
     asked for here.
     """
-    zero: dict[str, Any] = {
+    zero: DeepSpeedConfig = {
         "stage": config.zero_stage,
         "overlap_comm": False,
+        # Whole weights leave through `weights.iter_full_tensors`, a bucket at a time.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
+        # DeepSpeed asks for sizes to divide by; rows are of any size, and nothing is divided here.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # Without ZeRO, DeepSpeed clips but does not report the norm; TrainingEngine does both then.
         "gradient_clipping": config.grad_clip if config.zero_stage else 0.0,
         "bf16": {"enabled": dtype is Precision.bfloat16},
+        # Summed in bfloat16, the small gradients of many rows would be rounded away.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -147,7 +149,7 @@ def deepspeed_config(config: LearnerConfig, dtype: Precision) -> dict[str, Any]:
 
 
 @contextmanager
-def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
+def sharded_construction(settings: DeepSpeedConfig) -> Iterator[None]:
     """Under ZeRO-3, transformers loads weights straight into shards inside the block; models loaded outside
     it stay whole."""
     if settings["zero_optimization"]["stage"] < 3:
@@ -165,7 +167,7 @@ def sharded_construction(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _lr_factor(step: int, warmup: int, decay_steps: int | None) -> float:
-    """The share of the learning rate that optimizer step `step`, from 0 on, is taken with."""
+    """What the learning rate is multiplied by at optimizer step `step`, from 0 on."""
     rise = min(1.0, (step + 1) / warmup)
     return rise if decay_steps is None else rise * max(0.0, 1 - step / decay_steps)
 
@@ -182,7 +184,7 @@ class TrainingEngine:
         model: torch.nn.Module,
         *,
         config: LearnerConfig,
-        settings: dict[str, Any],
+        settings: DeepSpeedConfig,
         world_size: int,
         tag: str = "policy",
         decay_steps: int | None = None,
@@ -191,7 +193,7 @@ class TrainingEngine:
 
         Args:
             model: what is trained.
-            config: learning rate, warm-up and what AdamW, clipping and ZeRO take.
+            config: learning rate, its warm-up, and what AdamW, clipping and ZeRO take.
             settings: `deepspeed_config` of it.
             world_size: ranks.
             tag: names the learner in checkpoints and errors.
@@ -205,6 +207,7 @@ class TrainingEngine:
         self._tag = tag
         self._grad_clip = config.grad_clip
         self._plain_norm = math.nan
+        # What is frozen, such as all but the adapters under LoRA, gets no optimizer state.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._options: dict[str, Any] = {
             "lr": config.lr,
@@ -217,6 +220,7 @@ class TrainingEngine:
             optimizer, lambda step: _lr_factor(step, warmup, decay_steps)
         )
         if config.zero_stage == 0:
+            # Right before AdamW applies it, the gradient is summed over micro-batches and ranks.
             optimizer.register_step_pre_hook(self._clip)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
@@ -239,14 +243,28 @@ class TrainingEngine:
         """Learning rate of the next step."""
         return self._engine.optimizer.param_groups[0]["lr"]
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: object) -> Any:
         """The model's forward pass, collective under ZeRO-3; in training mode exactly where gradients are
-        on."""
+        on.
+
+        Args:
+            inputs: what the model's own `forward` takes.
+
+        Returns:
+            What it gives.
+        """
+        # transformers recomputes activations (`gradient_checkpointing`) in training mode alone.
         self._engine.train(torch.is_grad_enabled())
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss`, this rank's part of a global sum, to what the next `step` applies."""
+        """Add the gradient of a loss to what the next `step` applies.
+
+        Args:
+            loss: scalar; this rank's summand of a loss that is already divided by global counts.
+        """
+        # DeepSpeed averages gradients over ranks, and the ranks' losses are summands of one loss. AdamW
+        # would hide a wrong factor, clipping and the reported norm would not.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
@@ -269,7 +287,7 @@ class TrainingEngine:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._plain_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._grad_clip))
 
-    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[object]:
         """Inside the block the parameters are whole on every rank; collective under ZeRO-3."""
         if self.zero_stage < 3:
             return nullcontext()
@@ -283,6 +301,7 @@ class TrainingEngine:
 
     def save(self, directory: str) -> None:
         """Write model, optimizer, schedule and step counter under `directory`; every rank calls."""
+        # No file `latest`: which checkpoint counts is for the run to say, once all of its parts are there.
         with _quiet():
             self._engine.save_checkpoint(directory, tag=self._tag, save_latest=False)
 
@@ -305,6 +324,7 @@ class TrainingEngine:
                 "initial_lr": self._options["lr"],
                 "lr": self._options["lr"] * factor(scheduler.last_epoch),
             }
+        # Where ZeRO clips, the clip is a number in its optimizer and was restored with it.
         if self.zero_stage:
             self._engine.optimizer.clip_grad = self._grad_clip
 

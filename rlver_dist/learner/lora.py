@@ -1,8 +1,8 @@
 """The one importer of PEFT: low-rank adapters in the policy, and what its weights are once they are merged.
 
 LoRA (arXiv:2106.09685, section 4.1): a linear layer computes W x + (alpha / rank) B A x, of which only A and
-B learn. The learner keeps the parts; whoever reads its weights sees W + (alpha / rank) B A under W's own
-name, as if the whole model had been trained.
+B learn. The learner keeps W, A and B apart; whoever reads its weights sees W + (alpha / rank) B A under W's
+own name, as if the whole model had been trained.
 """
 
 from __future__ import annotations
@@ -41,19 +41,23 @@ class Weight:
     scaling: float = 0.0
 
     @property
-    def parts(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that `merged` reads."""
-        return [part for part in (self.base, self.down, self.up) if part is not None]
+        return [parameter for parameter in (self.base, self.down, self.up) if parameter is not None]
 
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
         """base + scaling * up @ down, summed in float32 and rounded once to the base's dtype; without an
         adapter the base itself.
 
-        Under ZeRO-3 the parts have to be gathered.
+        Under ZeRO-3 the parameters have to be gathered.
+
+        Returns:
+            `[out, in]`; without an adapter of whatever shape the base has.
         """
         if self.down is None or self.up is None:
             return self.base.detach()
+        # In bfloat16 a small update would vanish in the base's rounding before it has been added up.
         return torch.addmm(self.base.float(), self.up.float(), self.down.float(), alpha=self.scaling).to(
             self.base.dtype
         )
@@ -72,6 +76,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     import peft
 
     settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=_targets(model, config))  # type: ignore[arg-type]
+    # PEFT draws A from torch's global generator, whose state a run's other draws must not notice.
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, ADAPTER)
@@ -91,9 +96,11 @@ def _targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 
 
 def named_weights(model: PreTrainedModel) -> list[Weight]:
-    """The weights of `model` in its own order, a tied head included; with adapters, those are parts of the
-    weights they belong to."""
+    """The weights of `model` in its own order, a tied head included; adapters come with the weights they
+    belong to."""
     found = []
+    # PEFT puts a wrapper in a linear layer's place: `q_proj.weight` becomes `q_proj.base_layer.weight`, with
+    # `q_proj.lora_A.default.weight` and `q_proj.lora_B.default.weight` beside it.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, adapted, kind = name.partition(".base_layer.")
         if not adapted:
@@ -103,7 +110,8 @@ def named_weights(model: PreTrainedModel) -> list[Weight]:
         weight = Weight(name=f"{path}.{kind}", base=parameter)
         if kind == "weight":
             layer: Any = model.get_submodule(path)
-            weight.down, weight.up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            weight.down = layer.lora_A[ADAPTER].weight
+            weight.up = layer.lora_B[ADAPTER].weight
             weight.scaling = layer.scaling[ADAPTER]
         found.append(weight)
     return found

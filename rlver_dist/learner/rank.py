@@ -1,77 +1,109 @@
-"""What one rank of policy and critic learner have in common: its place among the ranks, its share of the
-samples, its checkpoint."""
+"""What one rank of policy and critic learner have in common: its place among the ranks, its rows of the
+samples, its progress and its checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
 
+import torch
+
+from rlver_dist.config.enums import Device
 from rlver_dist.config.learner import LearnerConfig
+from rlver_dist.experience.packing import PackedRow
+from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.engine import TrainingEngine, start_rank
-from rlver_dist.learner.rows import share_rows
+from rlver_dist.learner.rows import rank_rows
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RankPlace:
+    """Where one rank of a learner stands.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: learner processes.
+        device: what to compute on, never `auto`; a GPU rank sees exactly one GPU.
+        num_threads: compute threads on the host; 0 leaves torch's choice.
+    """
+
+    rank: int
+    world_size: int
+    device: Device
+    num_threads: int
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that the rank computes on."""
+        return torch.device("cpu" if self.device is Device.cpu else "cuda:0")
 
 
 class LearnerRank:
-    """One rank of a learner; a subclass builds `_engine`. Every method is collective."""
+    """One rank of a learner, one a process. A subclass adds `start`, which builds the engine.
 
-    _engine: TrainingEngine
+    Every method but `progress` is collective: it is called on all ranks with equal arguments.
+    """
 
-    def __init__(
-        self,
-        options: LearnerConfig,
-        *,
-        rank: int,
-        world_size: int,
-        master_address: str,
-        master_port: int,
-        device: Literal["cpu", "gpu"],
-        num_threads: int,
-    ) -> None:
-        """Join the process group.
+    def __init__(self, options: LearnerConfig, place: RankPlace) -> None:
+        """Nothing is loaded yet: rank 0's address and port, which `start` takes, are known only once its
+        process runs."""
+        self._options = options
+        self._place = place
+        self._rank = place.rank
+        self._world_size = place.world_size
+        self._device = place.torch_device
+        self._running: TrainingEngine | None = None
+        self._done = 0
+        self._todo = 0
 
-        Args:
-            options: of this learner.
-            rank: 0 to world_size - 1.
-            world_size: learner processes.
-            master_address: host of rank 0.
-            master_port: free TCP port there.
-            device: what to compute on.
-            num_threads: compute threads on the host; 0 leaves torch's choice.
-        """
-        self._rank, self._world_size = rank, world_size
-        self._done = self._todo = 0
-        self._device = start_rank(
-            rank=rank,
-            world_size=world_size,
+    def _join(self, master_address: str, master_port: int) -> None:
+        """Join the process group at rank 0's address and a free TCP port there."""
+        start_rank(
+            rank=self._rank,
+            world_size=self._world_size,
             master_address=master_address,
             master_port=master_port,
-            device=device,
-            num_threads=num_threads,
+            device=self._place.device,
+            num_threads=self._place.num_threads,
         )
-        self._share = partial(
-            share_rows,
-            rank=rank,
-            world_size=world_size,
-            max_tokens=options.micro_batch_tokens,
-            share=options.share_prefixes,
+
+    @property
+    def _engine(self) -> TrainingEngine:
+        if self._running is None:
+            raise RuntimeError(f"{type(self).__name__} is used before start() or after close()")
+        return self._running
+
+    def _rows(self, samples: Sequence[TurnSample], indices: Sequence[int]) -> list[PackedRow]:
+        """This rank's packed rows of the samples at `indices`; as many on every rank."""
+        return rank_rows(
+            samples,
+            indices,
+            rank=self._rank,
+            world_size=self._world_size,
+            max_tokens=self._options.micro_batch_tokens,
+            share_prefixes=self._options.share_prefixes,
             device=self._device,
         )
 
     def progress(self) -> tuple[int, int]:
-        """What the call at hand has done and all that it has to do on this rank; 0 and 0 outside of one. May
-        be asked from any thread."""
+        """What the call at hand has done and all that it has to do on this rank; 0 and 0 outside of one.
+
+        May be asked from any thread, also before `start`.
+        """
         return self._done, self._todo
 
     @contextmanager
     def _counting(self, todo: int) -> Iterator[None]:
         """A call with `todo` to do; `_done` counts inside the block."""
-        self._done, self._todo = 0, todo
+        # Two plain numbers without a lock: whoever asks from another thread draws a progress bar.
+        self._done = 0
+        self._todo = todo
         try:
             yield
         finally:
-            self._done = self._todo = 0
+            self._done = 0
+            self._todo = 0
 
     def save(self, directory: str) -> None:
         """Write the state that `load` needs to go on: what learns, optimizer, schedule and step counter."""
@@ -82,5 +114,7 @@ class LearnerRank:
         self._engine.load(directory)
 
     def close(self) -> None:
-        """Free the engine and leave the process group."""
-        self._engine.close()
+        """Free the engine and leave the process group; harmless before `start`, and when called again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None

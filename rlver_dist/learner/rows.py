@@ -1,4 +1,4 @@
-"""A rank's share of the samples as packed rows, and numbers of their trained tokens back from all ranks."""
+"""A rank's samples as packed rows, and numbers of their trained tokens back from all ranks."""
 
 from __future__ import annotations
 
@@ -9,47 +9,42 @@ import torch
 from torch import Tensor
 
 from rlver_dist.experience.balance import plan_micro_batches
-from rlver_dist.experience.packing import Columns, PackedRow, pack
+from rlver_dist.experience.packing import PackedRow, pack
 from rlver_dist.experience.prefixes import make_units
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.scoring import LogprobAndEntropy, Measure
 
-
-def require_columns(samples: Sequence[TurnSample], **columns: Columns) -> None:
-    """Raise `ValueError` unless each of `columns` has `[n_i]` numbers for every sample."""
-    counts = [sample.num_trained for sample in samples]
-    for name, values in columns.items():
-        lengths = [len(numbers) for numbers in values]
-        if lengths != counts:
-            raise ValueError(
-                f"{name}: {len(lengths)} columns of {sum(lengths)} numbers for {len(counts)} samples of "
-                f"{sum(counts)} tokens"
-            )
+Forward = Callable[..., Any]
+"""`PolicyModel.forward`: a `PolicyModel`, or an engine around one. Its result is what the measure gives."""
 
 
-def share_rows(
+def rank_rows(
     samples: Sequence[TurnSample],
-    part: Sequence[int],
+    indices: Sequence[int],
     *,
     rank: int,
     world_size: int,
     max_tokens: int,
-    share: bool,
+    share_prefixes: bool,
     device: torch.device | str,
 ) -> list[PackedRow]:
-    """This rank's packed rows of the samples at `part`, on `device`; as many on every rank, short ranks end
-    with empty ones.
+    """One rank's packed rows of the samples at `indices`; as many on every rank, short ranks end with empty
+    ones.
 
     Args:
         samples: all samples, the same on every rank.
-        part: which of them; samples of one dialogue share contexts where they stand next to each other.
+        indices: which of them; samples of one dialogue share contexts where they stand next to each other.
         rank: 0 to world_size - 1.
-        world_size: ranks that share the work.
+        world_size: ranks that divide the work among them.
         max_tokens: budget of a row.
-        share: compute contexts that a dialogue's samples share once.
+        share_prefixes: compute contexts that a dialogue's samples have in common once.
         device: where the rows' tensors go.
+
+    Returns:
+        The rows, each of tensors `[T]`, T at most `max_tokens` unless a single unit is longer.
     """
-    units = make_units(samples, part, share=share, max_tokens=max_tokens)
+    units = make_units(samples, indices, share_prefixes=share_prefixes, max_tokens=max_tokens)
+    # Every rank makes the whole plan and takes its line of it: no rank has to tell another what to do.
     plan = plan_micro_batches([unit.num_tokens for unit in units], world_size, max_tokens)
     return [pack(samples, [units[index] for index in chosen]).to(device) for chosen in plan[rank]]
 
@@ -59,21 +54,36 @@ def num_tokens(rows: Sequence[PackedRow]) -> int:
     return sum(len(row.token_ids) for row in rows)
 
 
-def score_row(
-    forward: Callable[..., Any],
-    row: PackedRow,
-    temperature: float,
-    measure: Measure = LogprobAndEntropy.apply,
-) -> Any:
-    """What `PolicyModel.forward` gives for the row's trained tokens, by default log-probs `[S]` and entropies
-    `[S]` in nats.
+def score_row(forward: Forward, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the row's trained tokens.
 
     Args:
         forward: a `PolicyModel`, or an engine around one.
-        row: see `PackedRow`.
+        row: a packed row.
         temperature: divides the logits.
-        measure: what is computed of each trained token's logits.
+
+    Returns:
+        Log-probs `[S]` and entropies `[S]`, float32, in nats.
     """
+    return _measured(forward, row, temperature, LogprobAndEntropy.apply)
+
+
+def measure_row(forward: Forward, row: PackedRow, temperature: float, measure: Measure) -> Tensor:
+    """What `measure` makes of the logits of the row's trained tokens.
+
+    Args:
+        forward: a `PolicyModel`, or an engine around one.
+        row: a packed row.
+        temperature: divides the logits.
+        measure: gives one number for each trained token.
+
+    Returns:
+        `[S]` float32.
+    """
+    return _measured(forward, row, temperature, measure)
+
+
+def _measured(forward: Forward, row: PackedRow, temperature: float, measure: Measure) -> Any:
     return forward(
         row.token_ids, row.position_ids, row.spans, row.logit_index, row.target_index, temperature, measure
     )
@@ -98,11 +108,13 @@ def collect_columns(
     """
     counts = [sample.num_trained for sample in samples]
     columns = torch.zeros(sum(counts), dtype=torch.float32, device=device)
+    # Views of one buffer, so that a single all-reduce carries all samples. Each of them is written by one
+    # rank and 0 on the others: the sum is the value itself, to the last bit.
     per_sample = columns.split(counts)
     for row, numbers in zip(rows, values, strict=True):
         lengths = [counts[index] for index in row.indices]
-        for index, part in zip(row.indices, numbers.detach().float().split(lengths), strict=True):
-            per_sample[index].copy_(part)
+        for index, column in zip(row.indices, numbers.detach().float().split(lengths), strict=True):
+            per_sample[index].copy_(column)
     torch.distributed.all_reduce(columns)
     # A view would be pickled with the numbers of all samples.
     return [column.clone() for column in columns.cpu().split(counts)]

@@ -8,7 +8,7 @@ output in float32 a few rows at a time, so that no float32 copy of the logits ev
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,9 @@ from rlver_dist.learner.attention import ATTENTION_NAME, register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Measure = Callable[[torch.Tensor, torch.Tensor, float], Any]
+Measured = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""`[S]` each, float32: one number a scored token, or two."""
+Measure = Callable[[torch.Tensor, torch.Tensor, float], Measured]
 """What is computed of logits `[S, V]`, targets `[S]` and the temperature."""
 CHANGED_LOGITS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
 """Options of Hugging Face models by which scores or logits are bounded or scaled."""
@@ -42,15 +44,20 @@ class LogprobAndEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`logits` [S, V], `targets` [S] -> log-probs [S] and entropies [S], float32, in nats."""
         logprobs = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-        entropies, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs)
+        normalisers = torch.empty_like(logprobs)
+        # A few rows at a time: a float32 copy of all logits would be the largest tensor of the update.
         for start in range(0, len(targets), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             scaled = logits[rows].float() / temperature
             normaliser = scaled.logsumexp(dim=-1)
             logprobs[rows] = scaled.gather(-1, targets[rows, None]).squeeze(-1) - normaliser
             probs = (scaled - normaliser[:, None]).exp_()
+            # H = logsumexp(z) - sum p z, which takes no logarithm of p.
             entropies[rows] = normaliser - torch.linalg.vecdot(probs, scaled)
             normalisers[rows] = normaliser
+        # The logits in their own dtype, not the float32 probabilities, which would take twice the memory in
+        # bfloat16: the backward pass computes those again from the normalisers.
         ctx.save_for_backward(logits, targets, normalisers, entropies)
         ctx.temperature = temperature
         return logprobs, entropies
@@ -66,6 +73,7 @@ class LogprobAndEntropy(torch.autograd.Function):
             rows = slice(start, start + ROWS_AT_ONCE)
             log_softmax = (logits[rows].float() / ctx.temperature).sub_(normalisers[rows, None])
             probs = log_softmax.exp()
+            # -p (log p + H) dH - p dlogp_t = p * weight; onehot(t) dlogp_t is added to it at the target.
             weight = (
                 log_softmax.add_(entropies[rows, None])
                 .mul_(-grad_entropies[rows, None])
@@ -80,10 +88,26 @@ class LogprobAndEntropy(torch.autograd.Function):
 def hidden_states(
     backbone: torch.nn.Module, token_ids: torch.Tensor, position_ids: torch.Tensor, spans: list[Span]
 ) -> torch.Tensor:
-    """Last hidden states `[T, H]` of one packed row; see `PolicyModel.forward`. `backbone` is a Hugging Face
-    model without its head."""
-    inputs = dict(input_ids=token_ids[None], position_ids=position_ids[None])
-    return backbone(**inputs, attention_mask=None, use_cache=False, spans=spans).last_hidden_state[0]
+    """Last hidden states of one packed row.
+
+    Args:
+        backbone: a Hugging Face model without its head.
+        token_ids: `[T]`.
+        position_ids: `[T]`, each token's place in its own sample.
+        spans: who attends to whom.
+
+    Returns:
+        `[T, H]` in the model's dtype.
+    """
+    # The spans are the mask; a cache would keep every layer's keys and values for nothing.
+    output = backbone(
+        input_ids=token_ids[None],
+        position_ids=position_ids[None],
+        attention_mask=None,
+        use_cache=False,
+        spans=spans,
+    )
+    return output.last_hidden_state[0]
 
 
 class PolicyModel(torch.nn.Module):
@@ -99,6 +123,8 @@ class PolicyModel(torch.nn.Module):
         self.model: PreTrainedModel = model
         self.recompute = recompute
         if recompute:
+            # The reentrant kind drops the gradients of layers whose input requires none, as behind frozen
+            # embeddings (LoRA).
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(
@@ -110,7 +136,7 @@ class PolicyModel(torch.nn.Module):
         targets: torch.Tensor,
         temperature: float,
         measure: Measure = LogprobAndEntropy.apply,
-    ) -> Any:
+    ) -> Measured:
         """Score chosen tokens of one packed row.
 
         Args:
@@ -126,30 +152,33 @@ class PolicyModel(torch.nn.Module):
             What `measure` gives; by default log-probs `[S]` in nats and entropies `[S]` in nats of the
                 distributions that the scored tokens were drawn from.
         """
-        hidden, targets = (
-            hidden_states(self.model.base_model, token_ids, position_ids, spans)[logit_index],
-            token_ids[targets],
-        )
+        # Only the tokens that are scored go through the vocabulary projection, the widest layer by far.
+        hidden = hidden_states(self.model.base_model, token_ids, position_ids, spans)[logit_index]
+        target_ids = token_ids[targets]
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._head(hidden, targets, temperature, measure)
+            return self._head(hidden, target_ids, temperature, measure)
         # One call whatever the number of tokens: under ZeRO-3 each call gathers the head, and every rank has
         # to gather as often.
-        return checkpoint(self._head, hidden, targets, temperature, measure, use_reentrant=False)
+        return checkpoint(self._head, hidden, target_ids, temperature, measure, use_reentrant=False)
 
     def logits(self, row: PackedRow) -> torch.Tensor:
-        """Logits `[S, V]` that predict the trained tokens of `row`; for a whole replica, outside of
-        DeepSpeed."""
-        hidden = hidden_states(self.model.base_model, row.token_ids, row.position_ids, row.spans)[
-            row.logit_index
-        ]
-        return self.model.get_output_embeddings()(hidden)
+        """Logits that predict the trained tokens of `row`, `[S, V]` in the model's dtype; for a whole
+        replica, outside of DeepSpeed."""
+        hidden = hidden_states(self.model.base_model, row.token_ids, row.position_ids, row.spans)
+        return self.model.get_output_embeddings()(hidden[row.logit_index])
 
-    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, measure: Measure) -> Any:
-        return measure(self.model.get_output_embeddings()(hidden), targets, temperature)
+    def _head(
+        self, hidden: torch.Tensor, target_ids: torch.Tensor, temperature: float, measure: Measure
+    ) -> Measured:
+        return measure(self.model.get_output_embeddings()(hidden), target_ids, temperature)
 
 
 def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub id, with packed attention.
+
+    Args:
+        path: the folder or id.
+        dtype: format of the weights.
 
     Raises:
         ConfigError: the model does more to its scores or logits than `PolicyModel` and
@@ -161,6 +190,7 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     register()
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    # A log-prob that leaves out what the engine does to its logits would be off for every token, unnoticed.
     for name in CHANGED_LOGITS:
         value = getattr(model.config, name, None)
         if value is not None and value != 1:

@@ -1,12 +1,10 @@
 """The ledger on disk: one Parquet file an iteration and phase, one row a dialogue, the turns nested in it.
 
-A file is written aside and renamed, so that a file with the final name is complete. Its metadata carries the
-schema's version.
+A file under `dialogues/` is complete. Its metadata carries the schema's version.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import DataError
+from rlver_dist.files import whole_file
 from rlver_dist.ledger.records import DialogueRecord, Phase, appraisal_hashes, from_row, to_row
 
 SCHEMA_VERSION = 3
@@ -31,6 +30,7 @@ def _list_of(kind: pa.DataType) -> pa.ListType:
     return pa.list_(_required("element", kind))
 
 
+# One entry a feature: each appraiser names its own, so that they cannot be fields of a struct.
 _FEATURE = pa.struct([_required("name", pa.string()), _required("value", pa.float64())])
 _APPRAISAL = pa.struct(
     [
@@ -48,6 +48,7 @@ _TURN = pa.struct(
         _required("index", pa.int32()),
         _required("prompt_ids", _list_of(pa.int32())),
         _required("reply_ids", _list_of(pa.int32())),
+        # float64, although engines compute float32: a Python float comes back as the same number.
         _required("logprobs", _list_of(pa.float64())),
         _required("reply", pa.string()),
         _required("thinking", pa.string()),
@@ -94,13 +95,14 @@ def dialogues_path(output_dir: str | Path, *, phase: Phase | PhaseName, iteratio
 def drop_later(output_dir: str | Path, iteration: int) -> None:
     """Delete the dialogues of every iteration after `iteration`, the one that a run goes on from.
 
-    They belong to a line of training that was left: they would pass for this run's until it comes that far,
-    or for good.
+    They were sampled by a policy that resuming an older checkpoint has given up. If they stayed, they would
+    count as this run's until it reaches those iterations and writes its own, or forever if it never does.
     """
     for phase in Phase:
         folder = dialogues_path(output_dir, phase=phase, iteration=iteration).parent
         for path in folder.glob(f"{phase.value}_*.parquet"):
             number = path.stem.removeprefix(f"{phase.value}_")
+            # Files with another name are the user's, such as a copy.
             if number.isdecimal() and int(number) > iteration:
                 path.unlink()
 
@@ -114,8 +116,9 @@ def write_dialogues(
     rewards: Mapping[str, float],
     advantages: Mapping[str, float] | None = None,
 ) -> None:
-    """Write one phase's dialogues with their rewards and advantages, in the given order; replaces an older
-    file.
+    """Write one phase's dialogues with their rewards and advantages, in the given order.
+
+    An older file is replaced; if writing fails, it stays.
 
     Args:
         path: the file; see `dialogues_path`. Its folder is made where missing.
@@ -129,6 +132,7 @@ def write_dialogues(
         ValueError: two dialogues share an id, or a reward or advantage belongs to none of them.
     """
     advantages = advantages or {}
+    # A reward finds its row by id alone: a duplicate or unknown id would put it on the wrong row, or nowhere.
     ids = {dialogue.id for dialogue in dialogues}
     if len(ids) != len(dialogues):
         raise ValueError(
@@ -151,7 +155,10 @@ def write_dialogues(
         )
         for dialogue in dialogues
     ]
-    _write_aside(Path(path), pa.Table.from_pylist(rows, schema=SCHEMA))
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(path)) as aside:
+        pq.write_table(table, aside, compression="zstd")
 
 
 def read_records(path: str | Path) -> list[DialogueRecord]:
@@ -163,6 +170,7 @@ def read_records(path: str | Path) -> list[DialogueRecord]:
     try:
         with pq.ParquetFile(path) as file:
             version = (file.schema_arrow.metadata or {}).get(VERSION_KEY, b"none").decode()
+            # Compared before a row is read: a row of another version lacks fields or has strange ones.
             if version != str(SCHEMA_VERSION):
                 raise DataError(
                     f"{path}: ledger schema version {version}, this package reads {SCHEMA_VERSION}; read it "
@@ -178,15 +186,9 @@ def read_records(path: str | Path) -> list[DialogueRecord]:
 
 
 def read_dialogues(path: str | Path) -> list[Dialogue]:
-    """The dialogues of one file, equal to those that were written; errors as in `read_records`."""
+    """The dialogues of one file, equal to those that were written.
+
+    Raises:
+        DataError: as `read_records`.
+    """
     return [record.dialogue for record in read_records(path)]
-
-
-def _write_aside(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        pq.write_table(table, aside, compression="zstd")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

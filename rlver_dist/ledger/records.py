@@ -16,16 +16,23 @@ from typing import Any
 
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Turn
 
+Row = dict[str, Any]
+"""Plain values (numbers, text, lists and rows) by column name, as pyarrow takes and gives them."""
+
 
 class Phase(str, Enum):
-    """What the dialogues were held for: training, the evaluation before or after it or before the format
-    warm-up, or that warm-up."""
+    """The stage of a run that sampled the dialogues."""
 
     train = "train"
+    """Training."""
     before = "before"
+    """The evaluation before reinforcement learning, after the warm-up where there is one."""
     after = "after"
+    """The evaluation at the end."""
     control = "control"
+    """The evaluation of the base model, before the warm-up."""
     warm_up = "warm_up"
+    """The warm-up, which learns from these dialogues."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -51,8 +58,13 @@ class DialogueRecord:
 
 
 def input_hash(persona_id: str, messages: Sequence[Message]) -> str:
-    """SHA-256, in hex, of one appraisal's inputs: the persona's id and the messages so far, the appraised
-    reply last."""
+    """SHA-256, in hex, of one appraisal's inputs.
+
+    Args:
+        persona_id: of the user that appraised.
+        messages: the dialogue so far, the appraised reply last.
+    """
+    # JSON without white space and in ASCII is one byte string for equal inputs, in every language.
     canonical = json.dumps(
         [persona_id, [[message.role.value, message.text] for message in messages]], separators=(",", ":")
     )
@@ -60,21 +72,21 @@ def input_hash(persona_id: str, messages: Sequence[Message]) -> str:
 
 
 def appraisal_hashes(dialogue: Dialogue) -> list[str | None]:
-    """`[turns]` hashes of each appraisal's inputs in one dialogue; None where a turn was not appraised."""
+    """`[turns]` `input_hash` of each appraisal in one dialogue; None where a turn was not appraised."""
     messages = dialogue.messages()
     hashes: list[str | None] = []
-    heard = 1
+    num_messages = 1  # the opening
     for turn in dialogue.turns:
-        heard += 1
+        num_messages += 1
         hashes.append(
-            input_hash(dialogue.persona_id, messages[:heard]) if turn.appraisal is not None else None
+            input_hash(dialogue.persona_id, messages[:num_messages]) if turn.appraisal is not None else None
         )
-        heard += turn.user_message is not None
+        num_messages += turn.user_message is not None
     return hashes
 
 
-def to_row(record: DialogueRecord) -> dict[str, Any]:
-    """The record as plain values under the ledger's column names."""
+def to_row(record: DialogueRecord) -> Row:
+    """The record as one row; its keys are the columns of `parquet.SCHEMA`."""
     dialogue = record.dialogue
     turns = zip(dialogue.turns, record.appraisal_inputs, strict=True)
     return {
@@ -95,8 +107,8 @@ def to_row(record: DialogueRecord) -> dict[str, Any]:
     }
 
 
-def from_row(row: dict[str, Any]) -> DialogueRecord:
-    """The record that `to_row` made the row from."""
+def from_row(row: Row) -> DialogueRecord:
+    """The record that `to_row` made `row` from, equal in every field."""
     dialogue = Dialogue(
         id=row["id"],
         persona_id=row["persona_id"],
@@ -119,7 +131,7 @@ def from_row(row: dict[str, Any]) -> DialogueRecord:
     )
 
 
-def _turn_to_row(turn: Turn, inputs: str | None) -> dict[str, Any]:
+def _turn_to_row(turn: Turn, inputs: str | None) -> Row:
     first, last = turn.policy_version
     return {
         "index": turn.index,
@@ -141,7 +153,7 @@ def _turn_to_row(turn: Turn, inputs: str | None) -> dict[str, Any]:
     }
 
 
-def _turn_from_row(row: dict[str, Any]) -> Turn:
+def _turn_from_row(row: Row) -> Turn:
     return Turn(
         index=row["index"],
         prompt_ids=row["prompt_ids"],
@@ -160,7 +172,7 @@ def _turn_from_row(row: dict[str, Any]) -> Turn:
     )
 
 
-def _appraisal_to_row(appraisal: Appraisal) -> dict[str, Any]:
+def _appraisal_to_row(appraisal: Appraisal) -> Row:
     return {
         "content": appraisal.content,
         "fit": appraisal.fit,
@@ -172,7 +184,7 @@ def _appraisal_to_row(appraisal: Appraisal) -> dict[str, Any]:
     }
 
 
-def _appraisal_from_row(row: dict[str, Any]) -> Appraisal:
+def _appraisal_from_row(row: Row) -> Appraisal:
     return Appraisal(
         content=row["content"],
         fit=row["fit"],

@@ -29,7 +29,7 @@ from rlver_dist.config.enums import SimulatorBackend
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import dump_personas
 from rlver_dist.data.situations import SPLITS
-from rlver_dist.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, RlverError, UserError
+from rlver_dist.errors import EXIT_FAILED, ConfigError, exit_code
 from rlver_dist.files import write_whole
 from rlver_dist.persona_synthesis.backend import open_backend
 from rlver_dist.persona_synthesis.journal import Journal
@@ -209,31 +209,25 @@ def _languages(text: str) -> list[str]:
     return languages
 
 
+def _build(options: argparse.Namespace) -> int:
+    """`build` with the chat model and the encoder that the command line asks for."""
+    config = simulator_config(options.overrides)
+    encoder = SentenceEncoder()
+    return build(
+        options,
+        backend=open_backend(config, seed=options.seed, concurrency=options.concurrency),
+        embed=lambda sentences: encoder.vectors(sentences).numpy(),
+        prices=Prices.of(config.openai),
+    )
+
+
 def main() -> None:
     """Command line."""
     options = parse_arguments(sys.argv[1:])
     # A script starts what runs in the background with SIGINT ignored, and SIGTERM goes its way here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        config = simulator_config(options.overrides)
-        encoder = SentenceEncoder()
-        code = build(
-            options,
-            backend=open_backend(config, seed=options.seed, concurrency=options.concurrency),
-            embed=lambda sentences: encoder.vectors(sentences).numpy(),
-            prices=Prices.of(config.openai),
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_REFUSED
-    except RlverError as error:
-        print(f"failed: {error}; what is written is kept, and the same command goes on", file=sys.stderr)
-        code = EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted; what is written is kept, and the same command goes on", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+    sys.exit(exit_code(lambda: _build(options), kept="what is written is kept, and the same command goes on"))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from rlver_dist.bundled_models import resolve
 from rlver_dist.chat_client.http import HttpChat
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatBackend, ChatRequest
 from rlver_dist.config.enums import Device, SimulatorBackend
-from rlver_dist.config.precision import resolve_precision
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings
@@ -24,7 +22,7 @@ class EngineChat:
         self._engine = engine
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """See `ChatBackend`."""
+        """The engine's answer; raises as `ChatBackend.ask` says."""
         return await self._engine.ask(request)
 
     def metrics(self) -> dict[str, float]:
@@ -65,16 +63,11 @@ def _engine_settings(engine: UserEngineConfig, *, seed: int, concurrency: int) -
     import torch
 
     device = Device.gpu if torch.cuda.is_available() else Device.cpu
-    return EngineSettings(
-        model_path=resolve(engine.model, "simulator.engine.model"),
-        dtype=resolve_precision(engine.dtype, on_cpu=device is Device.cpu),
+    return EngineSettings.from_config(
+        engine,
+        engine,
         device=device,
         seed=seed,
-        max_context_tokens=engine.max_context_tokens,
-        weight_transfer=None,
         max_concurrent=concurrency,
-        tensor_parallel=engine.tensor_parallel,
-        gpu_memory_fraction=engine.gpu_memory_fraction,
-        kv_cache_gib=engine.kv_cache_gib,
         cpu_threads=os.cpu_count() or 1,
     )

@@ -15,7 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from rlver_dist.errors import DataError, boundary
+from rlver_dist.persona_synthesis.schema import Fields
 
+Row = dict[str, Any]
+"""A line of the journal, as JSON holds it."""
 ACCEPTED = "accepted"
 
 
@@ -40,7 +43,7 @@ class Entry:
     step: str
     verdict: str
     detail: str
-    content: dict[str, Any] | None
+    content: Fields | None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -51,7 +54,7 @@ class Entry:
 class Journal:
     """An open record; one build at a time can have it open."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: Row) -> None:
         """Open or create.
 
         Raises:
@@ -87,10 +90,11 @@ class Journal:
         self._write(asdict(entry))
         self.entries.append(entry)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Row) -> None:
         with boundary(str(self._path)):
             self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
             self._file.flush()
+            # Answers cost money: what is paid for has to survive a crash of the machine as well.
             os.fsync(self._file.fileno())
 
     def _lock(self) -> None:
@@ -104,19 +108,20 @@ class Journal:
     def _whole_lines(self) -> list[bytes]:
         self._file.seek(0)
         content = self._file.read()
+        # A line that an interruption cut short is cut off the file, too, or the next one would go on in it.
         end = content.rfind(b"\n") + 1
         self._file.truncate(end)
         return content[:end].split(b"\n")[:-1]
 
-    def _check_header(self, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-        for key in {**wanted, **held}:
+    def _check_header(self, held: Row, wanted: Row) -> None:
+        for key in wanted | held:
             if held.get(key) != wanted.get(key):
                 raise DataError(
                     f"{self._path}: holds a build with {key}={held.get(key)}, not {wanted.get(key)}; use "
                     f"another --out, or the same options"
                 )
 
-    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+    def _row(self, line: bytes, number: int) -> Row:
         try:
             return json.loads(line)
         except ValueError as error:

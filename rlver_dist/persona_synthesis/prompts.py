@@ -57,14 +57,14 @@ def profile(slot: Slot, person: Fields) -> str:
 def scene(language: str, fields: Fields) -> str:
     """The scene as one text; the wish, what is hidden and the user's own words stay out."""
     space = "" if language == "zh" else " "
-    parts = (
+    paragraphs = (
         fields["cause"],
         space.join(fields["timeline"]),
         space.join(fields["people"]),
         space.join((*fields["tried"], fields["now"])),
         fields["reaction"],
     )
-    return "\n\n".join(parts)
+    return "\n\n".join(paragraphs)
 
 
 def persona(slot: Slot, person: Fields, fields: Fields) -> Persona:

@@ -12,6 +12,7 @@ from rlver_dist.chat_client.budget import Prices
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.data.personas import shared_people
 from rlver_dist.data.situations import SPLITS
+from rlver_dist.latency import nearest_rank
 from rlver_dist.persona_synthesis.journal import ACCEPTED, Entry
 from rlver_dist.persona_synthesis.seeds import Slot
 from rlver_dist.persona_synthesis.similarity import MOST_SIMILAR
@@ -93,7 +94,9 @@ def _similarity(writer: PersonaWriter, language: str) -> Report:
     def of_split(*splits: str) -> set[str]:
         return {slot.id for slot in writer.slots if slot.split in splits}
 
-    every, train, evaluation = of_split(*SPLITS), of_split("train"), of_split("evaluation")
+    every = of_split(*SPLITS)
+    train = of_split("train")
+    evaluation = of_split("evaluation")
     found: Report = {"limit": MOST_SIMILAR[language]}
     for step, index in writer.indexes.items():
         found[step.value] = _quantiles(
@@ -107,16 +110,16 @@ def _similarity(writer: PersonaWriter, language: str) -> Report:
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
     """Nearest-rank quantiles; None without a value."""
+    if not values:
+        return None
     ordered = sorted(values)
-    return (
-        {name: ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for name, share in QUANTILES.items()}
-        if ordered
-        else None
-    )
+    return {name: nearest_rank(ordered, quantile) for name, quantile in QUANTILES.items()}
 
 
 def _rejected(entries: Iterable[Entry]) -> Report:
-    calls, reasons, examples = 0, Counter[str](), dict[str, list[str]]()
+    calls = 0
+    reasons: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     for entry in entries:
         calls += 1
         if entry.verdict != ACCEPTED:
@@ -229,18 +232,17 @@ def _render_cost(report: Report) -> list[str]:
         "cost",
         "cost_per_1000_personas",
     ):
-        value = cost[key]
-        text = (
-            "-"
-            if value is None
-            else str(value)
-            if isinstance(value, int)
-            else f"{value:.4g}"
-            if value < 1000
-            else f"{value:.0f}"
-        )
-        rows.append([key.replace("_", " "), text])
+        rows.append([key.replace("_", " "), _figure(cost[key])])
     return _table(rows)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    # Four digits of a small figure, and never a power of ten.
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

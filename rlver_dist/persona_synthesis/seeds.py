@@ -34,8 +34,8 @@ class Slot:
         split: "train" or "evaluation".
         language: "en" or "zh"; `traits`, `name` and `occupation` are in it.
         number: 1 for the first of its split and language.
-        intent: see `HiddenIntent`.
-        temperament: see `Temperament`.
+        intent: what the user wants from the talk and does not say.
+        temperament: how the user takes things.
         traits: three trait words, no two of them opposites.
         name: borne by nobody else in the plan.
         age: years.
@@ -75,8 +75,10 @@ def plan(*, sizes: dict[str, int], languages: Sequence[str], seed: int) -> list[
     for language in languages:
         names = _names(language, random.Random(f"names:{language}:{seed}"))
         for split in SPLITS:
+            # A generator for each split and language: another size of one leaves the others as they are.
             rng = random.Random(f"{split}:{language}:{seed}")
-            slots += _split_slots(split, language, _share(sizes[split], languages, language), names, rng)
+            size = _size_of_language(sizes[split], languages, language)
+            slots += _split_slots(split, language, size, names, rng)
     return sorted(
         slots, key=lambda slot: (SPLITS.index(slot.split), slot.number, languages.index(slot.language))
     )
@@ -88,7 +90,10 @@ def subject(slot: Slot, *, draw: int, seed: int) -> Subject:
     Draw 0 uses the themes of a split in turn, so that each is used about equally often. The splits share no
     theme.
     """
-    themes, sparks = _material()["themes"][slot.split], _material()["sparks"]
+    themes = _material()["themes"][slot.split]
+    sparks = _material()["sparks"]
+    # Split and language have one order of themes, so that slots in turn take all of them; the spark is drawn
+    # anew for every slot and draw.
     order = random.Random(f"themes:{slot.split}:{slot.language}:{seed}").sample(
         range(len(themes)), len(themes)
     )
@@ -115,6 +120,8 @@ def _split_slots(
         occupation = occupations.draw()
         assert occupation is not None
         traits = _three_traits(pools[temperament], opposites, rng)
+        if language == "zh":
+            traits = tuple(_material()["traits_zh"][trait] for trait in traits)
         slots.append(
             Slot(
                 id=f"{split}-{language}-{number:04d}",
@@ -123,9 +130,7 @@ def _split_slots(
                 number=number,
                 intent=intent,
                 temperament=temperament,
-                traits=tuple(_material()["traits_zh"][trait] for trait in traits)
-                if language == "zh"
-                else traits,
+                traits=traits,
                 name=name,
                 age=rng.randint(*occupation.get("ages", ADULT)),
                 occupation=occupation[language],
@@ -134,13 +139,15 @@ def _split_slots(
     return slots
 
 
-def _share(size: int, languages: Sequence[str], language: str) -> int:
+def _size_of_language(size: int, languages: Sequence[str], language: str) -> int:
+    """Personas of `language`, where the first languages take what does not divide evenly."""
     return size // len(languages) + (languages.index(language) < size % len(languages))
 
 
 def _three_traits(pool: list[str], opposites: list[frozenset[str]], rng: random.Random) -> tuple[str, ...]:
     chosen: list[str] = []
     for trait in rng.sample(pool, len(pool)):
+        # "shy" and "outgoing" together would leave the model to choose one of them.
         if len(chosen) < NUM_TRAITS and not any(frozenset((trait, other)) in opposites for other in chosen):
             chosen.append(trait)
     return tuple(chosen)
@@ -154,6 +161,7 @@ def _names(language: str, rng: random.Random) -> Iterator[str]:
     else:
         groups = yaml.safe_load((files("rlver_dist.data") / "names.yaml").read_text(encoding="utf-8"))
         pairs = [(given, list(group["family"])) for group in groups for given in group["given"]]
+    # Shuffled within and over the groups: given and family name of one group belong to one culture.
     pairs = [
         (given, rng.sample(families, len(families))) for given, families in rng.sample(pairs, len(pairs))
     ]
@@ -171,6 +179,5 @@ def _material() -> dict[str, Any]:
 @cache
 def _trait_pools() -> tuple[dict[Temperament, list[str]], list[frozenset[str]]]:
     people = yaml.safe_load((files("rlver_dist.data") / "people.yaml").read_text(encoding="utf-8"))
-    return {kind: people["trait_pools"][kind.value] for kind in Temperament}, [
-        frozenset(pair) for pair in people["opposites"]
-    ]
+    pools = {kind: people["trait_pools"][kind.value] for kind in Temperament}
+    return pools, [frozenset(pair) for pair in people["opposites"]]

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlver_dist.simulator.rules.embedding import DIGITS
 from rlver_dist.simulator.sentences import sentences
+from rlver_dist.text import ngrams
 
 MOST_SIMILAR = {"en": 0.88, "zh": 0.65}
 """Cosine from which on a text is a near duplicate of an accepted one. In the bank, scenes of different
@@ -37,9 +38,11 @@ def english_vector(text: str, embed: Embed) -> np.ndarray:
 def chinese_vector(text: str) -> np.ndarray:
     """`[BUCKETS]` unit vector of hashed runs of characters, each weighted by 1 + ln(count)."""
     letters = "".join(character for character in text if character.isalnum())
-    counts = Counter(letters[start : start + run] for run in RUNS for start in range(len(letters) - run + 1))
+    counts = Counter("".join(gram) for run in RUNS for gram in ngrams(letters, run))
     vector = np.zeros(BUCKETS)
     for gram, count in counts.items():
+        # CRC-32, since `hash` of a string differs from process to process. A logarithm, so that a run that is
+        # in every sentence does not outweigh all others.
         vector[zlib.crc32(gram.encode("utf-8")) % BUCKETS] += 1 + math.log(count)
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
@@ -54,12 +57,14 @@ class Index:
     def vector(self, text: str, *, language: str, name: str) -> np.ndarray:
         """Unit vector of `text` with its person's own name left out, so that another name makes no other
         text."""
+        # The whole name first: its parts alone would leave a space behind.
         for part in sorted({name, *name.split()}, key=len, reverse=True):
             text = text.replace(part, "")
         return chinese_vector(text) if language == "zh" else english_vector(text, self._embed)
 
     def nearest(self, vector: np.ndarray, language: str) -> tuple[float, str]:
         """Cosine to the nearest accepted text of that language, and its id; (-1, "") without one."""
+        # Rounded, so that the same build rejects the same texts on other machines.
         scores = [
             (round(float(known @ vector), DIGITS), identifier)
             for identifier, known in self._vectors.get(language, {}).items()

@@ -31,7 +31,7 @@ from rlver_dist.persona_synthesis.schema import (
 )
 from rlver_dist.persona_synthesis.seeds import Slot, Subject, subject
 from rlver_dist.persona_synthesis.similarity import MOST_SIMILAR, Embed, Index
-from rlver_dist.simulator.sentences import words
+from rlver_dist.text import words
 
 MAX_FAILED_IN_A_ROW = 10
 """Failed calls without an answer between them, after which the backend counts as gone."""
@@ -92,6 +92,7 @@ class PersonaWriter:
             BoundaryError: the backend does not answer any more.
             BudgetError: tokens, money or quota are used up.
         """
+        # One generator for all workers: each takes the next open slot when it is free.
         waiting = (slot for slot in self.slots if self.persona(slot) is None)
         await all_or_none(self._work(waiting, backend, on_written) for _ in range(self._settings.concurrency))
 
@@ -140,6 +141,7 @@ class PersonaWriter:
                     f"{self._failed_in_a_row} calls failed in a row, the last: {error}"
                 ) from error
             return
+        # Any answer shows that the backend lives, whether it is taken or not.
         self._failed_in_a_row = 0
         try:
             content = self._check(slot, step, answer.text)
@@ -165,6 +167,7 @@ class PersonaWriter:
             schema=schema,
             max_tokens=MAX_TOKENS[step],
             temperature=self._settings.temperature,
+            # Not `derive_seed`: a build that goes on from its journal repeats the calls with these bits.
             seed=random.Random(f"{self._settings.seed}:{key}").getrandbits(31),
             affinity=slot.id,
         )
@@ -176,6 +179,7 @@ class PersonaWriter:
             if step is Step.PERSON
             else parse_scene(text, slot.language)
         )
+        # No other answer can come in between: nothing is awaited from here to where the text is accepted.
         score, other = self.indexes[step].nearest(self._vector(slot, step, fields), slot.language)
         if score >= MOST_SIMILAR[slot.language]:
             raise RejectedError(Reason.NEAR_DUPLICATE, f"{score:.2f} to {other}")

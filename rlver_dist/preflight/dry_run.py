@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-from rlver_dist.cluster.layout import resolve_layout
+from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.config.enums import Device, LlmCalls, SimulatorBackend
+from rlver_dist.config.learner import CriticConfig
 from rlver_dist.config.run import RunConfig
+from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.persona import Persona
 
 
@@ -15,7 +17,9 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
     rollout, algorithm, model = config.rollout, config.algorithm, config.model
     dialogues = rollout.dialogues_per_iteration
     turns = dialogues * rollout.max_turns
-    evaluated, steps = min(config.evaluation.num_personas, len(evaluation)), algorithm.updates_per_iteration
+    evaluated = min(config.evaluation.num_personas, len(evaluation))
+    steps = algorithm.updates_per_iteration
+    # While the critic learns alone the policy makes no step.
     policy_moves = config.num_iterations - (config.critic.pretrain_iterations if config.has_critic else 0)
     thinking = ", thinking first" if rollout.think else ""
     lines = [
@@ -24,7 +28,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
             f"tokens"
         ),
         f"personas              {len(train)} training, {evaluated} of {len(evaluation)} evaluation",
-        f"users                 preset {config.simulator.preset.value}, {_speaker(config)}",
+        f"users                 preset {config.simulator.preset.value}, {_speaker(config.simulator, turns)}",
         f"an iteration          {config.num_personas} personas x {algorithm.group_size} dialogues = "
         f"{dialogues} dialogues, "
         f"up to {turns} turns of up to {rollout.max_turn_tokens} tokens{thinking}",
@@ -48,35 +52,41 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
         ),
         f"output                {config.output_dir}",
     ]
+    # Beside what they belong to: the critic below the policy's steps, the warm-up above an iteration.
     if config.has_critic:
-        lines.insert(6, _critic(config))
+        lines.insert(6, _critic(config.critic, steps))
     if rollout.think and config.warm_up.dialogues:
         lines.insert(
             3,
             f"warm-up               the think format, on replies of {config.warm_up.dialogues} dialogues of "
             f"the model's own",
         )
-    return "\n".join(lines + [f"placement             {row}" for row in _placement(config)])
+    if config.cluster.device is not Device.cpu and config.cluster.engines == 0:
+        placement = [_derived_placement(config.has_critic, config.simulator.uses_engines)]
+    else:
+        # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
+        cores = os.cpu_count() or 1
+        placement = _placement(resolve_layout(config, num_gpus=1_000_000, num_cpus=cores), cores)
+    return "\n".join(lines + [f"placement             {row}" for row in placement])
 
 
-def _speaker(config: RunConfig) -> str:
-    """What speaks for the users, and how often it is asked."""
-    simulator = config.simulator
+def _speaker(simulator: SimulatorConfig, turns: int) -> str:
+    """What speaks for the users, and how often it is asked in an iteration of so many turns."""
     if simulator.backend is SimulatorBackend.embedded:
         return "rules on sentence embeddings"
-    turns = config.rollout.dialogues_per_iteration * config.rollout.max_turns
+    # Each judge appraises each reply; with one call for both, the first judge's call holds the answer, too.
     calls = turns * simulator.judges + (turns if simulator.llm.calls is LlmCalls.two else 0)
     model = simulator.openai.model if simulator.backend is SimulatorBackend.openai else simulator.engine.model
     return f"spoken for by {model} ({simulator.backend.value}), up to {calls} calls an iteration"
 
 
-def _critic(config: RunConfig) -> str:
-    critic = config.critic
+def _critic(critic: CriticConfig, updates: int) -> str:
+    """The critic and its steps, where the policy makes `updates` an iteration."""
     layers = f"{critic.num_layers} layers" if critic.num_layers else "all layers"
     pretrain = (
         f", alone for the first {critic.pretrain_iterations} iterations" if critic.pretrain_iterations else ""
     )
-    steps = critic.epochs * config.algorithm.updates_per_iteration
+    steps = critic.epochs * updates
     rows = f"rows of up to {critic.micro_batch_tokens} tokens, ZeRO {critic.zero_stage}"
     return (
         f"critic                {layers}, trunk {critic.trunk.value}, {rows}, {steps} steps an iteration, "
@@ -84,17 +94,15 @@ def _critic(config: RunConfig) -> str:
     )
 
 
-def _placement(config: RunConfig) -> list[str]:
-    cluster = config.cluster
-    if cluster.device is not Device.cpu and cluster.engines == 0:
-        learners = "the learners, policy and critic alike" if config.has_critic else "the learner"
-        users = "a quarter for the users' engines; of the rest " if config.simulator.uses_engines else ""
-        return [
-            f"derived at launch from the GPUs that Ray sees: {users}half for engines, half for {learners}"
-        ]
-    cores = os.cpu_count() or 1
-    # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
-    layout = resolve_layout(config, num_gpus=1_000_000, num_cpus=cores)
+def _derived_placement(has_critic: bool, has_user_engines: bool) -> str:
+    """What is known of a placement before Ray has been asked for its GPUs."""
+    learners = "the learners, policy and critic alike" if has_critic else "the learner"
+    users = "a quarter for the users' engines; of the rest " if has_user_engines else ""
+    return f"derived at launch from the GPUs that Ray sees: {users}half for engines, half for {learners}"
+
+
+def _placement(layout: Layout, cores: int) -> list[str]:
+    """What a layout needs, and where everything goes."""
     needs = (
         f"{layout.num_gpus:g} GPUs: {layout.split}"
         if layout.device == "gpu"

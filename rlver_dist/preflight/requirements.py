@@ -9,16 +9,18 @@ from pathlib import Path
 
 from rlver_dist.bundled_models import resolve, weight_shapes
 from rlver_dist.chat_client.endpoints import key_from_environment, parse_address
+from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import CriticTrunk, Device, Precision, SimulatorBackend
-from rlver_dist.config.learner import check_num_layers
+from rlver_dist.config.learner import CriticConfig, check_num_layers
+from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ResourceError
 
-GIB = 1024**3
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
+"""Bytes a number."""
 
 
-def check_parts(config: RunConfig) -> None:
+def check_requirements(config: RunConfig) -> None:
     """Refuse a run whose models or key are not there, or which does not fit into this machine's memory.
 
     Raises:
@@ -28,7 +30,8 @@ def check_parts(config: RunConfig) -> None:
         ResourceError: on CPUs it needs more memory than there is.
     """
     policy = resolve(config.model.path)
-    check_layers(config, policy)
+    critic = config.critic if config.has_critic else None
+    check_layers(policy, config.model.lora, critic)
     simulator = config.simulator
     if config.uses_endpoints:
         key_from_environment(simulator.openai.api_key_env)
@@ -39,35 +42,38 @@ def check_parts(config: RunConfig) -> None:
         if simulator.backend is SimulatorBackend.vllm
         else None
     )
+    # A cluster's nodes have memory of their own, which nobody can see from here.
     here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     if config.cluster.device is Device.cpu and here:
         check_memory(config, policy, users, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def check_layers(config: RunConfig, policy: str) -> None:
+def check_layers(policy: str, lora: LoraConfig, critic: CriticConfig | None) -> None:
     """Refuse options that name layers which the policy's model does not have.
 
     Args:
-        config: the run's configuration.
         policy: folder of the policy's model; a hub id passes, since the actors that load it look again.
+        lora: adapters, and the layers that they go to.
+        critic: None where the algorithm has none.
 
     Raises:
         ConfigError: names the option and what there is.
     """
     folder = Path(policy)
+    # Files of a hub are not here before the actors have loaded them.
     if not (folder / "config.json").is_file():
         return
-    if config.has_critic:
+    if critic is not None:
         layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-        check_num_layers(config.critic.num_layers, layers)
-    if config.model.lora.rank > 0:
+        check_num_layers(critic.num_layers, layers)
+    if lora.rank > 0:
         # Weights of one dimension are norms.
         matrices = [
             name
             for name, shape in weight_shapes(folder).items()
             if name.endswith(".weight") and len(shape) == 2
         ]
-        config.model.lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
+        lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
 def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -> None:
@@ -82,18 +88,28 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
     Raises:
         ResourceError: says what is needed, what is there, and the way out.
     """
-    engine, cluster, size = config.simulator.engine, config.cluster, BYTES[config.model.dtype]
+    engine = config.simulator.engine
+    cluster = config.cluster
+    size = BYTES[config.model.dtype]
     need = {
         "engines": max(cluster.engines, 1) * (_numbers(policy) * size + cluster.kv_cache_gib * GIB),
-        "learners": _learner_bytes(config, policy),
+        "learners": _learner_bytes(
+            policy,
+            config.model,
+            config.critic if config.has_critic else None,
+            has_reference=config.algorithm.kl_coef > 0,
+        ),
     }
     if users is not None:
         need["users' engines"] = max(engine.engines, 1) * (
             _numbers(users) * BYTES[engine.dtype] + engine.kv_cache_gib * GIB
         )
-    total, largest = sum(need.values()), max(need, key=lambda name: need[name])
+    # Activations and object store come on top: what does not even fit without them never runs.
+    total = sum(need.values())
+    # Whoever takes most is where a smaller choice helps most.
+    largest = max(need, key=lambda name: need[name])
     if total > have:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
+        needs = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items())
         key, value, way_out = {
             "engines": ("model.path", config.model.path, "cluster.kv_cache_gib"),
             "learners": ("model.path", config.model.path, "model.lora.rank, or critic.trunk=frozen"),
@@ -104,7 +120,7 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
             ),
         }[largest]
         raise ResourceError(
-            f"{key}={value}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({parts}) "
+            f"{key}={value}: weights, optimizers and caches need {total / GIB:.1f} GiB of memory ({needs}) "
             f"and this machine has "
             f"{have / GIB:.1f} GiB; use a smaller model or {way_out}"
         )
@@ -115,6 +131,7 @@ def _numbers(folder: str, layers: int = 0) -> int:
     a hub id."""
     shapes = weight_shapes(Path(folder))
     if layers:
+        # A critic has a value head of a few numbers in place of the language model's.
         left_out = [
             name
             for name in shapes
@@ -128,15 +145,18 @@ def _layer(name: str) -> int:
     return int(name.split(".layers.")[1].split(".")[0])
 
 
-def _learner_bytes(config: RunConfig, policy: str) -> int:
+def _learner_bytes(
+    policy: str, model: ModelConfig, critic: CriticConfig | None, *, has_reference: bool
+) -> int:
     """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy,
     gradient and moments."""
-    size, critic = BYTES[config.model.dtype], config.critic
-    # A float32 model is its own float32 copy.
+    size = BYTES[model.dtype]
+    # Gradient and two moments, 4 bytes each; and a float32 copy, which a float32 model is itself.
     learned = 12 if size == 4 else 16
-    numbers, replicas = _numbers(policy), 1 + (config.algorithm.kl_coef > 0)
-    need = replicas * numbers * size + (learned * numbers if config.model.lora.rank == 0 else 0)
-    if config.has_critic:
+    numbers = _numbers(policy)
+    # Adapters are too small to count.
+    need = (1 + has_reference) * numbers * size + (learned * numbers if model.lora.rank == 0 else 0)
+    if critic is not None:
         values = _numbers(policy, critic.num_layers)
         need += values * size + (learned * values if critic.trunk is CriticTrunk.trained else 0)
     return need

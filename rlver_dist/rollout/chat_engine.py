@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.dialogue import Message, Role
@@ -14,10 +14,12 @@ from rlver_dist.errors import BoundaryError, ConfigError, boundary
 from rlver_dist.rollout.engine import EngineSettings, engine_arguments, final_output, set_environment
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from vllm import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 PROBE = (Message(role=Role.SYSTEM, text="You are Ann."), Message(role=Role.USER, text="How are you?"))
+"""Rendered at the start, to see whether the template takes a system message."""
 
 
 class ChatTemplate:
@@ -27,7 +29,7 @@ class ChatTemplate:
     reply stays text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def render(self, messages: Sequence[Message]) -> list[int]:
@@ -36,13 +38,15 @@ class ChatTemplate:
         Raises:
             BoundaryError: the template refuses the messages, or leaves one out.
         """
+        # The template is rendered around texts that stand for the messages. These are encoded apart, so that
+        # nothing in them is read as a special token of the template.
         sentinels = [f"sentinel{index}text" for index in range(len(messages))]
         turns = [
             {"role": message.role.value, "content": sentinel}
             for message, sentinel in zip(messages, sentinels, strict=True)
         ]
         with boundary("chat template"):
-            rest = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            rest = str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         ids: list[int] = []
         for message, sentinel in zip(messages, sentinels, strict=True):
             piece, found, rest = rest.partition(sentinel)
@@ -81,14 +85,16 @@ class ChatEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(self._settings)
-        # White space between fields is where small models lose themselves.
+        # Where the schema allows white space between fields, small models sample it until the token limit.
         arguments["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
         with boundary(f"vLLM engine for {self._settings.model_path}"):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-            self._template = ChatTemplate(self._llm.get_tokenizer())
+            # vLLM's own type is a narrower protocol; what it returns for a Hugging Face folder is this.
+            self._template = ChatTemplate(cast("PreTrainedTokenizerBase", self._llm.get_tokenizer()))
         try:
             self._template.render(PROBE)
         except BoundaryError as error:
+            # What vLLM has started would outlive the failed start.
             self.close()
             raise ConfigError(
                 f"simulator.engine.model={self._name}: {error}; use a model whose template knows system "
@@ -105,7 +111,9 @@ class ChatEngine:
         """
         assert self._template is not None, "start() comes first"
         started = time.perf_counter()
-        prompt_ids, longest = self._template.render(request.messages), self._settings.max_context_tokens
+        prompt_ids = self._template.render(request.messages)
+        longest = self._settings.max_context_tokens
+        # vLLM refuses such a prompt as well, but names no option of this package.
         if len(prompt_ids) + request.max_tokens > longest:
             raise BoundaryError(
                 f"{request.key}: a prompt of {len(prompt_ids)} and an answer of {request.max_tokens} tokens "

@@ -9,15 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlver_dist.bundled_models import resolve
+from rlver_dist.config.cluster import GIB, ClusterConfig
 from rlver_dist.config.enums import Device, Precision
+from rlver_dist.config.model import ModelConfig
+from rlver_dist.config.precision import resolve_precision
+from rlver_dist.config.simulator import UserEngineConfig
 from rlver_dist.errors import BoundaryError, GoneError, WeightSyncError, boundary
 from rlver_dist.rollout.collector import FinishReason, GenerateRequest, Generation
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
     from vllm.v1.engine.async_llm import AsyncLLM
 
-GIB = 1024**3
 CPU_BLOCK_TOKENS = 32
 """Tokens of a key-value block on CPUs. A prefix is found in whole blocks only: with vLLM's 128 most of a
 short history is computed anew at each turn (2 turns of 40 dialogues: 4,576 tokens found of 8,769, against
@@ -58,6 +63,53 @@ class EngineSettings:
     cpu_threads: int = 1
     distributed_executor: str | None = None
 
+    @classmethod
+    def from_config(
+        cls,
+        model: ModelConfig | UserEngineConfig,
+        resources: ClusterConfig | UserEngineConfig,
+        *,
+        device: Device,
+        seed: int,
+        max_concurrent: int,
+        cpu_threads: int,
+        stop_token_ids: tuple[int, ...] = (),
+        weight_transfer: str | None = None,
+    ) -> EngineSettings:
+        """Settings of an engine as it is configured; what is no option of the engine's own is given beside.
+
+        Args:
+            model: what the engine serves.
+            resources: GPUs and memory that it takes: `cluster` for the policy's, the users' engines' own.
+            device: `cpu` or `gpu`, never `auto`.
+            seed: of the engine.
+            max_concurrent: requests in one batch.
+            cpu_threads: on CPUs: threads of the engine.
+            stop_token_ids: end tokens besides the model's own.
+            weight_transfer: `shared_file` or `nccl`; None for an engine whose weights never change.
+
+        Raises:
+            DataError: the model's folder is not there.
+        """
+        if isinstance(model, ModelConfig):
+            path = resolve(model.path)
+        else:
+            path = resolve(model.model, "simulator.engine.model")
+        return cls(
+            model_path=path,
+            dtype=resolve_precision(model.dtype, on_cpu=device is Device.cpu),
+            device=device,
+            seed=seed,
+            max_context_tokens=model.max_context_tokens,
+            stop_token_ids=stop_token_ids,
+            weight_transfer=weight_transfer,
+            max_concurrent=max_concurrent,
+            tensor_parallel=resources.tensor_parallel,
+            gpu_memory_fraction=resources.gpu_memory_fraction,
+            kv_cache_gib=resources.kv_cache_gib,
+            cpu_threads=cpu_threads,
+        )
+
 
 def set_environment(settings: EngineSettings) -> None:
     """Set what vLLM reads from the process's environment at import; it has to be imported after."""
@@ -80,7 +132,7 @@ def set_environment(settings: EngineSettings) -> None:
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     """vLLM's own names for `settings`, with prefix caching."""
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "model": settings.model_path,
         "dtype": settings.dtype.value,
         "seed": settings.seed,
@@ -89,6 +141,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel,
         "distributed_executor_backend": settings.distributed_executor,
         "enable_prefix_caching": True,
+        # The run's own console has the screen.
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
@@ -124,6 +177,7 @@ async def final_output(
     last: RequestOutput | None = None
     with boundary(what):
         try:
+            # To the end, although one output is expected: vLLM aborts a request whose stream is left early.
             async for output in llm.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
                 last = output
         except EngineDeadError as error:
@@ -155,8 +209,8 @@ class PolicyEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        # The log-probs of the distribution that is sampled from, so that the importance ratio is exact at any
-        # temperature.
+        # The log-probs of the distribution that is sampled from, temperature included, so that the importance
+        # ratio is exact at any temperature. vLLM's default are those of the raw logits.
         arguments = {**engine_arguments(self._settings), "logprobs_mode": "processed_logprobs"}
         with boundary(f"vLLM engine for {self._settings.model_path}"):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
@@ -178,16 +232,19 @@ class PolicyEngine:
             temperature=request.temperature,
             seed=request.seed,
             logprobs=0,
-            stop_token_ids=list(self._settings.stop_token_ids),
+            stop_token_ids=self._settings.stop_token_ids,
         )
         reply = output.outputs[0]
         if reply.finish_reason not in ("stop", "length"):
             raise BoundaryError(f"vLLM engine: the request ended as {reply.finish_reason!r}")
+        # Both were asked for: `logprobs=0`, and `update_weight_version` at the start.
         assert reply.logprobs is not None and reply.weight_versions
         self._prompt_tokens += len(request.prompt_ids)
         self._cached_tokens += output.num_cached_tokens or 0
         self._reply_tokens += len(reply.token_ids)
         finish_reason: FinishReason = "stop" if reply.finish_reason == "stop" else "length"
+        # vLLM's type allows None for a token without a log-prob. Such a reply would have fewer log-probs than
+        # tokens, which `to_samples` refuses.
         return Generation(
             token_ids=list(reply.token_ids),
             logprobs=[
@@ -196,25 +253,32 @@ class PolicyEngine:
                 if at is not None
             ],
             finish_reason=finish_reason,
+            # A reply in flight during a sync has tokens of two versions or more.
             policy_version=(int(reply.weight_versions[0].version), int(reply.weight_versions[-1].version)),
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs `[L - 1]` in nats at temperature 1 of `token_ids[1:]`, each given all tokens before
-        it."""
+        """Log-probs at temperature 1 of given tokens, each given all tokens before it.
+
+        Args:
+            token_ids: `[L]`.
+
+        Returns:
+            `[L - 1]` nats, of `token_ids[1:]`.
+        """
+        # vLLM has no request that samples nothing: one token is sampled and left out.
         output = await self._run(token_ids, "score", max_tokens=1, temperature=1.0, seed=0, prompt_logprobs=0)
         assert output.prompt_logprobs is not None
         pairs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return [at[token].logprob for at, token in pairs if at is not None]
 
     async def pause(self) -> None:
-        """Freeze requests in flight and drop their keys and values and the prefix cache; new requests queue
-        up."""
+        """Freeze requests in flight, drop their keys and values and the prefix cache; new requests wait."""
         await self._started.pause_generation(mode="keep", clear_cache=True)
 
     async def resume(self) -> None:
-        """Go on with frozen and queued requests; keys and values are computed again, by the weights of
-        now."""
+        """Go on with frozen and waiting requests; their keys and values are computed again, by the present
+        weights."""
         await self._started.resume_generation()
 
     async def update_from_file(self, path: str, version: int) -> None:
@@ -239,17 +303,17 @@ class PolicyEngine:
             ) from error
         await self.resume()
 
-    async def connect(self, init_info: dict[str, Any]) -> None:
+    async def connect(self, init_info: dict[str, object]) -> None:
         """Join the learner's transfer group (`nccl`); returns when the group is complete."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._started.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_update(self) -> None:
-        """First of the three steps of an update that the learner drives; the engine has to be paused."""
+        """First of the three steps of an update by the learner; the engine has to be paused."""
         await self._started.start_weight_update()
 
-    async def receive_update(self, update_info: dict[str, Any]) -> None:
+    async def receive_update(self, update_info: WeightTransferUpdatePayload) -> None:
         """Second step: receive all weights."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -277,19 +341,38 @@ class PolicyEngine:
             self._llm.shutdown()
             self._llm = None
 
-    async def _run(self, prompt_ids: Sequence[int], name: str, **sampling: Any) -> RequestOutput:
+    async def _run(
+        self,
+        prompt_ids: Sequence[int],
+        name: str,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> RequestOutput:
+        """One request; `logprobs` and `prompt_logprobs` are vLLM's: 0 asks for those of the given tokens
+        alone."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         # The counter keeps ids unique where a failed request is sent again.
         request_id = f"{name}#{next(self._counter)}"
         parameters = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_token_ids=list(stop_token_ids),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            # The whole distribution: the importance ratio is defined where every token can be sampled.
             top_p=1.0,
             top_k=0,
             min_p=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **sampling,
         )
         return await final_output(self._started, "vLLM engine", prompt_ids, parameters, request_id)
 

@@ -1,4 +1,4 @@
-"""Does an engine compute what the learner computes? Asked on a fixed prompt after every weight sync."""
+"""The check after every weight sync: learner and engines have to give a fixed prompt the same log-probs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,17 @@ class ProbeResult:
 def compare_logprobs(
     learner: Sequence[float], engine: Sequence[float], dtype: Precision, *, engine_index: int, step: int
 ) -> ProbeResult:
-    """Compare log-probs `[L]` in nats of one fixed token sequence under the learner and under one engine.
+    """Compare the log-probs of one fixed token sequence under the learner and under one engine.
+
+    Args:
+        learner: `[L]` log-probs in nats under the learner.
+        engine: `[L]` those under the engine.
+        dtype: format that both compute in; decides what difference is allowed.
+        engine_index: which engine, for errors.
+        step: policy version that was synced, for errors.
+
+    Returns:
+        Mean and largest absolute difference.
 
     Raises:
         WeightSyncError: they differ in length, are not finite, or differ by more than the precision allows
@@ -39,11 +49,17 @@ def compare_logprobs(
         )
     gaps = [abs(ours - theirs) for ours, theirs in zip(learner, engine, strict=True)]
     result = ProbeResult(mean_abs=sum(gaps) / len(gaps), max_abs=max(gaps))
-    measured, limit, name = (
-        (result.max_abs, MAX_ABS_FLOAT32, "largest")
-        if dtype is Precision.float32
-        else (result.mean_abs, MEAN_ABS_BFLOAT16, "mean")
-    )
+    # In bfloat16 the largest difference of two correct implementations varies too much to have a bound that
+    # still catches wrong weights; the mean does not.
+    if dtype is Precision.float32:
+        name = "largest"
+        measured = result.max_abs
+        limit = MAX_ABS_FLOAT32
+    else:
+        name = "mean"
+        measured = result.mean_abs
+        limit = MEAN_ABS_BFLOAT16
+    # A comparison with nan is False: without the first condition an engine of nan would pass.
     if not all(math.isfinite(gap) for gap in gaps) or measured > limit:
         raise WeightSyncError(
             f"{where}: log-probs of the probe differ from the learner's by {result.mean_abs:.3g} nats on "

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlver_dist.config.model import ModelConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.rollout.think_format import CLOSE_TAG, OPEN_TAG, ParsedReply, split_thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SENTINELS = {name: f"sentinel{name}text" for name in ("system", "opening", "reply", "answer")}
 
@@ -26,8 +29,8 @@ SENTINELS = {name: f"sentinel{name}text" for name in ("system", "opening", "repl
 def system_prompt(model: ModelConfig, think: bool) -> str:
     """The policy's system message, with the instruction to think first where `think`; empty where there is
     neither."""
-    parts = (model.system_prompt, model.think_instruction if think else "")
-    return " ".join(part for part in parts if part)
+    sentences = (model.system_prompt, model.think_instruction if think else "")
+    return " ".join(text for text in sentences if text)
 
 
 class Renderer:
@@ -38,7 +41,7 @@ class Renderer:
         end_token_id: the token that ends an assistant's message; engines have to stop at it.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str, think: bool = False) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str, think: bool = False) -> None:
         """Read the template's pieces.
 
         Args:
@@ -54,20 +57,26 @@ class Renderer:
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self._unheard = self._special_ids()
-        if think:  # Where tags are special tokens, they must survive decoding.
+        if think:
+            # Where tags are special tokens, they must survive decoding.
             self._unheard -= {*self._encode_piece(OPEN_TAG), *self._encode_piece(CLOSE_TAG)}
         before_system, before_opening, closing, generation = self._pieces()
         self._head = self._encode_piece(before_system)
         if system_prompt:
             self._head += self._encode_piece(system_prompt) + self._encode_piece(before_opening)
+        # A template that opens the thinking itself would leave the tag out of what is sampled and parsed.
         if OPEN_TAG in generation:
             raise self._refusal(f"its generation prompt already holds {OPEN_TAG}")
         self._generation = self._encode_piece(generation)
+        # What follows a reply: the end token, which the policy samples itself, then what the template puts
+        # between messages, such as a line break.
         end_and_glue = self._encode_piece(closing)
         if not end_and_glue or end_and_glue[0] not in tokenizer.all_special_ids:
             raise self._refusal("no special token follows the assistant's message")
         self.end_token_id: int = end_and_glue[0]
         self._glue = end_and_glue[1:]
+        # A tokenizer may merge characters over a seam between pieces. The joined prompt would then have other
+        # tokens than the model was trained on, and nothing later would notice.
         self._check_joined()
 
     def opening_prompt(self, user_text: str) -> list[int]:
@@ -88,6 +97,9 @@ class Renderer:
             reply_ids: `[R]` the reply as sampled.
             reply_text: what the user heard of it.
             user_text: the user's answer.
+
+        Returns:
+            `[P']` token ids, longer than `prompt_ids` and beginning with them.
         """
         heard = self._encode_text(reply_text) if self.think else reply_ids
         closing = [] if heard and heard[-1] == self.end_token_id else [self.end_token_id]
@@ -96,15 +108,19 @@ class Renderer:
     def parse_reply(self, reply_ids: Sequence[int]) -> ParsedReply:
         """What a reply says: without special tokens, half characters at a cut and outer white space.
 
-        Without thinking all of it is heard, and it is well-formed where there is any text. With thinking see
-        `split_thinking`.
+        Without thinking the user hears all of it, and it is well-formed where there is any text. With
+        thinking `split_thinking` says what is heard.
+
+        Args:
+            reply_ids: `[R]` as sampled.
         """
         text = self._decode(reply_ids)
         if not self.think:
             reply = text.strip()
             return ParsedReply(thinking="", reply=reply, well_formed=bool(reply), thinking_tokens=0)
         thinking, reply, well_formed = split_thinking(text)
-        # The shortest prefix that holds as many closing tags as the whole.
+        # Tags may be several tokens, so tokens cannot be searched for one. The number of closing tags grows
+        # with the prefix: bisection finds the shortest prefix that has all of them in log R decodings.
         lengths = range(len(reply_ids) + 1)
         num_thinking = bisect_left(
             lengths, text.count(CLOSE_TAG), key=lambda n: self._decode(reply_ids[:n]).count(CLOSE_TAG)
@@ -145,6 +161,7 @@ class Renderer:
         return str(text).rstrip("\ufffd")
 
     def _special_ids(self) -> set[int]:
+        # Some tokenizers flag tokens as special, such as tool tags, that `all_special_ids` does not list.
         flagged = (token for token, added in self._tokenizer.added_tokens_decoder.items() if added.special)
         return {*self._tokenizer.all_special_ids, *flagged}
 
@@ -159,8 +176,10 @@ class Renderer:
         """Template text before the system text, before the opening, between reply and user, and after the
         last user text."""
         try:
-            rest = self._tokenizer.apply_chat_template(
-                self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True
+            rest = str(
+                self._tokenizer.apply_chat_template(
+                    self._messages(**SENTINELS), tokenize=False, add_generation_prompt=True
+                )
             )
         except Exception as error:
             raise self._refusal(

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,7 +23,11 @@ from vllm.distributed.weight_transfer import (
     WeightTransferEngineFactory,
     WeightTransferTrainerFactory,
 )
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    WeightTransferUpdatePayload,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
@@ -40,6 +43,7 @@ def register() -> None:
         # of 5 s.
         shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)
         shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 5
+    # vLLM refuses to register a name twice and has no public way to ask for one.
     if SHARED_FILE not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHARED_FILE, SharedFileWeightTransferEngine)
 
@@ -73,7 +77,7 @@ class SharedFileWeightTransferEngine(WeightTransferEngine[SharedFileInitInfo, Sh
         """Make every layer ready to receive."""
         initialize_layerwise_reload(self.model)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
+    def update_weights(self, update_info: dict[str, object]) -> None:
         """Receive one file."""
         # vLLM's own method then waits for the accelerator, which raises where there is none; these copies are
         # synchronous.
@@ -159,23 +163,26 @@ class EngineCalls:
     """
 
     workers_per_engine: tuple[int, ...]
-    connect: Callable[[list[dict[str, Any]]], None]
+    connect: Callable[[list[dict[str, object]]], None]
     start: Callable[[], None]
-    receive: Callable[[dict[str, Any]], None]
+    receive: Callable[[WeightTransferUpdatePayload], None]
     finish: Callable[[int], None]
     version: int = 0
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         """Connect all engines; each one's workers get their own ranks in the group, after those of the
         engines before it."""
-        offsets = itertools.accumulate(self.workers_per_engine[:-1], initial=init_info["rank_offset"])
+        # Rank 0 is the learner's; vLLM says where the engines' ranks begin.
+        first_rank = init_info["rank_offset"]
+        assert isinstance(first_rank, int)
+        offsets = itertools.accumulate(self.workers_per_engine[:-1], initial=first_rank)
         self.connect([{**init_info, "rank_offset": offset} for offset in offsets])
 
     def start_weight_update(self) -> None:
         """Make all engines ready to receive."""
         self.start()
 
-    def update_weights(self, update_info: Any) -> None:
+    def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
         """Let all engines receive."""
         self.receive(update_info)
 

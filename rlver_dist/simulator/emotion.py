@@ -11,9 +11,12 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from rlver_dist.dialogue import EndReason
+from rlver_dist.dialogue import MAX_EMOTION, MIN_EMOTION, EndReason
 
-LOWEST, HIGHEST = 0.0, 100.0
+CEILING = MAX_EMOTION
+"""Emotion at which a user leaves content (a success)."""
+FLOOR = 10.0
+"""Emotion below which a user gives up (a failure)."""
 # Sums of numbers with two digits, such as 30.1 + 0.2, carry noise in the last binary digits, and a threshold
 # must not depend on it.
 EMOTION_DIGITS = 6
@@ -37,13 +40,11 @@ class EmotionState(str, Enum):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class EmotionRules:
-    """How emotion moves and when it ends a dialogue.
+    """How emotion moves, and when a dialogue ends for another reason than `CEILING` and `FLOOR`.
 
     Attributes:
         start: emotion at the opening, in points (0 to 100).
         max_change: largest change a turn in points, either way.
-        ceiling: at or above it the user leaves content.
-        floor: below it the user gives up.
         max_user_messages: user messages after which the dialogue is over, whatever the request's turn limit;
             None leaves it to the request. The last of them is not spoken, since no reply to it is appraised
             (the original's SAGE/test_npc.py).
@@ -51,13 +52,13 @@ class EmotionRules:
 
     start: float
     max_change: float
-    ceiling: float = 100.0
-    floor: float = 10.0
     max_user_messages: int | None = None
 
 
 def clip_change(change: float, max_change: float) -> float:
     """`change` rounded to two digits and limited to [-max_change, max_change] points.
+
+    Rounded first, so that a limit with more digits than two is kept exactly.
 
     Raises:
         ValueError: `change` is not a finite number.
@@ -70,16 +71,16 @@ def clip_change(change: float, max_change: float) -> float:
 def move(emotion: float, change: float, rules: EmotionRules) -> float:
     """Emotion after a change in points: clipped by `rules`, kept in [0, 100]."""
     moved = emotion + clip_change(change, rules.max_change)
-    return min(max(round(moved, EMOTION_DIGITS), LOWEST), HIGHEST)
+    return min(max(round(moved, EMOTION_DIGITS), MIN_EMOTION), MAX_EMOTION)
 
 
 def state_of(emotion: float) -> EmotionState:
     """The state that an emotion from 0 to 100 belongs to."""
     for state, bottom in (
-        (EmotionState.S, 100),
+        (EmotionState.S, CEILING),
         (EmotionState.A, 70),
         (EmotionState.B, 40),
-        (EmotionState.C, 10),
+        (EmotionState.C, FLOOR),
     ):
         if emotion >= bottom:
             return state
@@ -92,9 +93,9 @@ def end_reason(emotion: float, *, rules: EmotionRules, num_replies: int, max_tur
     The user's own reasons come before the turn limit: a last reply that lifts emotion to the ceiling is a
     success.
     """
-    if emotion >= rules.ceiling:
+    if emotion >= CEILING:
         return EndReason.EMOTION_HIGH
-    if emotion < rules.floor:
+    if emotion < FLOOR:
         return EndReason.EMOTION_LOW
     if num_replies >= max_turns:
         return EndReason.MAX_TURNS

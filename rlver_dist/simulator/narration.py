@@ -77,17 +77,18 @@ _ACTIVITY: dict[Temperament, tuple[str, str, str]] = {
 }
 _SLIGHT = 1.0
 """Changes up to so many points either way leave the user where they were."""
+_GROUNDED = 0.5
+"""Grounding from which a reply is said to speak of the user's own case."""
 
 
 def content(used: list[Strategy], grounded: float) -> str:
     """What the reply was taken to say; `used` holds the strategies found, strongest first."""
-    where = "and speak of my own case" if grounded >= 0.5 else "without a word that is only about me"
+    is_grounded = grounded >= _GROUNDED
+    where = "and speak of my own case" if is_grounded else "without a word that is only about me"
     if not used:
-        return (
-            f"They say nothing that I could hold on to, {where}."
-            if grounded < 0.5
-            else "They keep to my story but do nothing with it."
-        )
+        if is_grounded:
+            return "They keep to my story but do nothing with it."
+        return f"They say nothing that I could hold on to, {where}."
     return f"They {' and '.join(_DOES[strategy] for strategy in used[:2])}, {where}."
 
 
@@ -101,7 +102,9 @@ def fit(intent: HiddenIntent, merit: float, faults: list[str]) -> str:
 def activity(temperament: Temperament, change: float) -> str:
     """The user's inner activity."""
     better, same, worse = _ACTIVITY[temperament]
-    return better if change > _SLIGHT else worse if change < -_SLIGHT else same
+    if change > _SLIGHT:
+        return better
+    return worse if change < -_SLIGHT else same
 
 
 def feeling(change: float) -> str:

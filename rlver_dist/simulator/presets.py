@@ -14,7 +14,7 @@ class DifficultyRules:
     """Everything that makes one simulated population easier or harder than another.
 
     Attributes:
-        emotion: start, clip and thresholds.
+        emotion: start, clip and limit of messages.
         acceptance: 0 to 1, share of a reply's merit that the user lets count; what is wrong with a reply
             always counts in full.
         expressiveness: 0 to 1, chance that a message shows how the reply was taken, rather than only going on
@@ -53,14 +53,17 @@ def resolve_rules(simulator: SimulatorConfig) -> DifficultyRules:
     preset = PRESETS[simulator.preset]
     emotion = replace(
         preset.emotion,
-        start=preset.emotion.start if simulator.start_emotion is None else simulator.start_emotion,
-        max_change=preset.emotion.max_change if simulator.max_change is None else simulator.max_change,
+        start=_chosen(simulator.start_emotion, preset.emotion.start),
+        max_change=_chosen(simulator.max_change, preset.emotion.max_change),
     )
     return replace(
         preset,
         emotion=emotion,
-        acceptance=preset.acceptance if simulator.acceptance is None else simulator.acceptance,
-        expressiveness=preset.expressiveness
-        if simulator.expressiveness is None
-        else simulator.expressiveness,
+        acceptance=_chosen(simulator.acceptance, preset.acceptance),
+        expressiveness=_chosen(simulator.expressiveness, preset.expressiveness),
     )
+
+
+def _chosen(knob: float | None, preset: float) -> float:
+    # Not `knob or preset`: 0 is a choice.
+    return preset if knob is None else knob

@@ -1,7 +1,7 @@
 """What every simulated user answers to, whatever drives it (rules on embeddings, or a chat model).
 
-A simulated user is a pure function of (persona, dialogue so far, emotion, seed): it holds no session, so that
-any replica can answer and a retry returns the same value.
+A simulated user is a pure function of its request (persona, dialogue so far, emotion, seed, limits): it holds
+no session, so that any replica can answer and a retry returns the same value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class UserRequest:
     """One question to the simulated user: how do you take the last reply, and what do you say?
 
     Attributes:
-        dialogue_id: with `turn_index` the key of the answer.
+        dialogue_id: names the dialogue in errors and in a chat model's calls; no answer depends on it.
         turn_index: index of the reply that is appraised; -1 asks for the opening.
         persona: who the user is.
         messages: the dialogue so far, opening first; the last one is the policy's reply (empty for the

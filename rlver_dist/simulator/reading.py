@@ -1,8 +1,7 @@
-"""What a listener has of a text that nobody vouches for: the characters that show, without what was not said
-aloud.
+"""What a listener gets of an untrusted text: the characters that show, without what is marked as thinking.
 
-Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules look at its
-words (`rules/appraisal.py`, `lexical.py`), so that none of them can be shown other words than the rest.
+Every user hears a reply through `hear`, whether a prompt is made of it (`llm/fence.py`) or rules read its
+words (`rules/appraisal.py`, `lexical.py`), so that a reply cannot show one of them other words than the rest.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import unicodedata
 from bisect import bisect_left
 from dataclasses import dataclass
 
+# U+25C1 and U+25B7 are the brackets of some models' thinking tags. U+226E and U+226F (not less, not greater)
+# are what Unicode composes of "<" or ">" and a combining stroke.
 SIGNS = '<>[]{}|\\`#":/\u25c1\u25b7\u226e\u226f'
-"""Characters that chat templates, their switches, JSON and placeholders are made of, and the two that Unicode
-makes of them and a mark."""
+"""Characters that chat templates, their switches, JSON and placeholders are made of."""
 MAX_MARKS = 4
 """Combining marks on one character; written languages need fewer."""
 
@@ -33,11 +33,16 @@ _INVISIBLE_RANGES = (
     (0xE0000, 0xE0FFF),
 )
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn"})
+# What any reader may take for the end of a line: more than "\n", or a text could begin a line of its own.
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _RESERVED = "think"
-"""Tags of this name (or `thinking`) mark nothing but thinking; other names are also what people put into a
-placeholder."""
+"""Tags of this name (or `thinking`) mark nothing but thinking, even alone. Other names are also what people
+write into a placeholder, such as `<reason>`, and mark thinking only in pairs."""
 _NAMES = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
+# The ways in which models and their chat templates mark thinking: <think>, </think>, <|thinking|>,
+# <ns:reasoning>, <|end_of_thought|>, a tag with attributes; [THINK] in capitals alone, since people write
+# [think] themselves; and the triangles. Names and attributes have a longest length, so that matching takes
+# linear time.
 _TAG = re.compile(
     r"(?i:<\|?(?P<close>/|end_of_|end_)?(?:\w{1,12}:|begin_of_|start_)?"
     rf"(?P<name>{_NAMES})(?:\s+\w{{1,20}}\s*=[^<>]{{0,80}})?\s*\|?>)"
@@ -52,7 +57,7 @@ class Heard:
     Attributes:
         text: without invisible or control characters other than line feeds, with few marks on each character,
             in Unicode's NFC.
-        hidden: characters that were left out because nobody sees them.
+        hidden: invisible characters that were left out.
         thought: characters that were left out as thinking.
     """
 
@@ -75,7 +80,7 @@ def hear(text: str, *, own: bool = False) -> Heard:
 
 class _Visible(dict[int, str | None]):
     """A `str.translate` table, filled as characters are met: code point -> what a reader sees, None where
-    that is nothing."""
+    that is nothing. Most texts have few different characters, and looking one up is slow."""
 
     def __missing__(self, code: int) -> str | None:
         self[code] = seen = _seen(chr(code))
@@ -86,6 +91,7 @@ _VISIBLE = _Visible()
 
 
 def _seen(character: str) -> str | None:
+    # All line ends become one and all spaces another, so that no later step has to know the others.
     if character in _LINE_ENDS:
         return "\n"
     category = unicodedata.category(character)
@@ -106,7 +112,9 @@ def _settled(text: str) -> str:
     """`text` in NFC, without the marks that sit on nothing or pile up on one character beyond `MAX_MARKS`."""
     if text.isascii():
         return text
-    kept, room = [], 0
+    kept: list[str] = []
+    # A mark at the very beginning sits on nothing, so there is no room before the first character.
+    room = 0
     for character in text:
         if not unicodedata.category(character).startswith("M"):
             room = 0 if character.isspace() else MAX_MARKS
@@ -128,7 +136,11 @@ class _Tag:
 
 def _without_thinking(text: str) -> str:
     """What is said aloud: nothing between two tags of one name, and nothing before a lone closing tag or
-    behind a lone open one where the name is `_RESERVED`."""
+    behind a lone open one where the name is `_RESERVED`.
+
+    It takes time in proportion to the text times the logarithm of its tags, so that a reply full of tags
+    cannot hold up the service.
+    """
     tags = [
         _Tag(
             name=_kind(found["name"]),
@@ -138,6 +150,7 @@ def _without_thinking(text: str) -> str:
         )
         for found in _TAG.finditer(text)
     ]
+    # Places of the closing tags by name, ascending: the partner of an open tag is found by bisection.
     closing: dict[str, list[int]] = {}
     for place, tag in enumerate(tags):
         if tag.closes:
@@ -145,11 +158,14 @@ def _without_thinking(text: str) -> str:
     said: list[str] = []
     start = 0
     for place, tag in enumerate(tags):
+        # Inside a block that is left out already.
         if tag.start < start:
             continue
         if tag.closes:
+            # Chat templates may open the thinking in the prompt, and the model then writes only its end.
             if tag.name == _RESERVED:
-                said, start = [], tag.end
+                said = []
+                start = tag.end
             continue
         places = closing.get(tag.name, [])
         number = bisect_left(places, place)
@@ -157,6 +173,7 @@ def _without_thinking(text: str) -> str:
             said.append(text[start : tag.start])
             start = tags[places[number]].end
         elif tag.name == _RESERVED:
+            # Cut off before it closed: all that follows was thinking.
             said.append(text[start : tag.start])
             start = len(text)
     # The space keeps what was on both sides of a block from becoming a word together.

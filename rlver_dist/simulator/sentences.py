@@ -1,9 +1,10 @@
-"""Sentences, words and word n-grams of a reply or message, as the appraisers count them."""
+"""Sentences and content words of a reply or message, as the appraisers count them."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from rlver_dist.text import plain, words
 
 MAX_SENTENCES = 48
 """Sentences of one text that are looked at; bounds the cost of an endless reply."""
@@ -12,7 +13,6 @@ MAX_SENTENCE_WORDS = 60
 
 _BREAK = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])[\"')\]]*\s+|\n+")
 _BULLET = re.compile(r"^\s*(?:[-*\u2022#>]+|\d{1,2}[.)])\s+")
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 FUNCTION_WORDS = frozenset(
     """
@@ -33,31 +33,6 @@ you'll you're you've your yours yourself
 """.split()
 )
 """English words that carry grammar more than matter; about half of the words of any English prose."""
-
-
-class _Plain(dict[int, str]):
-    """A `str.translate` table, filled as characters are met: code point -> what words are compared by."""
-
-    def __missing__(self, code: int) -> str:
-        parts = unicodedata.normalize("NFKD", chr(code))
-        bare = "".join(part for part in parts if not unicodedata.category(part).startswith("M"))
-        self[code] = plain = unicodedata.normalize("NFC", bare)
-        return plain
-
-
-_PLAIN = _Plain({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
-
-
-def plain(text: str) -> str:
-    """`text` with compatibility forms and curly quotes made plain, and without accents and other marks on
-    letters."""
-    # Character by character: Unicode's own way with many marks in a row takes time in their square.
-    return unicodedata.normalize("NFC", text.translate(_PLAIN))
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words of `text`, in order."""
-    return _WORD.findall(plain(text).lower())
 
 
 def stem(word: str) -> str:
@@ -95,20 +70,6 @@ def sentences(text: str) -> list[str]:
         if len(found) >= MAX_SENTENCES:
             return found[:MAX_SENTENCES]
     return found
-
-
-def ngrams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of `n` tokens, in order; fewer than `n` tokens have none."""
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
-def overlap(tokens: list[str], others: list[list[str]], n: int) -> float:
-    """Share (0 to 1) of the n-grams of `tokens` that also occur in one of `others`."""
-    own = ngrams(tokens, n)
-    if not own:
-        return 0.0
-    known = {gram for other in others for gram in ngrams(other, n)}
-    return sum(gram in known for gram in own) / len(own)
 
 
 def ramp(value: float, low: float, high: float) -> float:

@@ -10,7 +10,9 @@ from rlver_dist.data.persona import Persona
 from rlver_dist.errors import DataError
 
 LANGUAGE = "en"
+"""The language that the rules know."""
 LLM_LANGUAGES = ("en", "zh")
+"""Those that the chat model's prompts are written in."""
 
 
 def check_personas(personas: Iterable[Persona]) -> None:
@@ -19,16 +21,19 @@ def check_personas(personas: Iterable[Persona]) -> None:
     Raises:
         DataError: names the first such persona, the field and the way out.
     """
-    way_out = (
-        "the simulated users need English personas with an opening and facts; use data.train=bank and "
-        "data.evaluation=bank"
-    )
     for persona in personas:
         if persona.language != LANGUAGE:
-            raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")
-        for field, value in (("opening", persona.opening), ("facts", persona.facts)):
-            if not value:
-                raise DataError(f"persona {persona.id}: {field} is empty: {way_out}")
+            problem = f"language={persona.language}"
+        elif not persona.opening:
+            problem = "opening is empty"
+        elif not persona.facts:
+            problem = "facts is empty"
+        else:
+            continue
+        raise DataError(
+            f"persona {persona.id}: {problem}: the simulated users need English personas with an opening and "
+            f"facts; use data.train=bank and data.evaluation=bank"
+        )
 
 
 def check_languages(personas: Iterable[Persona]) -> None:
@@ -52,7 +57,11 @@ def check_second_judge(judge: SecondJudge, personas: Iterable[Persona]) -> None:
     Raises:
         DataError: names the first such persona and the way out.
     """
-    for persona in personas if judge in (SecondJudge.lexical, SecondJudge.embedded) else ():
+    if judge not in (SecondJudge.lexical, SecondJudge.embedded):
+        return
+    for persona in personas:
         if persona.language != LANGUAGE:
-            way_out = f"evaluation.second_judge={judge.value} reads English alone; use none or openai"
-            raise DataError(f"persona {persona.id}: language={persona.language}: {way_out}")
+            raise DataError(
+                f"persona {persona.id}: language={persona.language}: evaluation.second_judge={judge.value} "
+                f"reads English alone; use none or openai"
+            )

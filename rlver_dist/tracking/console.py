@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import rich.console
 from rich.progress import (
@@ -29,6 +29,7 @@ from rich.text import Text
 
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.tracking.curve import draw_curve
+from rlver_dist.tracking.metrics import Summary
 from rlver_dist.tracking.progress import Stage, duration, reported
 
 SIDE_BY_SIDE_COLUMNS = 100
@@ -74,9 +75,11 @@ class Console:
         )
         self._animated = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._encoding = getattr(self._file, "encoding", None) or "utf-8"
+        # Curves are drawn with characters that other encodings lack.
         self._ascii_only = self._encoding.lower().replace("-", "") != "utf8"
         self._progress: Progress | None = None
         self._bars = 0
+        # The first iteration has none to compare with.
         self._last_emotion = math.nan
 
     def note(self, text: str) -> None:
@@ -108,9 +111,11 @@ class Console:
             try:
                 yield stage
             except BaseException as error:
+                # An interrupt is no failure.
                 verb = "failed" if isinstance(error, Exception) else "stopped"
                 self._print(f"{name}: {verb} after {duration(stage.elapsed_s)}")
                 raise
+        # A stage that ends early, say for a dialogue that its user left, says how far it came.
         if not self._animated:
             missing = stage.total is not None and stage.done < stage.total
             count = f"{stage.done:.0f} of {stage.total:.0f}, " if missing else ""
@@ -124,23 +129,23 @@ class Console:
         emotion = summary.get("reward/emotion_final", math.nan)
         change = emotion - self._last_emotion
         self._last_emotion = emotion
-        parts = [f"iteration {summary['progress/iteration']:.0f}/{self._num_iterations}"]
-        parts.append(f"emotion {emotion:.1f}" + (f" ({change:+.1f})" if math.isfinite(change) else ""))
-        parts += [f"{name} {summary[key]:{form}}" for name, key, form in ITERATION_FIELDS if key in summary]
+        fields = [f"iteration {summary['progress/iteration']:.0f}/{self._num_iterations}"]
+        fields.append(f"emotion {emotion:.1f}" + (f" ({change:+.1f})" if math.isfinite(change) else ""))
+        fields += [f"{name} {summary[key]:{form}}" for name, key, form in ITERATION_FIELDS if key in summary]
         if "time/iteration_s" in summary:
             phases = ", ".join(
                 f"{name} {summary[key]:.0f}" for name, key in ITERATION_PHASES if key in summary
             )
-            parts.append(duration(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
+            fields.append(duration(summary["time/iteration_s"]) + (f" ({phases})" if phases else ""))
         if summary.get("time/left_s"):
-            parts.append(f"about {duration(summary['time/left_s'])} left")
-        self._print("  ".join(parts))
+            fields.append(f"about {duration(summary['time/left_s'])} left")
+        self._print("  ".join(fields))
 
     def finish(
         self,
         curve: Sequence[float],
         output_dir: str | Path,
-        summary: Mapping[str, Any],
+        summary: Summary,
         pairs: Sequence[tuple[Dialogue, Dialogue]],
     ) -> None:
         """Print the end of a run.
@@ -210,6 +215,7 @@ class Console:
 
     def _print_pair(self, before: Dialogue, after: Dialogue) -> None:
         texts = [self._clean("\n".join(_dialogue_lines(dialogue))) for dialogue in (before, after)]
+        # In a file nobody knows how wide the reader's window is.
         if self._animated and self._rich.width >= SIDE_BY_SIDE_COLUMNS:
             table = Table.grid(padding=(0, 2), expand=True)
             table.add_column(ratio=1)
@@ -223,6 +229,7 @@ class Console:
             self._print(text)
 
     def _print(self, text: str) -> None:
+        # Lines stay whole in files, for grep; a terminal wraps them itself.
         self._rich.print(Text(self._clean(text)), soft_wrap=True)
 
     def _clean(self, text: str) -> str:
@@ -253,7 +260,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _result_lines(summary: Mapping[str, Any]) -> list[str]:
+def _result_lines(summary: Summary) -> list[str]:
     """What `summary.json` says, for people; keys that are absent are left out."""
     lines = [
         f"  {name:<26} {_comparison(result)}"
@@ -270,7 +277,7 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
         if key in summary and (any(summary[key].values()) or key != "thinking_distinct2"):
             lines.append(
                 f"  {name:<26} {summary[key]['before']:.3g} -> "
-                f"{summary[key]['after']:.3g}{_as_it_came(summary, key)}"
+                f"{summary[key]['after']:.3g}{_base_model_figure(summary, key)}"
             )
     judges = summary.get("judges", {}).get("after", [])
     lines += [f"  {name:<26} {judge}" for name, judge in zip(("judge", "second judge"), judges, strict=False)]
@@ -279,9 +286,9 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _as_it_came(summary: Mapping[str, Any], key: str) -> str:
-    """The figure of the model before a warm-up, which may have changed more than training did; empty where it
-    has none.
+def _base_model_figure(summary: Summary, key: str) -> str:
+    """The base model's figure, since a warm-up may have changed it more than training did; empty where there
+    is none.
 
     It replied without thoughts and their format.
     """
@@ -291,7 +298,7 @@ def _as_it_came(summary: Mapping[str, Any], key: str) -> str:
     )
 
 
-def _comparison(result: Mapping[str, Any]) -> str:
+def _comparison(result: Summary) -> str:
     low, high = result["interval95"]
     change = f"{result['difference']:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
     return f"{result['before']:.1f} -> {result['after']:.1f} ({change})"

@@ -28,12 +28,15 @@ def draw_curve(
     if not finite:
         return []
     low, high = math.floor(min(finite)), math.ceil(max(finite))
+    # A flat curve needs a height to be drawn in.
     high = max(high, low + 1)
+    # Few points are set apart, so that each one is seen.
     stride = max(1, min(MAX_STRIDE, width // len(columns)))
     point, wall, tick, corner, floor = "*|++-" if ascii_only else "\u25cf\u2502\u2524\u2514\u2500"
     rows = [[" "] * (len(columns) * stride) for _ in range(height)]
     for position, value in enumerate(columns):
         if math.isfinite(value):
+            # Row 0 is the top one.
             rows[round((high - value) / (high - low) * (height - 1))][position * stride] = point
     lines = []
     for number, row in enumerate(rows):

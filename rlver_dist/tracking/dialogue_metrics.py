@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from rlver_dist.dialogue import Dialogue, EndReason, Turn, completed
+from rlver_dist.simulator.emotion import CEILING, FLOOR
 from rlver_dist.simulator.llm.judges import DISAGREEMENT, JUDGE_CHANGE, SPREAD
-from rlver_dist.tracking.metrics import Metric, Reduction
-
-SUCCESS_EMOTION = 100.0
-FAILURE_EMOTION = 10.0
+from rlver_dist.text import ngrams
+from rlver_dist.tracking.metrics import Metric, Reduction, mean_metric
 
 
 def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]) -> list[Metric]:
@@ -27,6 +26,7 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
     Raises:
         ValueError: a reward belongs to none of the dialogues.
     """
+    # A reward of another iteration's dialogue would go unnoticed in the means below.
     if strangers := sorted(rewards.keys() - {dialogue.id for dialogue in dialogues}):
         raise ValueError(f"rewards for dialogues that are not there: {', '.join(strangers[:3])}")
     complete = completed(dialogues)
@@ -34,15 +34,17 @@ def dialogue_metrics(dialogues: Sequence[Dialogue], rewards: Mapping[str, float]
     return [
         Metric("rollout/dialogues", len(dialogues), Reduction.sum),
         Metric("rollout/failed", len(dialogues) - len(complete), Reduction.sum),
-        _mean("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in complete]),
-        _mean("rollout/reply_tokens", [len(turn.reply_ids) for turn in turns]),
-        _mean("rollout/thinking_tokens", [turn.thinking_tokens for turn in turns]),
-        _mean("rollout/well_formed_share", [turn.well_formed for turn in turns]),
-        _mean("rollout/truncated_share", [turn.truncated for turn in turns]),
+        mean_metric("rollout/turns_per_dialogue", [len(dialogue.turns) for dialogue in complete]),
+        mean_metric("rollout/reply_tokens", [len(turn.reply_ids) for turn in turns]),
+        mean_metric("rollout/thinking_tokens", [turn.thinking_tokens for turn in turns]),
+        mean_metric("rollout/well_formed_share", [turn.well_formed for turn in turns]),
+        mean_metric("rollout/truncated_share", [turn.truncated for turn in turns]),
         Metric("rollout/distinct2", distinct_n(turn.reply for turn in turns), Reduction.last),
         Metric("rollout/thinking_distinct2", distinct_n(turn.thinking for turn in turns), Reduction.last),
         *(
-            _mean(f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues])
+            mean_metric(
+                f"rollout/end_{reason.value}", [dialogue.end_reason is reason for dialogue in dialogues]
+            )
             for reason in EndReason
         ),
         *_reward_metrics(complete, list(rewards.values())),
@@ -57,24 +59,22 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
     No n-gram spans two texts. 0 where there is none at all. Larger corpora repeat more: compare only corpora
     of about one size.
     """
-    ngrams: list[tuple[str, ...]] = []
-    for text in texts:
-        words = text.lower().split()
-        ngrams += zip(*(words[start:] for start in range(n)), strict=False)
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    grams = [gram for text in texts for gram in ngrams(text.lower().split(), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _reward_metrics(complete: list[Dialogue], rewards: list[float]) -> list[Metric]:
+    # A reply that ended the dialogue unheard moved nothing.
     appraised = [turn for dialogue in complete for turn in dialogue.turns if turn.appraisal is not None]
     return [
-        _mean("reward/mean", rewards),
+        mean_metric("reward/mean", rewards),
         Metric("reward/std", statistics.pstdev(rewards) if rewards else 0.0, Reduction.last),
-        _mean("reward/emotion_final", [dialogue.final_emotion for dialogue in complete]),
-        _mean(
+        mean_metric("reward/emotion_final", [dialogue.final_emotion for dialogue in complete]),
+        mean_metric(
             "reward/emotion_change_per_turn", [turn.emotion_after - turn.emotion_before for turn in appraised]
         ),
-        _mean("reward/success_share", [dialogue.final_emotion >= SUCCESS_EMOTION for dialogue in complete]),
-        _mean("reward/failure_share", [dialogue.final_emotion < FAILURE_EMOTION for dialogue in complete]),
+        mean_metric("reward/success_share", [dialogue.final_emotion >= CEILING for dialogue in complete]),
+        mean_metric("reward/failure_share", [dialogue.final_emotion < FLOOR for dialogue in complete]),
     ]
 
 
@@ -89,14 +89,10 @@ def _judge_metrics(turns: list[Turn]) -> list[Metric]:
         return []
     changes = sorted({name for features in judged for name in features if JUDGE_CHANGE.fullmatch(name)})
     return [
-        _mean("judges/spread", [features[SPREAD] for features in judged]),
-        _mean("judges/disagreement", [features[DISAGREEMENT] for features in judged]),
+        mean_metric("judges/spread", [features[SPREAD] for features in judged]),
+        mean_metric("judges/disagreement", [features[DISAGREEMENT] for features in judged]),
         *(
-            _mean(f"judges/{name.removeprefix('judge_')}", [one[name] for one in judged if name in one])
+            mean_metric(f"judges/{name.removeprefix('judge_')}", [one[name] for one in judged if name in one])
             for name in changes
         ),
     ]
-
-
-def _mean(key: str, values: Sequence[float]) -> Metric:
-    return Metric(key, statistics.fmean(values) if values else 0.0, Reduction.mean, weight=len(values))

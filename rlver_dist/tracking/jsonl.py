@@ -45,6 +45,7 @@ class JsonlTracker:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             kept = [line for line, record in _read_lines(self._path) if record["iteration"] < first_iteration]
+            # A kill in the midst of this must not cost the iterations before.
             write_whole(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -75,6 +76,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict]]:
+    # A last line without its end is being written, or was cut short by a crash.
     complete = [
         line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
     ]

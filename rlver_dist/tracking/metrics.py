@@ -8,11 +8,15 @@ unequal shards is the mean over all their elements and not the mean of means.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from statistics import fmean
+from typing import Any
 
 NON_FINITE = "progress/non_finite"
+Summary = dict[str, Any]
+"""The content of `summary.json`, or of a comparison in it: numbers, lists, and further ones by key."""
 
 
 class Reduction(str, Enum):
@@ -53,6 +57,11 @@ class Metric:
             )
         if self.key == NON_FINITE:
             raise ValueError(f"metric {self.key}: counted by reduce_metrics; report it under another key")
+
+
+def mean_metric(key: str, values: Sequence[float]) -> Metric:
+    """The mean of `values` with their number as weight; where there are none it is 0 and weighs nothing."""
+    return Metric(key, fmean(values) if values else 0.0, Reduction.mean, weight=len(values))
 
 
 def reduce_metrics(metrics: Iterable[Metric]) -> dict[str, float]:

@@ -41,6 +41,7 @@ class Stage:
     def reach(self, done: float, total: float | None, **fields: object) -> None:
         """Say that `done` of `total` steps are done. Where that begins anew, so does the rate."""
         if done < self.done or (self.total is not None and total != self.total):
+            # The pace so far was of other work.
             self._counted_since = time.monotonic()
         self.done, self.total = done, total
         self.beside = "  ".join(f"{key} {value}" for key, value in fields.items())
@@ -76,6 +77,7 @@ class Stage:
         return max(total - done, 0.0) / self._rate(done)
 
     def _rate(self, done: float) -> float:
+        # A step may be done within one tick of the clock.
         return done / max(time.monotonic() - self._counted_since, 1e-3)
 
 
@@ -89,6 +91,7 @@ def reported(stage: Stage, say: Callable[[str], None], every_s: float = REPORT_E
         while not ended.wait(every_s):
             say(stage.line())
 
+    # A daemon, so that it never keeps a process alive whose stage was left behind.
     reporter = threading.Thread(target=report, name=f"progress of {stage.name}", daemon=True)
     reporter.start()
     try:

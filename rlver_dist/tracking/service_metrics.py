@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rlver_dist.tracking.metrics import Metric, Reduction
 
 LARGEST = ("_max", "_max_s", "_p50_s", "_p95_s", "_p99_s")
+"""Percentiles of all requests cannot be had from each replica's own; the worst replica's stand for them."""
 MEANS = ("_mean", "_mean_s")
 
 
@@ -25,6 +26,7 @@ def service_metrics(replicas: Sequence[Mapping[str, float]]) -> list[Metric]:
     prompt, cached = (
         sum(values.get(f"chat_{kind}_tokens", 0.0) for values in replicas) for kind in ("prompt", "cached")
     )
+    # Users by rules have no prompts, and a share of nothing is left out.
     if prompt > 0:
         metrics.append(Metric("simulator/prefix_cache_hit", cached / prompt, Reduction.last))
     return metrics

@@ -13,12 +13,13 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rlver_dist.config.enums import WandbMode
 from rlver_dist.config.tracking import TrackingConfig
 from rlver_dist.errors import UserError
+from rlver_dist.tracking.metrics import Summary
 
 if TYPE_CHECKING:
     import wandb
@@ -33,16 +34,11 @@ WAY_OUT = "set tracking.wandb=offline (sync later with `wandb sync`) or tracking
 
 
 class WandbTracker:
-    """Logs each iteration to one W&B run; see `start_wandb`."""
+    """Logs each iteration to one W&B run, which `start_wandb` started."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
         self._warned = False
-
-    @property
-    def url(self) -> str | None:
-        """The run's page; None offline."""
-        return None if self._run.offline else self._run.url
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Log one iteration's metrics at step `iteration`; warns once where that fails.
@@ -51,7 +47,7 @@ class WandbTracker:
         """
         self._attempt("log", lambda: self._run.log(dict(metrics), step=iteration))
 
-    def summarize(self, summary: Mapping[str, Any]) -> None:
+    def summarize(self, summary: Summary) -> None:
         """Put the run's results (`summary.json`) into the run's summary."""
         self._attempt(
             "summarize",
@@ -66,6 +62,7 @@ class WandbTracker:
         try:
             call()
         except Exception as error:
+            # Once: a network that is gone would otherwise print a line an iteration all night.
             if not self._warned:
                 logger.warning(
                     "W&B %s failed (%s: %s); the run goes on, metrics.jsonl has everything",
@@ -77,7 +74,7 @@ class WandbTracker:
 
 
 def start_wandb(
-    tracking: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any]
+    tracking: TrackingConfig, output_dir: str | Path, run_config: dict[str, object]
 ) -> WandbTracker | None:
     """Start, or after an interruption continue, the W&B run of `output_dir`; None where W&B is disabled.
 
@@ -143,6 +140,7 @@ def has_login() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or DEFAULT_URL).hostname or ""
+    # Where `wandb login` writes the key.
     candidates = (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")
     return any(_netrc_has(Path(name).expanduser(), host) for name in candidates if name)
 
@@ -155,6 +153,7 @@ def _netrc_has(path: Path, host: str) -> bool:
 
 
 def _run_id(folder: Path) -> str:
+    # Chosen here and not by W&B, which would take a resumed run for a new one.
     path = folder / ID_FILE
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n", encoding="ascii")

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rlver_dist.errors import DataError
-from rlver_dist.files import write_whole
+from rlver_dist.evaluation.held_out import HeldOut
+from rlver_dist.files import whole_folder, write_whole
 
 MANIFEST = "manifest.json"
 WARM_START = "warm_start"
@@ -33,14 +34,14 @@ class Progress:
 
     Attributes:
         iteration: finished iterations.
-        sampler: the persona sampler's state.
+        sampler: the persona sampler's state (`PersonaSampler.state`).
         totals: running sums for `progress/` metrics.
         curve: mean final emotion of each iteration's dialogues.
-        before: results of the evaluation before training; empty until it has run.
+        before: results of the evaluation before training; None until it has run.
         finished_phases: phases before training whose dialogues are complete in the ledger, by name, and the
             limits they were held under.
         warmed_up: the format warm-up has run.
-        control: results before it; empty where there was none.
+        control: results before it; None until they are there, and where there is no warm-up.
         kl_coef: weight of the KL term in the next iteration.
         wall_s: seconds that the run has taken so far, earlier starts included.
         shape: options that what is saved fits (`RunConfig.resume_fingerprint`), and the ranks of each learner
@@ -51,10 +52,10 @@ class Progress:
     sampler: dict[str, Any]
     totals: dict[str, float]
     curve: list[float]
-    before: dict[str, Any]
+    before: HeldOut | None
     finished_phases: dict[str, str]
     warmed_up: bool
-    control: dict[str, Any]
+    control: HeldOut | None
     kl_coef: float
     wall_s: float
     shape: dict[str, str]
@@ -63,12 +64,17 @@ class Progress:
 class CheckpointStore:
     """The checkpoints of one output folder."""
 
+    # Not `whole_folder`, whose folder aside is worth nothing until the rename: here the ranks of the learners
+    # write into it between `begin` and `commit`, and from the moment that its manifest is there it is the
+    # newest checkpoint, which a kill before the rename must not cost and the next reader brings to its place.
+
     def __init__(self, output_dir: Path, keep: int) -> None:
         self._root = output_dir / "checkpoints"
         self._keep = keep
 
     def begin(self, iteration: int) -> Path:
         """An empty folder aside, for the learner's files; deletes what interrupted saves of any step left."""
+        # First of all what is whole: deleting it with the rest would lose the newest checkpoint.
         self._settle()
         self._delete("tmp")
         aside = self._root / f"step_{iteration}.tmp"
@@ -130,12 +136,26 @@ class CheckpointStore:
         """
         manifest = checkpoint / MANIFEST
         try:
-            return Progress(**json.loads(manifest.read_text(encoding="utf-8")))
+            return _progress(json.loads(manifest.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"resume={checkpoint}: {manifest} is not a checkpoint's manifest ({error}); name a folder "
                 f"step_<n>"
             ) from error
+
+
+def _progress(fields: object) -> Progress:
+    """What `asdict` made JSON of; null for what has not been measured.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(fields, dict):
+        raise TypeError(f"a JSON object is missing, there is {type(fields).__name__}")
+    for name in ("before", "control"):
+        if fields.get(name) is not None:
+            fields[name] = HeldOut(**fields[name])
+    return Progress(**fields)
 
 
 def _step(checkpoint: Path) -> int:
@@ -161,6 +181,7 @@ def select_checkpoint(
     if chosen is None:
         return None
     lacking = [name for name in learners if not (chosen / name).is_dir()]
+    # Before the first iteration there is nothing of the learners to save.
     if lacking and store.read(chosen).iteration > 0:
         raise DataError(
             f"resume={resume}: {chosen} holds no {lacking[0]}; use the recipe that it was written by, or "
@@ -179,6 +200,7 @@ def warm_start_of(checkpoint: Path) -> Path | None:
     """
     if not CheckpointStore.read(checkpoint).warmed_up:
         return None
+    # In the folder of the run that wrote it, which may be another one.
     folder = checkpoint.resolve().parent.parent / WARM_START
     if not folder.is_dir():
         raise DataError(
@@ -191,19 +213,18 @@ def warm_start_of(checkpoint: Path) -> Path | None:
 
 def copy_warm_start(checkpoint: Path, output_dir: Path) -> Path | None:
     """`warm_start_of` the checkpoint, copied to `output_dir` where the checkpoint is of another run."""
-    theirs, ours = warm_start_of(checkpoint), output_dir.resolve() / WARM_START
+    theirs = warm_start_of(checkpoint)
+    ours = output_dir.resolve() / WARM_START
     if theirs is None or theirs == ours:
         return theirs
-    aside = ours.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(theirs, aside)
-    # What is there is of a start that never came to a checkpoint.
-    shutil.rmtree(ours, ignore_errors=True)
-    aside.rename(ours)
+    # A folder that is already there is of a start that never came to a checkpoint, so it may be replaced.
+    with whole_folder(ours) as aside:
+        shutil.copytree(theirs, aside, dirs_exist_ok=True)
     return ours
 
 
 def _require_fit(checkpoint: Path, written: Mapping[str, str], shape: Mapping[str, str]) -> None:
+    # Options that the checkpoint does not note, such as a critic's, are judged by its folders.
     for key, value in shape.items():
         if written.get(key, value) != value:
             raise DataError(
@@ -226,6 +247,7 @@ def _newest_or_named(store: CheckpointStore, resume: str) -> Path | None:
         raise DataError(
             f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>"
         )
+    # One folder would hold two lines of training, and `auto` could not tell which one goes on.
     if newest is not None and not Path(resume).resolve().parent.samefile(newest.parent):
         raise DataError(
             f"resume={resume}: of another run, and {newest} exists; use resume=auto to go on from that, or "

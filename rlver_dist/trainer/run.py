@@ -1,46 +1,35 @@
-"""From a checked configuration to a finished run: build the parts on Ray, drive them, report, and take
+"""From a checked configuration to a finished run: build the components on Ray, drive them, report, and take
 everything down again."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
+import functools
 import shlex
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from rlver_dist.cluster.build import Built, build
+from rlver_dist.cluster.build import build
 from rlver_dist.cluster.layout import Layout, resolve_layout
 from rlver_dist.cluster.metrics import RayMetrics
 from rlver_dist.cluster.session import close_session, open_session, unwrap_ray_errors
 from rlver_dist.config.run import RunConfig
+from rlver_dist.config.tracking import TrackingConfig
 from rlver_dist.data.persona import Persona
-from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import EXIT_INTERRUPTED, BudgetError
-from rlver_dist.evaluation.held_out import HeldOut, compare
 from rlver_dist.evaluation.second_judge import second_judge
-from rlver_dist.files import write_whole
-from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
-from rlver_dist.ledger.records import Phase
-from rlver_dist.simulator.presets import resolve_rules
-from rlver_dist.simulator.protocol import Judge
 from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.forecast import Forecast
 from rlver_dist.tracking.jsonl import JsonlTracker, Tracker
 from rlver_dist.tracking.wandb import WandbTracker, start_wandb
 from rlver_dist.trainer.checkpoints import CheckpointStore, copy_warm_start, select_checkpoint
-from rlver_dist.trainer.components import Parts
 from rlver_dist.trainer.driver import Driver
-from rlver_dist.trainer.forecast import Forecast
-
-NUM_PAIRS_SHOWN = 2
+from rlver_dist.trainer.results import shown_pairs, write_results
 
 
 def run_on_cluster(
@@ -52,7 +41,9 @@ def run_on_cluster(
     console = Console(config.num_iterations)
     learners = ("policy", "critic") if config.has_critic else ("policy",)
     store = CheckpointStore(Path(config.output_dir), config.keep_checkpoints)
+    # Before Ray starts, so that a checkpoint that does not fit is refused at once.
     start = select_checkpoint(store, config.resume, learners, config.resume_fingerprint)
+    # Not `start`, which may be an older one, or of another run.
     start_checkpoint = store.latest()
     try:
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the
@@ -63,57 +54,64 @@ def run_on_cluster(
         layout = resolve_layout(
             config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes
         )
+        # The number of ranks is known only now that Ray has told its GPUs.
         if start is not None:
             layout.require_ranks(str(start), CheckpointStore.read(start).shape)
+        # From here on the run belongs to its folder.
         on_accepted()
         if session.dashboard:
             console.note(
                 f"Ray dashboard: http://{session.dashboard}"
                 + (f" (token {session.token})" if session.token else "")
             )
-        return asyncio.run(
-            _until_interrupted(
-                config,
-                start_checkpoint,
-                console,
-                _run(config, layout, start, train, evaluation, console, started),
-            )
+        hint = functools.partial(
+            resume_hint,
+            store,
+            start_checkpoint,
+            output_dir=config.output_dir,
+            save_every=config.save_every,
         )
+        running = _run(config, layout, start, train, evaluation, console, started)
+        return asyncio.run(_until_interrupted(running, console, hint))
     finally:
         close_session()
 
 
-async def _until_interrupted(
-    config: RunConfig, start_checkpoint: Path | None, console: Console, running: Coroutine[Any, Any, None]
-) -> int:
+async def _until_interrupted(running: Awaitable[None], console: Console, hint: Callable[[], str]) -> int:
+    """Await `running`; where it is interrupted, or its budget is used up, say by `hint` how it goes on."""
     with _interruptible() as interrupted:
         try:
             await running
             return 0
         except BudgetError as error:
-            raise BudgetError(f"{error}; {resume_hint(config, start_checkpoint)}") from error
+            raise BudgetError(f"{error}; {hint()}") from error
         except asyncio.CancelledError:
+            # Something inside was cancelled, which is a defect and keeps its traceback.
             if not interrupted():
                 raise
-            console.note(f"interrupted; {resume_hint(config, start_checkpoint)}")
+            console.note(f"interrupted; {hint()}")
             return EXIT_INTERRUPTED
 
 
-def resume_hint(config: RunConfig, start_checkpoint: Path | None) -> str:
+def resume_hint(
+    store: CheckpointStore, start_checkpoint: Path | None, *, output_dir: str, save_every: int
+) -> str:
     """What a run that stopped early has saved, and the command that goes on from there.
 
     Args:
-        config: of the run.
+        store: of the run's folder.
         start_checkpoint: the newest checkpoint when it started; None where there was none.
+        output_dir: the run's folder, as the configuration names it.
+        save_every: iterations between checkpoints.
     """
-    newest = CheckpointStore(Path(config.output_dir), config.keep_checkpoints).latest()
+    newest = store.latest()
     # What was done before training is written over step_0 again and again.
     if newest is None or (newest == start_checkpoint and newest.name != "step_0"):
-        again = _command(config, but=("output_dir=",))
-        return (
-            f"stopped with no new checkpoint yet (save_every={config.save_every}); start again with: {again}"
-        )
-    return f"stopped with {newest.name} saved; go on with: {_command(config, but=('output_dir=', 'resume='))}"
+        again = _command(output_dir, but=("output_dir=",))
+        return f"stopped with no new checkpoint yet (save_every={save_every}); start again with: {again}"
+    # The own checkpoint is the newest one from now on, so the one that was named at the start goes.
+    go_on = _command(output_dir, but=("output_dir=", "resume="))
+    return f"stopped with {newest.name} saved; go on with: {go_on}"
 
 
 async def _run(
@@ -125,68 +123,65 @@ async def _run(
     console: Console,
     started: float,
 ) -> None:
-    built: Built | None = None
-    trackers = _trackers(config, 0 if start is None else CheckpointStore.read(start).iteration)
+    output = Path(config.output_dir)
+    finished = 0 if start is None else CheckpointStore.read(start).iteration
+    # Before the cluster is built: a tracker that does not start then costs seconds.
+    trackers = _trackers(config.tracking, output, asdict(config), finished)
     try:
-        with unwrap_ray_errors():
-            warm_start = None if start is None else copy_warm_start(start, Path(config.output_dir))
-            built = await build(config, layout, console, warm_start)
-            async with second_judge(config) as judge:
-                driver = Driver(
-                    config,
-                    _parts(config, layout, built, judge, console, trackers),
-                    train,
-                    evaluation,
-                    started=started,
+        async with contextlib.AsyncExitStack() as stack:
+            # Only what runs on Ray: results that cannot be written are no failure of an actor.
+            with unwrap_ray_errors():
+                judge = await stack.enter_async_context(second_judge(config.simulator, config.evaluation))
+                components = await stack.enter_async_context(
+                    build(
+                        config,
+                        layout,
+                        warm_start=None if start is None else copy_warm_start(start, output),
+                        second_judge=judge,
+                        console=console,
+                        trackers=trackers,
+                        forecast=Forecast(
+                            rollout=config.rollout,
+                            algorithm=config.algorithm,
+                            evaluation=config.evaluation,
+                            warm_up=config.warm_up,
+                        ),
+                    )
                 )
+                driver = Driver(config, components, train, evaluation, started=started)
                 if start is not None:
                     await driver.resume(start)
                 before, after = await driver.run()
-        _report(config, console, driver, trackers, before, after)
+            progress = driver.progress
+            summary = write_results(
+                output,
+                progress,
+                after,
+                wall_s=driver.wall_s,
+                bootstrap_samples=config.evaluation.bootstrap_samples,
+            )
+            for tracker in trackers:
+                if isinstance(tracker, WandbTracker):
+                    tracker.summarize(summary)
+            compared = before is not None and after is not None
+            pairs = shown_pairs(output, progress.iteration) if compared else []
+            # Shown before actors are ended, which may take some seconds.
+            console.finish(progress.curve, output, summary, pairs)
     finally:
-        if built is not None:
-            with contextlib.suppress(Exception):
-                await built.close()
         for tracker in trackers:
             tracker.close()
 
 
-def _trackers(config: RunConfig, finished: int) -> list[Tracker]:
-    output = Path(config.output_dir)
+def _trackers(
+    tracking: TrackingConfig, output: Path, run_config: dict[str, object], finished: int
+) -> list[Tracker]:
     trackers: list[Tracker] = [
         JsonlTracker(output / "metrics.jsonl", first_iteration=finished + 1),
+        # Several runs may share a cluster, and a folder's name tells them apart.
         RayMetrics(output.name),
     ]
-    wandb = start_wandb(config.tracking, output, asdict(config))
+    wandb = start_wandb(tracking, output, run_config)
     return trackers if wandb is None else [*trackers, wandb]
-
-
-def _parts(
-    config: RunConfig,
-    layout: Layout,
-    built: Built,
-    judge: Judge | None,
-    console: Console,
-    trackers: list[Tracker],
-) -> Parts:
-    return Parts(
-        generate=built.engines.generate,
-        users=built.users.respond,
-        evaluation_users=built.evaluation_users.respond,
-        second_judge=judge,
-        evaluation_rules=resolve_rules(config.simulator.for_evaluation()).emotion,
-        policy=built.learner,
-        critic=built.critic,
-        sync=built.sync,
-        service_metrics=built.metrics,
-        tokenizer=built.tokenizer,
-        renderer=built.renderer,
-        plain_renderer=built.plain_renderer,
-        trackers=trackers,
-        console=console,
-        forecast=Forecast(config),
-        ranks=layout.ranks,
-    )
 
 
 @contextlib.contextmanager
@@ -207,6 +202,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
                 file=sys.stderr,
                 flush=True,
             )
+        # Two are all that the driver tells apart.
         if len(received) <= 2:
             task.cancel()
 
@@ -219,68 +215,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             loop.remove_signal_handler(number)
 
 
-def _command(config: RunConfig, but: tuple[str, ...]) -> str:
+def _command(output_dir: str, but: tuple[str, ...]) -> str:
     """The command of this process without arguments that begin with one of `but`, and with its output folder
-    pinned."""
+    pinned: its default holds the time of the start."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(but)]
-    return shlex.join([sys.executable, "-m", "rlver_dist.launch", *kept, f"output_dir={config.output_dir}"])
-
-
-def _report(
-    config: RunConfig,
-    console: Console,
-    driver: Driver,
-    trackers: list[Tracker],
-    before: HeldOut | None,
-    after: HeldOut | None,
-) -> None:
-    output = Path(config.output_dir)
-    summary: dict[str, Any] = {
-        "iterations": driver.progress.iteration,
-        "curve": driver.progress.curve,
-        "wall_s": driver.wall_s,
-    }
-    pairs = []
-    if after is not None:
-        held_out = {
-            "control": driver.progress.control or None,
-            "before": before and asdict(before),
-            "after": asdict(after),
-        }
-        _write_json(output / "held_out.json", held_out)
-        if before is None:
-            summary |= {"after": statistics.fmean(after.emotion), "num_eval_personas": len(after.emotion)}
-    if before is not None and after is not None:
-        summary = {**compare(before, after, config.evaluation.bootstrap_samples), **summary}
-        if driver.progress.control and driver.progress.warmed_up:
-            summary["warm_up"] = compare(
-                HeldOut(**driver.progress.control), before, config.evaluation.bootstrap_samples
-            )
-        first = _by_persona(dialogues_path(output, phase=Phase.before, iteration=0))
-        second = _by_persona(dialogues_path(output, phase=Phase.after, iteration=driver.progress.iteration))
-        pairs = [(first[persona], second[persona]) for persona in first if persona in second][
-            :NUM_PAIRS_SHOWN
-        ]
-    _write_json(output / "summary.json", summary)
-    for tracker in trackers:
-        if isinstance(tracker, WandbTracker):
-            tracker.summarize(summary)
-    console.finish(driver.progress.curve, output, summary, pairs)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _by_persona(path: Path) -> dict[str, Dialogue]:
-    """Dialogues of one evaluation; none where a run goes on from another folder's checkpoint."""
-    return {} if not path.exists() else {dialogue.persona_id: dialogue for dialogue in read_dialogues(path)}
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return shlex.join([sys.executable, "-m", "rlver_dist.launch", *kept, f"output_dir={output_dir}"])

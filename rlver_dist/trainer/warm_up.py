@@ -11,28 +11,25 @@ long it is: a reply that was cut at the token limit counts up to the cut and wit
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from rlver_dist.config.run import RunConfig
+from transformers import PreTrainedTokenizerBase
+
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.samples import ImitationSample, TurnSample
-from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
-from rlver_dist.ledger.records import Phase
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn, derive_seed
-from rlver_dist.rollout.renderer import Renderer, system_prompt
+from rlver_dist.rollout.collector import CollectLimits, DialogueTask, RespondFn
+from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
-from rlver_dist.tracking.metrics import reduce_metrics
-from rlver_dist.trainer.checkpoints import WARM_START
-from rlver_dist.trainer.components import KeepFn, Parts, followed, kept_dialogues, rollout, train_limits
 
 THOUGHT_SYSTEM_PROMPT = "You tell a person in one short sentence what they feel and need."
 THOUGHT_QUESTION = '"{message}" What do I feel and need?'
@@ -73,39 +70,44 @@ class ThoughtRenderer(Renderer):
     """The chat in which a model is asked for a thought; every first prompt holds the worked examples before
     the question."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, THOUGHT_SYSTEM_PROMPT)
+        # In the head, which all questions share: engines keep what they computed for it.
         for message, thought in THOUGHT_EXAMPLES:
             question = self._encode_text(THOUGHT_QUESTION.format(message=message))
             self._head += [*question, *self._generation, *self.encode_reply("", thought), *self._glue]
 
 
-def reply_tasks(config: RunConfig, personas: Sequence[Persona]) -> list[DialogueTask]:
+def reply_tasks(personas: Sequence[Persona], num_dialogues: int, seed: int) -> list[DialogueTask]:
     """The dialogues whose replies are learned from, by number, each with a persona drawn apart from
-    training's order."""
-    drawn = PersonaSampler(personas, derive_seed(config.seed, SEED_STREAM)).next(config.warm_up.dialogues)
+    training's order.
+
+    Args:
+        personas: of training.
+        num_dialogues: how many.
+        seed: of the run.
+    """
+    drawn = PersonaSampler(personas, derive_seed(seed, SEED_STREAM)).next(num_dialogues)
     names = [f"warm_up-{number:04d}" for number in range(len(drawn))]
     return [
-        DialogueTask(
-            id=name, group_id=name, persona=persona, seed=derive_seed(config.seed, SEED_STREAM, number)
-        )
+        DialogueTask(id=name, group_id=name, persona=persona, seed=derive_seed(seed, SEED_STREAM, number))
         for number, (name, persona) in enumerate(zip(names, drawn, strict=True))
     ]
 
 
-def reply_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
+def reply_limits(limits: CollectLimits, warm_up: WarmUpConfig, rollout: RolloutConfig) -> CollectLimits:
     """Limits of these dialogues, which are held without thinking; `limits` are training's."""
-    return replace(
-        limits, max_turns=config.warm_up.max_turns, max_reply_tokens=config.rollout.max_reply_tokens
-    )
+    return replace(limits, max_turns=warm_up.max_turns, max_reply_tokens=rollout.max_reply_tokens)
 
 
 async def warm_up_samples(
     dialogues: list[Dialogue],
     *,
-    config: RunConfig,
-    tokenizer: Any,
-    personas: Sequence[Persona],
+    tasks: Sequence[DialogueTask],
+    warm_up: WarmUpConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: Renderer,
+    thinking: Renderer,
     limits: CollectLimits,
     collect: RolloutFn,
 ) -> list[ImitationSample]:
@@ -113,10 +115,12 @@ async def warm_up_samples(
     samples.
 
     Args:
-        dialogues: of `reply_tasks` under `reply_limits`.
-        config: of the run.
+        dialogues: of `tasks` under `reply_limits`.
+        tasks: see `reply_tasks`.
+        warm_up: tokens of a thought, and how many samples are enough.
         tokenizer: the policy's.
-        personas: of training.
+        plain: the policy's renderer without thinking, which the dialogues were held with.
+        thinking: its renderer with thinking, whose format is learned.
         limits: of training's dialogues; thought and reply of a sample stay within `max_reply_tokens`.
         collect: see `RolloutFn`.
 
@@ -126,28 +130,32 @@ async def warm_up_samples(
     Raises:
         ConfigError: there are fewer samples than one batch takes.
     """
-    plain = Renderer(tokenizer, system_prompt(config.model, think=False))
-    asked = _questions(dialogues, reply_tasks(config, personas))
-    answers = await collect(
-        "warm-up: thoughts", *asked, _thought_limits(config, limits), ThoughtRenderer(tokenizer)
+    # Asked for apart and not in the dialogues: replies have to be those without thinking.
+    questions, ask = _questions(dialogues, tasks)
+    thought_limits = replace(
+        limits,
+        max_turns=1,
+        max_reply_tokens=warm_up.max_thought_tokens,
+        temperature=THOUGHT_TEMPERATURE,
     )
+    answers = await collect("warm-up: thoughts", questions, ask, thought_limits, ThoughtRenderer(tokenizer))
     thoughts = {
         answer.id: clean_thought(turn.reply, cut=turn.truncated)
         for answer in answers
         for turn in answer.turns
     }
-    thinking = Renderer(tokenizer, system_prompt(config.model, think=True), think=True)
     samples = [
         sample for dialogue in dialogues for sample in _samples(dialogue, thoughts, plain, thinking, limits)
     ]
-    if len(samples) < config.warm_up.batch_size:
-        raise _too_few(config, samples, [*dialogues, *answers])
+    if len(samples) < warm_up.batch_size:
+        raise _too_few(warm_up, samples, [*dialogues, *answers])
     return samples
 
 
 def clean_thought(text: str, *, cut: bool) -> str:
     """`text` in one line and without tags; where it was cut at the token limit only its whole sentences,
     which may be none."""
+    # A tag inside a thought would end it when the reply is parsed.
     line = " ".join(_TAGS.sub(" ", text).split())
     if not cut:
         return line
@@ -168,19 +176,24 @@ def _exchanges(dialogue: Dialogue) -> Iterator[tuple[Turn, str]]:
         message = turn.user_message
 
 
-def _questions(dialogues: list[Dialogue], held: list[DialogueTask]) -> tuple[list[DialogueTask], RespondFn]:
+def _questions(
+    dialogues: Sequence[Dialogue], tasks: Sequence[DialogueTask]
+) -> tuple[list[DialogueTask], RespondFn]:
     """The thoughts that are asked for, as dialogues of one turn with the key of a sample as id, and the user
     who asks for them."""
-    personas = {task.id: task.persona for task in held}
-    tasks, told = [], {}
+    personas = {task.id: task.persona for task in tasks}
+    questions: list[DialogueTask] = []
+    told: dict[str, str] = {}
     for dialogue in dialogues:
         for turn, message in _exchanges(dialogue):
+            # Silence has no thought behind it that could be learned.
             if turn.reply:
                 key = _key(dialogue, turn)
                 seed = derive_seed(dialogue.seed, turn.index, SEED_STREAM)
-                tasks.append(DialogueTask(id=key, group_id=key, persona=personas[dialogue.id], seed=seed))
+                questions.append(DialogueTask(id=key, group_id=key, persona=personas[dialogue.id], seed=seed))
                 told[key] = message
 
+    # In place of a user: it says the question, and leaves after the thought.
     async def ask(request: UserRequest) -> UserResponse:
         if request.turn_index < 0:
             question = THOUGHT_QUESTION.format(message=told[request.dialogue_id])
@@ -189,16 +202,7 @@ def _questions(dialogues: list[Dialogue], held: list[DialogueTask]) -> tuple[lis
             appraisal=None, emotion=request.emotion, message=None, end_reason=EndReason.GOODBYE
         )
 
-    return tasks, ask
-
-
-def _thought_limits(config: RunConfig, limits: CollectLimits) -> CollectLimits:
-    return replace(
-        limits,
-        max_turns=1,
-        max_reply_tokens=config.warm_up.max_thought_tokens,
-        temperature=THOUGHT_TEMPERATURE,
-    )
+    return questions, ask
 
 
 def _samples(
@@ -218,6 +222,7 @@ def _samples(
             else thinking.opening_prompt(message)
         )
         said = turn
+        # Also where this reply is left out, it stays in the history of the next one.
         if not thoughts.get(_key(dialogue, turn)):
             continue
         try:
@@ -226,12 +231,14 @@ def _samples(
             )
         except ValueError:  # a reply with a tag in it
             continue
+        # A cut reply teaches no end: its end token was never sampled.
         if turn.truncated:
             reply_ids, plain_ids = reply_ids[:-1], plain_ids[:-1]
         if (
             len(reply_ids) <= limits.max_reply_tokens
             and len(prompt_ids) + len(reply_ids) <= limits.max_context_tokens
         ):
+            # The base model is asked for the same tokens alone, so those that differ belong to the prompt.
             own = len(plain_ids) - _common_end(reply_ids, plain_ids)
             yield ImitationSample(
                 sample=_sample(dialogue.id, turn.index, prompt_ids, reply_ids),
@@ -258,9 +265,10 @@ def _sample(dialogue_id: str, turn_index: int, context_ids: list[int], trained_i
     )
 
 
-def _too_few(config: RunConfig, samples: list[ImitationSample], held: list[Dialogue]) -> ConfigError:
-    warm_up = config.warm_up
-    failures = [dialogue.error for dialogue in held if dialogue.error]
+def _too_few(
+    warm_up: WarmUpConfig, samples: Sequence[ImitationSample], dialogues: Sequence[Dialogue]
+) -> ConfigError:
+    failures = [dialogue.error for dialogue in dialogues if dialogue.error]
     failed = f" ({len(failures)} of the dialogues failed, the first with: {failures[0]})" if failures else ""
     return ConfigError(
         f"warm_up.dialogues={warm_up.dialogues}: gave {len(samples)} replies with a thought, fewer than "
@@ -268,50 +276,3 @@ def _too_few(config: RunConfig, samples: list[ImitationSample], held: list[Dialo
         f"warm_up.max_thought_tokens, "
         "rollout.max_thinking_tokens or rollout.max_reply_tokens, or lower warm_up.batch_size"
     )
-
-
-async def warm_up_dialogues(
-    *, config: RunConfig, parts: Parts, train: Sequence[Persona], kept: str | None, keep: KeepFn
-) -> list[Dialogue]:
-    """Hold the dialogues whose replies are learned from, and write them to the ledger.
-
-    Args:
-        config: of the run.
-        parts: of the run.
-        train: whom the replies are told to.
-        kept: limits of the dialogues that an interrupted start has left in the ledger (`kept_dialogues`).
-        keep: called as soon as the ledger has them.
-    """
-    path = dialogues_path(Path(config.output_dir), phase=Phase.warm_up, iteration=0)
-    tasks, limits = reply_tasks(config, train), reply_limits(config, train_limits(config))
-    dialogues = kept_dialogues(path, tasks, limits, kept)
-    if dialogues is None:
-        dialogues = await rollout(parts, "warm-up: replies", tasks, parts.users, limits, parts.plain_renderer)
-        write_dialogues(path, dialogues, iteration=0, phase=Phase.warm_up, rewards={})
-        await keep(Phase.warm_up, repr(limits))
-    return dialogues
-
-
-async def warm_up(
-    dialogues: list[Dialogue], *, config: RunConfig, parts: Parts, train: Sequence[Persona]
-) -> None:
-    """Teach the policy the think format on `warm_up_dialogues`, export the result and bring the engines to
-    it."""
-    samples = await warm_up_samples(
-        dialogues,
-        config=config,
-        tokenizer=parts.tokenizer,
-        personas=train,
-        limits=train_limits(config),
-        collect=functools.partial(rollout, parts),
-    )
-    imitating = parts.policy.imitate(samples, config.warm_up, config.seed)
-    values = reduce_metrics(await followed(parts, "warm-up: imitation", imitating, "replies"))
-    parts.console.note(
-        f"warm-up: {len(samples)} replies, nats a token: format {values['warm_up/format_nll_first']:.2f} -> "
-        f"{values['warm_up/format_nll_last']:.2f}, replies from the base model "
-        f"{values['warm_up/reply_kl_first']:.2f} -> "
-        f"{values['warm_up/reply_kl_last']:.2f}"
-    )
-    await parts.policy.export(Path(config.output_dir) / WARM_START)
-    await parts.sync(0)

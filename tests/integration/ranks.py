@@ -6,7 +6,11 @@ import time
 
 import torch
 
-from rlver_dist.config.enums import Precision
+from rlver_dist.config.enums import Device, Precision
+from rlver_dist.learner.critic import CriticLearner, CriticSettings
+from rlver_dist.learner.policy import PolicyLearner
+from rlver_dist.learner.policy_models import PolicySettings
+from rlver_dist.learner.rank import RankPlace
 from tests.timing import hang_limit
 
 SETTINGS = {
@@ -31,16 +35,37 @@ TIMEOUT_S = 900
 an hour."""
 
 
-def place(rank, world_size, port):
-    """Where a learner's rank stands, as its constructor takes it."""
-    return dict(
-        rank=rank,
-        world_size=world_size,
-        master_address="127.0.0.1",
-        master_port=port,
-        device="cpu",
-        num_threads=1,
+def start_policy(config, rank, world_size, port, warm_start=None):
+    """One rank of a run's policy learner."""
+    settings = PolicySettings(
+        model=config.model,
+        algorithm=config.algorithm,
+        learner=config.learner,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        warm_start=warm_start,
     )
+    return _started(PolicyLearner(settings, _place(rank, world_size)), port)
+
+
+def start_critic(config, rank, world_size, port):
+    """One rank of a run's critic."""
+    settings = CriticSettings(
+        model=config.model,
+        critic=config.critic,
+        updates_per_iteration=config.algorithm.updates_per_iteration,
+        seed=config.seed,
+    )
+    return _started(CriticLearner(settings, _place(rank, world_size)), port)
+
+
+def _place(rank, world_size):
+    return RankPlace(rank=rank, world_size=world_size, device=Device.cpu, num_threads=1)
+
+
+def _started(learner, port):
+    learner.start("127.0.0.1", port)
+    return learner
 
 
 def run_jobs(build, jobs, group):

@@ -1,9 +1,5 @@
 """The critic's DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of
-cutting a batch.
-
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
-scenarios share a process.
-"""
+cutting a batch."""
 
 import dataclasses
 import math
@@ -12,9 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from ranks import BFLOAT16, SETTINGS, SHARDED, place, run_jobs, run_ranks
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import CriticTrunk, Precision
@@ -23,9 +18,22 @@ from rlver_dist.config.model import ModelConfig
 from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError, RlverError
-from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.value_model import ValueHead, load_backbone
 from rlver_dist.tracking.metrics import reduce_metrics
+from tests.integration.learners import (
+    CUTS,
+    SHAPE,
+    VOCABULARY,
+    critic_builder,
+    draw_columns,
+    grad_norms,
+    movement,
+    relative_error,
+    resume_job,
+    save_model,
+    turn_sample,
+)
+from tests.integration.ranks import BFLOAT16, SETTINGS, SHARDED, run_jobs
 
 CRITIC = dict(lr=0.003, warmup_steps=3, weight_decay=0.1, micro_batch_tokens=4096, zero_stage=1)
 CONFIG = RunConfig(
@@ -35,29 +43,11 @@ CONFIG = RunConfig(
     critic=CriticConfig(**CRITIC, grad_clip=0.3, value_clip=0.02, epochs=2),
 )
 FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
-CUTS = {
-    **SETTINGS,
-    "unshared": dict(share_prefixes=False),
-    "many_micro_batches": dict(micro_batch_tokens=128),
-}
 ITERATIONS = 2
-VOCABULARY = 400
-SHAPE = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
 
 
 def make_model(folder):
-    """A random model small enough that float32 sums over all its weights keep five digits."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        **SHAPE,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    save_model(folder / "model")
 
 
 def make_samples():
@@ -70,13 +60,13 @@ def make_samples():
         for turn in range(1 + dialogue % 3):
             reply = draw.choices(range(VOCABULARY), k=draw.randrange(4, 16))
             samples.append(
-                TurnSample(
-                    token_ids=[*history, *reply],
-                    loss_mask=[False] * len(history) + [True] * len(reply),
-                    rollout_logprobs=[0.0] * len(history) + [-6.0] * len(reply),
-                    dialogue_id=str(dialogue),
-                    group_id=str(dialogue),
-                    turn_index=turn,
+                turn_sample(
+                    [*history, *reply],
+                    [False] * len(history) + [True] * len(reply),
+                    [-6.0] * len(reply),
+                    dialogue=dialogue,
+                    group=dialogue,
+                    turn=turn,
                 )
             )
             # Half of what was said is left out, as thinking is.
@@ -85,9 +75,7 @@ def make_samples():
                 *reply[len(reply) // 2 :],
                 *draw.choices(range(VOCABULARY), k=draw.randrange(1, 10)),
             ]
-    return samples, [
-        torch.tensor([draw.uniform(-0.5, 1.5) for _ in range(sample.num_trained)]) for sample in samples
-    ]
+    return samples, draw_columns(draw, samples, -0.5, 1.5)
 
 
 def configure(folder, dtype=Precision.float32, **changes):
@@ -96,6 +84,7 @@ def configure(folder, dtype=Precision.float32, **changes):
 
 
 def weights_of(learner):
+    """Whole tensors by name; a critic shows them to nobody, so they are read where it keeps them."""
     parameters = dict(learner._engine._engine.module.named_parameters())
     with learner._engine.gathered(parameters.values()):
         return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
@@ -120,22 +109,10 @@ def learn_one_sample(build, config):
     return {"metrics": metrics, "weights": weights_of(learner)}
 
 
-def resume(build, config, directory):
-    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint."""
-    uninterrupted = build(config)
-    iterate(uninterrupted)
-    uninterrupted.save(directory)
-    resumed = build(config)
-    resumed.load(directory)
-    results = []
-    for learner in (uninterrupted, resumed):
-        metrics, values = iterate(learner)
-        results.append({"metrics": metrics, "values": values, "weights": weights_of(learner)})
-    return results
-
-
-def resume_job(config, directory):
-    return config, lambda build, config: resume(build, config, directory)
+def learn(learner):
+    """One iteration."""
+    metrics, values = iterate(learner)
+    return {"metrics": metrics, "values": values, "weights": weights_of(learner)}
 
 
 def diverge(learner):
@@ -147,15 +124,15 @@ def diverge(learner):
 
 
 def one_rank(_, port, folder):
-    build = learner_builder(0, 1, port)
+    build = critic_builder(0, 1, port)
     jobs = {name: (configure(folder, **changes), train) for name, changes in (CUTS | BFLOAT16).items()}
     jobs["one_sample"] = (configure(folder), learn_one_sample)
     jobs["frozen"] = (configure(folder, **FROZEN), train)
     jobs["resume"] = resume_job(
-        configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint"
+        configure(folder, zero_stage=2, offload_optimizer=True), f"{folder}/checkpoint", learn
     )
-    jobs["resume_frozen"] = resume_job(configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen")
-    jobs["resume_bfloat16"] = resume_job(configure(folder, Precision.bfloat16), f"{folder}/bfloat16")
+    jobs["resume_frozen"] = resume_job(configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen", learn)
+    jobs["resume_bfloat16"] = resume_job(configure(folder, Precision.bfloat16), f"{folder}/bfloat16", learn)
     results = {}
     results["diverged"] = [
         diverge(build(configure(folder, dtype))) for dtype in (Precision.float32, Precision.bfloat16)
@@ -168,11 +145,11 @@ def one_rank(_, port, folder):
 
 
 def two_ranks(rank, port, folder):
-    build = learner_builder(rank, 2, port)
+    build = critic_builder(rank, 2, port)
     cut = partial(configure, folder, micro_batch_tokens=128)
     jobs = {name: (cut(**changes), train) for name, changes in (SETTINGS | BFLOAT16).items()}
     jobs["frozen"] = (configure(folder, **FROZEN, zero_stage=3), train)
-    jobs["resume"] = resume_job(configure(folder, zero_stage=3), f"{folder}/checkpoint2")
+    jobs["resume"] = resume_job(configure(folder, zero_stage=3), f"{folder}/checkpoint2", learn)
     jobs |= {
         f"one_sample_{name}": (configure(folder, **changes), learn_one_sample)
         for name, changes in SHARDED.items()
@@ -181,29 +158,6 @@ def two_ranks(rank, port, folder):
     results = run_jobs(build, jobs, "critic")
     last.close()
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
-
-
-def learner_builder(rank, world_size, port):
-    from rlver_dist.learner.critic import CriticLearner
-
-    return lambda config: CriticLearner(config=config, **place(rank, world_size, port))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("critic")
-    make_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder):
-    return run_ranks(one_rank, 1, folder)[0]
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(two_ranks, 2, folder)
 
 
 class PlainCritic(nn.Module):
@@ -298,23 +252,8 @@ def frozen_reference(folder):
     return {**run, "weights": {f"layers.{name}": tensor for name, tensor in head.state_dict().items()}}
 
 
-def relative_error(weights, expected):
-    """Norm of the difference over the norm of the expected tensors, all tensors as one vector."""
-    assert weights.keys() == expected.keys()
-    squares = [
-        ((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()
-    ]
-    difference, size = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
-    return difference / size
-
-
-def grad_norms(metrics):
-    """Mean norm of each iteration's gradients before clipping."""
-    return [reduce_metrics(records)["critic/grad_norm"] for records in metrics]
-
-
 def check_same_training(result, reference):
-    assert grad_norms(result["metrics"]) == pytest.approx(reference["mean_norms"], rel=1e-5)
+    assert grad_norms(result["metrics"], "critic") == pytest.approx(reference["mean_norms"], rel=1e-5)
     assert relative_error(result["weights"], reference["weights"]) < 1e-5
     for ours, expected in zip(result["values"], reference["values"], strict=True):
         torch.testing.assert_close(torch.cat(ours), torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -382,16 +321,15 @@ def test_explained_variance_of_the_returns(one):
 @pytest.mark.parametrize("scenario", BFLOAT16)
 def test_bfloat16_follows_float32(scenario, one, two, trained_reference):
     start = trained_reference["start"]
-    expected = {name: tensor - start[name] for name, tensor in trained_reference["weights"].items()}
+    expected = movement(trained_reference["weights"], start)
     for result in (one, *two):
-        end = result[scenario]["weights"]
         # AdamW moves the weights nearly alike for a multiple of the right gradient; its norm is that
         # multiple. Seen: up to 2e-3.
-        assert grad_norms(result[scenario]["metrics"]) == pytest.approx(
+        assert grad_norms(result[scenario]["metrics"], "critic") == pytest.approx(
             trained_reference["mean_norms"], rel=1e-2
         )
         # Seen: 0.09.
-        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
+        assert relative_error(movement(result[scenario]["weights"], start), expected) < 0.2
 
 
 @pytest.mark.parametrize("scenario", ["resume", "resume_frozen", "resume_bfloat16"])
@@ -415,7 +353,8 @@ def test_a_rank_without_work_keeps_step(scenario, one, two, trained_reference):
     assert relative_error(trained_reference["start"], alone["weights"]) > 1e-4
     for result in results:
         assert relative_error(result["weights"], alone["weights"]) < 1e-6
-        assert grad_norms([result["metrics"]]) == pytest.approx(grad_norms([alone["metrics"]]), rel=1e-5)
+        norms = [grad_norms([run["metrics"]], "critic") for run in (result, alone)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_no_sample_is_no_update(one):

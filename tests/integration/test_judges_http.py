@@ -111,7 +111,7 @@ def test_the_second_judge_of_an_evaluation_may_be_a_model_at_an_endpoint():
                 openai=options(server, "unused"), llm=LlmUserConfig(schema_retries=schema_retries)
             )
             evaluation = EvaluationConfig(second_judge=SecondJudge.openai, judge_model="other")
-            async with second_judge(RunConfig(simulator=users, evaluation=evaluation)) as judge:
+            async with second_judge(users, evaluation) as judge:
                 assert judge is not None
                 found = await second_emotions(
                     [held_out(number) for number in range(20)], [PERSONA], judge, RULES.emotion

@@ -1,9 +1,5 @@
 """The DeepSpeed learner against a plain PyTorch loop, over ranks, ZeRO stages, offload and ways of cutting a
-batch.
-
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
-scenarios share a process.
-"""
+batch."""
 
 import dataclasses
 import os
@@ -15,19 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import BFLOAT16, SETTINGS, SHARDED, TIMEOUT_S, place, run_jobs, run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlver_dist.bundled_models import TINY, resolve
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import Precision
 from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
 from rlver_dist.config.model import ModelConfig
 from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
-from rlver_dist.experience.samples import ImitationSample, TurnSample
+from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.tracking.metrics import reduce_metrics
+from tests.integration.learners import (
+    CUTS,
+    PROBE,
+    VOCABULARY,
+    draw_columns,
+    grad_norms,
+    movement,
+    policy_builder,
+    relative_error,
+    resume,
+    resume_job,
+    save_model,
+    turn_sample,
+)
+from tests.integration.ranks import BFLOAT16, SETTINGS, SHARDED, TIMEOUT_S, run_jobs
 from tests.timing import hang_limit
 
 CONFIG = RunConfig(
@@ -42,11 +51,6 @@ CONFIG = RunConfig(
 )
 OTHERWISE = dict(lr=0.001, beta1=0.8, beta2=0.9, weight_decay=0.3, grad_clip=0.02)
 WARM_UP = WarmUpConfig(dialogues=8, epochs=3, batch_size=2, lr=0.01)
-CUTS = {
-    **SETTINGS,
-    "unshared": dict(share_prefixes=False),
-    "many_micro_batches": dict(micro_batch_tokens=128),
-}
 TWO_RANKS = {**SETTINGS, "unshared": dict(zero_stage=2, share_prefixes=False)}
 RESUMED = {
     "stage2": dict(zero_stage=2),
@@ -56,30 +60,10 @@ RESUMED = {
 }
 KL_COEF = 0.1
 ITERATIONS = 3
-VOCABULARY = 400
-PROBE = [1, 345, 67, 42, 7, 11]
 
 
 def make_model(folder):
-    """A random model small enough that float32 sums over all its weights keep five digits; its tokenizer is
-    only for the export."""
-    torch.manual_seed(0)
-    shape = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        **shape,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(resolve(TINY)).save_pretrained(folder / "model")
+    save_model(folder / "model")
 
 
 def make_samples():
@@ -99,19 +83,17 @@ def make_samples():
         sample = make_sample(draw, dialogue, 0, tokens[:5], tokens[5:])
         sample.loss_mask = [position > 4 and (position // 7) % 2 == 1 for position in range(len(tokens))]
         samples.append(sample)
-    return samples, [
-        torch.tensor([draw.uniform(-2, 2) for _ in range(sample.num_trained)]) for sample in samples
-    ]
+    return samples, draw_columns(draw, samples, -2, 2)
 
 
 def make_sample(draw, dialogue, turn, context, trained):
-    return TurnSample(
-        token_ids=[*context, *trained],
-        loss_mask=[False] * len(context) + [True] * len(trained),
-        rollout_logprobs=[0.0] * len(context) + [-6 + draw.uniform(-1, 1) for _ in trained],
-        dialogue_id=str(dialogue),
-        group_id=str(dialogue // 2),
-        turn_index=turn,
+    return turn_sample(
+        [*context, *trained],
+        [False] * len(context) + [True] * len(trained),
+        [-6 + draw.uniform(-1, 1) for _ in trained],
+        dialogue=dialogue,
+        group=dialogue // 2,
+        turn=turn,
     )
 
 
@@ -166,20 +148,6 @@ def imitate(learner):
     }
 
 
-def resume(build, config, directory):
-    """What two learners do in their second iteration, one of which was loaded from the other's checkpoint;
-    the learners."""
-    learners = [build(config), build(config)]
-    learn(learners[0])
-    learners[0].save(directory)
-    learners[1].load(directory)
-    return [learn(learner) for learner in learners], learners
-
-
-def resume_job(config, directory):
-    return config, lambda build, config: resume(build, config, directory)[0]
-
-
 def resume_warmed_up_job(config, directory):
     """The same from a checkpoint of a learner that has only been warmed up, on the folder that it
     exported."""
@@ -189,7 +157,7 @@ def resume_warmed_up_job(config, directory):
         imitate(first)
         first.export(f"{directory}/warm_start")
         first.save(directory)
-        resumed = build(config, model_path=f"{directory}/warm_start")
+        resumed = build(config, warm_start=f"{directory}/warm_start")
         resumed.load(directory)
         return [learn(learner) for learner in (first, resumed)]
 
@@ -211,9 +179,9 @@ def resume_otherwise_job(folder, zero_stage):
 
 
 def one_rank(_, port, folder):
-    build = build_learner(0, 1, port)
+    build = policy_builder(0, 1, port)
     results, (samples, _) = {}, make_samples()
-    results["resume"], (_, resumed) = resume(build, configure(folder), f"{folder}/checkpoint")
+    results["resume"], (_, resumed) = resume(build, configure(folder), f"{folder}/checkpoint", learn)
     results["resumed"] = results["resume"][1]
     resumed.write_weights(f"{folder}/weights.safetensors")
     resumed.export(f"{folder}/policy")
@@ -226,7 +194,7 @@ def one_rank(_, port, folder):
     warmed_up.export(f"{folder}/warmed_up")
     for name, learner in (
         ("after_warm_up", warmed_up),
-        ("from_export", build(configure(folder), model_path=f"{folder}/warmed_up")),
+        ("from_export", build(configure(folder), warm_start=f"{folder}/warmed_up")),
     ):
         kl_before = learner.kl_tokens(samples)
         results[name] = {**train_on(learner), "kl_before": kl_before, "base_nll": learner.base_nll(samples)}
@@ -242,7 +210,7 @@ def one_rank(_, port, folder):
 
 
 def two_ranks(rank, port, folder):
-    build = build_learner(rank, 2, port)
+    build = policy_builder(rank, 2, port)
     samples, _ = make_samples()
     cut = partial(configure, folder, micro_batch_tokens=128)
     jobs = {name: (cut(**changes), train) for name, changes in (TWO_RANKS | BFLOAT16).items()}
@@ -251,7 +219,7 @@ def two_ranks(rank, port, folder):
         for name, changes in SHARDED.items()
     }
     jobs |= {
-        f"resume_{name}": resume_job(cut(**changes), f"{folder}/resume_{name}")
+        f"resume_{name}": resume_job(cut(**changes), f"{folder}/resume_{name}", learn)
         for name, changes in RESUMED.items()
     }
     jobs |= {f"warm_up{stage}": (cut(zero_stage=stage), warm_up_and_train) for stage in (1, 3)}
@@ -289,29 +257,6 @@ def make_lessons(samples):
         lessons.append(ImitationSample(sample=sample, plain=plain))
         contexts[sample.dialogue_id] = [*context, *reply]
     return lessons
-
-
-def build_learner(rank, world_size, port):
-    from rlver_dist.learner.policy import PolicyLearner
-
-    return lambda config, **more: PolicyLearner(config=config, **more, **place(rank, world_size, port))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("learner")
-    make_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder):
-    return run_ranks(one_rank, 1, folder)[0]
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(two_ranks, 2, folder)
 
 
 def score_alone(model, sample, temperature):
@@ -469,22 +414,8 @@ def reference_warm_up(folder):
     return {"model": loop.model, "steps": steps}
 
 
-def relative_error(weights, expected):
-    """Norm of the difference over the norm of the expected tensors, all tensors as one vector."""
-    squares = [
-        ((weights[name] - tensor).square().sum(), tensor.square().sum()) for name, tensor in expected.items()
-    ]
-    difference, size = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
-    return difference / size
-
-
-def grad_norms(metrics):
-    """Mean norm of each iteration's gradients before clipping."""
-    return [reduce_metrics(records)["learner/grad_norm"] for records in metrics]
-
-
 def check_same_training(result, reference_run):
-    assert grad_norms(result["metrics"]) == pytest.approx(reference_run["mean_norms"], rel=1e-5)
+    assert grad_norms(result["metrics"], "learner") == pytest.approx(reference_run["mean_norms"], rel=1e-5)
     assert relative_error(result["weights"], reference_run["model"].state_dict()) < 1e-5
 
 
@@ -521,15 +452,14 @@ def test_metrics_pool_over_ranks(one, two):
 @pytest.mark.parametrize("scenario", BFLOAT16)
 def test_bfloat16_follows_float32(scenario, one, two, reference_run):
     start, (first, *later) = reference_run["start"], reference_run["mean_norms"]
-    expected = {name: tensor - start[name] for name, tensor in reference_run["model"].state_dict().items()}
+    expected = movement(reference_run["model"].state_dict(), start)
     for result in (one, *two):
-        end = result[scenario]["weights"]
         # Seen: 0.08 to 0.14.
-        assert relative_error({name: end[name] - start[name] for name in expected}, expected) < 0.2
+        assert relative_error(movement(result[scenario]["weights"], start), expected) < 0.2
         # A multiple of the right gradient moves the weights alike, as AdamW and a clip that is always active
         # have it, but not the norm. Seen: up to 8e-3 in the first iteration, and as the weights part up to
         # 8e-2 in later ones.
-        norms = grad_norms(result[scenario]["metrics"])
+        norms = grad_norms(result[scenario]["metrics"], "learner")
         assert norms[0] == pytest.approx(first, rel=2e-2)
         assert norms[1:] == pytest.approx(later, rel=0.3)
 
@@ -622,7 +552,8 @@ def test_a_rank_without_work_neither_waits_nor_pulls(scenario, one, two, referen
     assert trained == [0, sum(sample.num_trained for sample in one_dialogue()[0])]
     for result in results:
         assert relative_error(result["weights"], alone["weights"]) < 1e-6
-        assert grad_norms([result["metrics"]]) == pytest.approx(grad_norms([alone["metrics"]]), rel=1e-5)
+        norms = [grad_norms([run["metrics"]], "learner") for run in (result, alone)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_warm_up_equals_plain_pytorch(one, two, reference_warm_up):

@@ -1,28 +1,16 @@
-"""LoRA in the DeepSpeed learner: what trains, what leaves the learner, and that PEFT agrees.
-
-Learners run in spawned processes, one a rank, since DeepSpeed keeps process-wide state; all one-rank
-scenarios share a process.
-"""
+"""LoRA in the DeepSpeed learner: what trains, what leaves the learner, and that PEFT agrees."""
 
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
 import torch
-from ranks import place, run_ranks
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
-from rlver_dist.bundled_models import TINY, resolve
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import Precision
 from rlver_dist.config.learner import LearnerConfig, WarmUpConfig
@@ -30,26 +18,26 @@ from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError
-from rlver_dist.experience.samples import ImitationSample, TurnSample
+from rlver_dist.experience.samples import ImitationSample
 from rlver_dist.learner import lora
+from tests.integration.learners import (
+    PROBE,
+    VOCABULARY,
+    movement,
+    policy_builder,
+    relative_error,
+    save_model,
+    turn_sample,
+)
 
 ADAPTERS = LoraConfig(rank=4, alpha=16.0)
 UPDATES = 2
-VOCABULARY = 400
-PROBE = [1, 345, 67, 42, 7, 11]
-SHAPE = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
 
 
-def make_models(folder):
-    """Random models, Qwen2 with a tied head and Llama without; the tokenizer is only for the export."""
-    common = dict(vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.2, **SHAPE)
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **common)).save_pretrained(folder / "qwen2")
-    LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **common)).save_pretrained(folder / "llama")
-    for name in ("qwen2", "llama"):
-        AutoTokenizer.from_pretrained(resolve(TINY)).save_pretrained(folder / name)
+def make_model(folder):
+    """Qwen2 with a tied head and Llama without."""
+    save_model(folder / "qwen2")
+    save_model(folder / "llama", "llama", tied=False)
 
 
 def make_samples():
@@ -58,33 +46,20 @@ def make_samples():
     samples, advantages = [], []
     for index in range(4):
         mask = [position > 4 and (position // 7) % 2 == 1 for position in range(draw.randrange(20, 70))]
-        samples.append(
-            TurnSample(
-                token_ids=[draw.randrange(VOCABULARY) for _ in mask],
-                loss_mask=mask,
-                rollout_logprobs=[-6 + draw.uniform(-1, 1) if trained else 0.0 for trained in mask],
-                dialogue_id=str(index),
-                group_id=str(index // 2),
-                turn_index=0,
-            )
-        )
+        token_ids = [draw.randrange(VOCABULARY) for _ in mask]
+        logprobs = [-6 + draw.uniform(-1, 1) for _ in range(sum(mask))]
+        samples.append(turn_sample(token_ids, mask, logprobs, dialogue=index, group=index // 2))
         advantages.append(torch.full((sum(mask),), draw.uniform(-2, 2)))
     return samples, advantages
 
 
-def build_learner(rank, world_size, port, folder):
-    from rlver_dist.learner.policy import PolicyLearner
-
-    def build(name="qwen2", dtype=Precision.float32, kl_coef=0.0, **changes):
-        config = RunConfig(
-            model=ModelConfig(path=f"{folder}/{name}", dtype=dtype, lora=ADAPTERS),
-            algorithm=AlgorithmConfig(updates_per_iteration=2, kl_coef=kl_coef),
-            rollout=RolloutConfig(temperature=0.7),
-            learner=LearnerConfig(lr=0.01, warmup_steps=1, micro_batch_tokens=128, **changes),
-        )
-        return PolicyLearner(config=config, **place(rank, world_size, port))
-
-    return build
+def configure(folder, family="qwen2", *, dtype=Precision.float32, kl_coef=0.0, **changes):
+    return RunConfig(
+        model=ModelConfig(path=f"{folder}/{family}", dtype=dtype, lora=ADAPTERS),
+        algorithm=AlgorithmConfig(updates_per_iteration=2, kl_coef=kl_coef),
+        rollout=RolloutConfig(temperature=0.7),
+        learner=LearnerConfig(lr=0.01, warmup_steps=1, micro_batch_tokens=128, **changes),
+    )
 
 
 def weights_of(learner):
@@ -103,40 +78,45 @@ def train(learner):
     }
 
 
+def saved_parameters(directory):
+    """Base and adapters by PEFT's names, as a checkpoint holds them."""
+    saved = torch.load(f"{directory}/policy/mp_rank_00_model_states.pt", weights_only=False)
+    return {name.removeprefix("model."): tensor for name, tensor in saved["module"].items()}
+
+
 def one_rank(_, port, folder):
-    build = build_learner(0, 1, port, folder)
+    build, configured = policy_builder(0, 1, port), partial(configure, folder)
     results = {
-        "recompute": train(build(gradient_checkpointing=True)),
-        "bfloat16": train(build(dtype=Precision.bfloat16)),
+        "recompute": train(build(configured(gradient_checkpointing=True))),
+        "bfloat16": train(build(configured(dtype=Precision.bfloat16))),
     }
-    results["offload3"] = train(build(zero_stage=3, offload_optimizer=True))
+    results["offload3"] = train(build(configured(zero_stage=3, offload_optimizer=True)))
     for name, family, changes in (
         ("stage1", "qwen2", {}),
         ("stage3", "qwen2", {"zero_stage": 3}),
         ("llama", "llama", {}),
     ):
-        learner = build(family, **changes)
+        learner = build(configured(family, **changes))
         results[name] = train(learner)
         learner.write_weights(f"{folder}/{name}.safetensors")
         learner.export(f"{folder}/exported_{name}")
         learner.save(f"{folder}/saved_{name}")
         if name != "stage3":
-            results[name]["parts"] = {
-                key: tensor.clone() for key, tensor in learner._engine.model.state_dict().items()
-            }
-        resumed = build(family, **changes)
+            results[name]["parts"] = saved_parameters(f"{folder}/saved_{name}")
+        resumed = build(configured(family, **changes))
         resumed.load(f"{folder}/saved_{name}")
         for key, continued in (("uninterrupted", learner), ("resumed", resumed)):
             continued.update(*make_samples(), 0.0)
             results[name][key] = weights_of(continued)
     for stage in (1, 3):
-        results[f"warmed_up{stage}"] = warm_up(build, f"{folder}/warmed_up{stage}", stage)
+        warmed_up = configured(zero_stage=stage, kl_coef=0.1)
+        results[f"warmed_up{stage}"] = warm_up(build, warmed_up, f"{folder}/warmed_up{stage}")
     learner.close()
     torch.save(results, f"{folder}/one_rank.pt")
 
 
-def warm_up(build, saved, stage):
-    learner, resumed = (build(zero_stage=stage, kl_coef=0.1) for _ in range(2))
+def warm_up(build, config, saved):
+    learner, resumed = (build(config) for _ in range(2))
     samples, _ = make_samples()
     untaught = [replace(sample, loss_mask=[False for _ in sample.token_ids]) for sample in samples]
     lessons = [
@@ -157,28 +137,13 @@ def warm_up(build, saved, stage):
 
 
 def two_ranks(rank, port, folder):
-    build = build_learner(rank, 2, port, folder)
-    results = {"stage1": train(build()), "stage3": train(last := build(zero_stage=3))}
+    build = policy_builder(rank, 2, port)
+    results = {"stage1": train(build(configure(folder)))}
+    last = build(configure(folder, zero_stage=3))
+    results["stage3"] = train(last)
     last.write_weights(f"{folder}/two_ranks.safetensors")
     last.close()
     torch.save(results, f"{folder}/two_ranks_{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    make_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(folder):
-    return run_ranks(one_rank, 1, folder)[0]
-
-
-@pytest.fixture(scope="module")
-def two(folder):
-    return run_ranks(two_ranks, 2, folder)
 
 
 def load(folder, family, **options):
@@ -192,12 +157,7 @@ def original(folder, family):
 def distance(ours, theirs, start):
     """Norm of the difference of two results over the norm of what the second moved, all tensors as one
     vector."""
-    squares = [
-        ((ours[name] - theirs[name]).square().sum(), (theirs[name] - start[name]).square().sum())
-        for name in theirs
-    ]
-    difference, moved = (float(sum(parts)) ** 0.5 for parts in zip(*squares, strict=True))
-    return difference / moved
+    return relative_error(movement(ours, start), movement(theirs, start))
 
 
 LEARNERS = [("stage1", "qwen2"), ("stage3", "qwen2"), ("llama", "llama")]

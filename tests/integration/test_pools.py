@@ -1,5 +1,5 @@
-"""Routing over real Ray actors: the reward service's replicas, the users' engines, and engines that only say
-who they are."""
+"""Routing over real Ray actors: the reward service's replicas, the users' engines, engines that only say who
+they are, and learners that only say what they are asked."""
 
 import asyncio
 import hashlib
@@ -17,10 +17,15 @@ from transformers import AutoTokenizer
 from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatRequest
 from rlver_dist.cluster.actors import RewardServiceActor
+from rlver_dist.cluster.layout import resolve_layout
+from rlver_dist.cluster.learners import CriticGroup
+from rlver_dist.cluster.place import _make_ranks
 from rlver_dist.cluster.pools import ChatPool, EnginePool, RewardPool, gather_metrics
 from rlver_dist.cluster.session import close_session, open_session, unwrap_ray_errors
+from rlver_dist.cluster.weight_sync import RemoteEngines
 from rlver_dist.config.cluster import ClusterConfig
-from rlver_dist.config.enums import SimulatorBackend
+from rlver_dist.config.enums import Device, SimulatorBackend
+from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
@@ -271,7 +276,7 @@ def hold(respond, renderer: Renderer) -> list:
     """24 dialogues with a policy whose replies follow from its seeds alone."""
 
     async def generate(request: GenerateRequest) -> Generation:
-        ids = [*renderer._encode_text(REPLIES[request.seed % len(REPLIES)]), renderer.end_token_id]
+        ids = renderer.encode_reply("", REPLIES[request.seed % len(REPLIES)])
         return Generation(
             token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=(0, 0)
         )
@@ -426,3 +431,83 @@ def test_an_actors_own_error_surfaces_as_itself_and_any_other_as_one_line():
     with pytest.raises(BoundaryError, match="ValueError: a bad shape") as caught, unwrap_ray_errors():
         ray.get(actor.fail.remote(False))
     assert "\n" not in str(caught.value) and "logs" in str(caught.value)
+
+
+class StandInLearner:
+    """Stands where a learner's rank stands: says where it was told to meet, and computes until somebody asks
+    how far it is."""
+
+    def __init__(self, settings: str, place) -> None:
+        self.settings, self.place = settings, place
+        self.meeting: tuple[str, int] | None = None
+        self.asked = False
+
+    def start(self, address: str, port: int) -> None:
+        self.meeting = (address, port)
+
+    def values(self, samples: list) -> list:
+        deadline = time.monotonic() + 300  # for a call that waits for this one to end
+        while not self.asked and self.place.rank == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [self.settings, self.meeting, samples, self.asked]
+
+    def progress(self) -> tuple[int, int]:
+        self.asked = True
+        return self.place.rank, self.place.world_size
+
+
+def test_the_ranks_of_a_learner_meet_and_one_answers_while_it_computes():
+    layout = resolve_layout(RunConfig(cluster=ClusterConfig(device=Device.cpu)), num_gpus=0, num_cpus=2)
+    ranks = _make_ranks(StandInLearner, "settings", "stand_in_learner", 2, layout, None, 0)
+
+    async def scenario():
+        group = CriticGroup(ranks)
+        await group.start()
+        computing = asyncio.create_task(group.values([1, 2]))
+        assert await group.progress() == (0, 2)
+        settings, (address, port), samples, asked = await computing
+        assert (settings, samples, asked) == ("settings", [1, 2], True)
+        assert address == ray.util.get_node_ip_address() and port > 0
+        second = await ranks[1].values.remote([])
+        assert second[1] == (address, port)
+
+    asyncio.run(scenario())
+    for rank in ranks:
+        ray.kill(rank)
+
+
+class StandInReceiver:
+    """Stands where a rollout engine stands in a transfer over NCCL: notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list = []
+
+    async def connect(self, init_info: dict) -> None:
+        self.told.append(init_info)
+
+    async def start_update(self) -> None:
+        self.told.append("start")
+
+    async def receive_update(self, update_info: dict) -> None:
+        self.told.append(update_info)
+
+    async def finish_update(self, version: int) -> None:
+        self.told.append(version)
+
+    async def heard(self) -> list:
+        return self.told
+
+
+def test_a_learner_drives_all_engines_from_its_own_process():
+    def drive(engines: RemoteEngines) -> tuple[int, ...]:
+        engines.connect([{"rank_offset": 1}, {"rank_offset": 3}])
+        engines.start_update()
+        engines.receive_update({"names": ["a"]})
+        engines.finish_update(7)
+        return engines.workers_per_engine
+
+    receivers = [ray.remote(StandInReceiver).options(num_cpus=0).remote() for _ in range(2)]
+    learner = ray.remote(drive).options(num_cpus=0)
+    assert ray.get(learner.remote(RemoteEngines(receivers, 2))) == (2, 2)
+    heard = ray.get([receiver.heard.remote() for receiver in receivers])
+    assert heard == [[{"rank_offset": offset}, "start", {"names": ["a"]}, 7] for offset in (1, 3)]

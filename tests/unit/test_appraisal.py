@@ -18,7 +18,6 @@ from rlver_dist.simulator.appraiser import MAX_READ_CHARS
 from rlver_dist.simulator.rules import appraisal, penalties, strategies
 from rlver_dist.simulator.rules.appraisal import EmbeddedAppraiser, change_from
 from rlver_dist.simulator.rules.lexical import LexicalAppraiser
-from tests.timing import grows_in_proportion
 
 PERSONA = make_persona(seed_situations()["key-to-the-third-floor"], "practical_advice", "avoidant")
 ADVICE = (
@@ -255,12 +254,3 @@ def test_what_is_far_behind_counts_for_nothing(kind, unit):
         assert appraiser(kind).appraise(make_context(PERSONA, history, one)) == appraiser(kind).appraise(
             make_context(PERSONA, read, other)
         )
-
-
-@pytest.mark.parametrize(
-    "unit", ["what you want ", "i wonder what you ", "nothing is ever your ", "mood ", "\n", " \n"]
-)
-def test_word_patterns_take_time_in_proportion_to_the_text(unit):
-    judge, tokens = appraiser(LexicalAppraiser), ADVICE.split()
-    assert grows_in_proportion(lambda size: judge._moves("a" + unit * size), 50)
-    assert grows_in_proportion(lambda size: judge._faults("a" + unit * size, tokens, [], [], False, 0.0), 500)

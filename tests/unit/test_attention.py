@@ -5,20 +5,19 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.packing import Span, pack
 from rlver_dist.experience.prefixes import make_units
-from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner import attention, scoring
 from rlver_dist.learner.rows import score_row
+from tests.unit import builders
 
 SHAPE = dict(
     vocab_size=61,
@@ -35,11 +34,10 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 
 def tiny(family, implementation):
     torch.manual_seed(0)
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[
-        family
-    ]
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
     attention.register()
-    return model._from_config(config(**SHAPE, tie_word_embeddings=True), attn_implementation=implementation)
+    shape = config(**SHAPE, tie_word_embeddings=True)
+    return AutoModelForCausalLM.from_config(shape, attn_implementation=implementation)
 
 
 def make_samples(contexts, lengths, dialogue="d"):
@@ -50,14 +48,7 @@ def make_samples(contexts, lengths, dialogue="d"):
         token_ids = context + torch.randint(61, (length,), generator=draw).tolist()
         mask = [False] * len(context) + [True] * length
         samples.append(
-            TurnSample(
-                token_ids=token_ids,
-                loss_mask=mask,
-                rollout_logprobs=[0.0] * len(mask),
-                dialogue_id=dialogue,
-                group_id="g",
-                turn_index=0,
-            )
+            builders.sample(token_ids, mask, rollout_logprobs=[0.0] * len(mask), dialogue_id=dialogue)
         )
     return samples
 
@@ -111,7 +102,7 @@ def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
     check_equals_samples_alone(
         family,
         samples,
-        make_units(samples, range(len(LENGTHS)), share=False, max_tokens=100),
+        make_units(samples, range(len(LENGTHS)), share_prefixes=False, max_tokens=100),
         recompute=recompute,
     )
 
@@ -121,7 +112,7 @@ def test_packed_row_equals_samples_alone(family, recompute, monkeypatch):
 def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
     samples = think_samples()
-    units = make_units(samples, range(len(samples)), share=True, max_tokens=100)
+    units = make_units(samples, range(len(samples)), share_prefixes=True, max_tokens=100)
     assert [unit.indices for unit in units] == [[0, 1, 2, 3], [4]]
     check_equals_samples_alone(family, samples, units, recompute=recompute)
 
@@ -129,7 +120,7 @@ def test_shared_prefixes_equal_samples_alone(family, recompute, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_of_a_branch_equal_those_of_its_sample(family):
     samples = think_samples()
-    row = pack(samples, make_units(samples, range(len(samples)), share=True, max_tokens=100))
+    row = pack(samples, make_units(samples, range(len(samples)), share_prefixes=True, max_tokens=100))
     model, alone = tiny(family, attention.ATTENTION_NAME), tiny(family, "eager")
     with torch.no_grad():
         logits = model.lm_head(

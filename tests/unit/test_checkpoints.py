@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlver_dist.errors import DataError
+from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.files import write_whole
 from rlver_dist.trainer import checkpoints
 from rlver_dist.trainer.checkpoints import (
@@ -17,16 +18,28 @@ from rlver_dist.trainer.checkpoints import (
 )
 
 
+def held_out(emotion: float) -> HeldOut:
+    return HeldOut(
+        persona_ids=["p1"],
+        emotion=[emotion],
+        second_emotion=[None],
+        distinct2=0.5,
+        perplexity=9.0,
+        well_formed=1.0,
+        failed=0,
+    )
+
+
 def progress(iteration: int, warmed_up: bool = False) -> Progress:
     return Progress(
         iteration=iteration,
         sampler={"epoch": 1},
         totals={"dialogues_total": 8.0},
         curve=[30.0, 31.5],
-        before={"emotion": [1.0]},
-        finished_phases=["control"],
+        before=held_out(1.0),
+        finished_phases={"control": "limits"},
         warmed_up=warmed_up,
-        control={"emotion": [0.5]},
+        control=held_out(0.5) if warmed_up else None,
         kl_coef=0.1,
         wall_s=12.5,
         shape={"model.path": "tiny", "critic.head_units": "8"},
@@ -42,10 +55,11 @@ def write(store: CheckpointStore, iteration: int, warmed_up: bool = False):
 def test_round_trip_and_newest_wins(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for iteration in (2, 10):
-        write(store, iteration)
+        write(store, iteration, warmed_up=iteration == 10)
     newest = store.latest()
     assert newest is not None and newest.name == "step_10"
-    assert CheckpointStore.read(newest) == progress(10)
+    assert CheckpointStore.read(newest) == progress(10, warmed_up=True)
+    assert CheckpointStore.read(newest.with_name("step_2")) == progress(2)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -149,11 +163,11 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
         select_checkpoint(store, "auto", (), {"model.path": "big"})
 
 
-def test_a_broken_manifest_is_named(tmp_path):
-    store = CheckpointStore(tmp_path, keep=2)
-    path = write(store, 1)
-    (path / "manifest.json").write_text('{"iteration": 1}')
-    with pytest.raises(DataError, match=r"manifest\.json"):
+@pytest.mark.parametrize("content", ['{"iteration": 1}', "[1]", '{"before": {"emotion": [1.0]}}', "{"])
+def test_a_broken_manifest_is_named(tmp_path, content):
+    path = write(CheckpointStore(tmp_path, keep=2), 1)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is not a checkpoint's manifest \("):
         CheckpointStore.read(path)
 
 

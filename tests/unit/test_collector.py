@@ -4,13 +4,13 @@ real dialogue types."""
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlver_dist.bundled_models import SMOLLM2, resolve
-from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
-from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Role, Turn
+from rlver_dist.dialogue import Dialogue, EndReason, Role, Turn
 from rlver_dist.errors import BudgetError
 from rlver_dist.experience.samples import to_samples
 from rlver_dist.rollout.collector import (
@@ -19,10 +19,11 @@ from rlver_dist.rollout.collector import (
     GenerateRequest,
     Generation,
     collect,
-    derive_seed,
 )
 from rlver_dist.rollout.renderer import Renderer
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
+from tests.unit import builders
 
 LIMITS = CollectLimits(
     max_turns=3,
@@ -34,43 +35,32 @@ LIMITS = CollectLimits(
     max_concurrent=4,
     request_timeout_s=5.0,
 )
-PERSONA = Persona(
-    id="p",
-    name="Ada",
-    profile="",
-    scene="",
-    temperament=Temperament.PASSIVE,
-    traits=("shy", "warm", "proud"),
-    hidden_intent=HiddenIntent.BE_HEARD,
-    want="",
-    hides="",
-    language="en",
-    topic="",
-    situation_id="s",
-    opening="Hello",
-    facts=(),
-)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve(SMOLLM2))
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+    return Renderer(tokenizer(), "Be kind.")
 
 
 @pytest.fixture(scope="module")
 def thinker() -> Renderer:
-    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Think, then be kind.", think=True)
+    return Renderer(tokenizer(), "Think, then be kind.", think=True)
 
 
 def task(name: str = "d0", seed: int = 1) -> DialogueTask:
-    return DialogueTask(id=name, group_id="g", persona=PERSONA, seed=seed)
+    return DialogueTask(id=name, group_id="g", persona=builders.persona(), seed=seed)
 
 
 def replying(
     renderer: Renderer, text: str = "I see.", finish_reason: str = "stop"
 ) -> Callable[[GenerateRequest], Awaitable[Generation]]:
     async def generate(request: GenerateRequest) -> Generation:
-        ids = renderer._encode_text(text)
+        ids = tokenizer().encode(text, add_special_tokens=False, split_special_tokens=True)
         ids = [*ids, renderer.end_token_id] if finish_reason == "stop" else ids
         return Generation(
             token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason=finish_reason, policy_version=(4, 5)
@@ -83,7 +73,7 @@ async def respond(request: UserRequest) -> UserResponse:
     """A user who gains 5 points a reply and leaves after the last one."""
     if request.turn_index < 0:
         return UserResponse(appraisal=None, emotion=30.0, message="My day was bad.", end_reason=None)
-    appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
+    appraisal = builders.appraisal(5.0)
     if request.turn_index == request.max_turns - 1:
         return UserResponse(
             appraisal=appraisal, emotion=request.emotion + 5, message=None, end_reason=EndReason.MAX_TURNS
@@ -141,11 +131,6 @@ def test_whole_dialogue_is_recorded(renderer: Renderer) -> None:
     assert all(request.messages[-1].role is Role.ASSISTANT for request in heard[1:])
 
 
-def test_derive_seeds_are_distinct_and_fixed() -> None:
-    assert derive_seed(1, 0) == 894933081445914327
-    assert len({derive_seed(seed, index) for seed in range(50) for index in range(8)}) == 400
-
-
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_empty_reply_is_malformed_and_recorded(renderer: Renderer, text: str) -> None:
     dialogue = hold(renderer, generate=replying(renderer, text))
@@ -188,7 +173,7 @@ def test_an_opening_that_leaves_no_room_ends_before_the_first_reply(renderer: Re
     assert dialogue.start_emotion == dialogue.final_emotion == 30.0
 
 
-def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker: Renderer) -> None:
+def test_thinking_turns_share_a_prefix_and_the_user_hears_the_reply_alone(thinker: Renderer) -> None:
     heard: list[UserRequest] = []
 
     async def listen(request: UserRequest) -> UserResponse:
@@ -204,7 +189,7 @@ def test_thinking_turns_share_a_trunk_and_the_user_hears_the_reply_alone(thinker
     for previous, turn in zip(dialogue.turns, dialogue.turns[1:], strict=False):
         shared_prefix = len(previous.prompt_ids)
         assert turn.prompt_ids[:shared_prefix] == previous.prompt_ids
-        added = thinker._tokenizer.decode(turn.prompt_ids[shared_prefix:])
+        added = tokenizer().decode(turn.prompt_ids[shared_prefix:])
         user = f"<|im_start|>user\n{previous.user_message}<|im_end|>\n"
         assert added == f"I see.<|im_end|>\n{user}<|im_start|>assistant\n"
     samples = to_samples(dialogue)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from rlver_dist.config.run import RunConfig
 from rlver_dist.errors import ConfigError
 from rlver_dist.launch import CONFIG_DIR, order_overrides, to_config
 from rlver_dist.preflight.dry_run import describe
+from tests.timing import hang_limit
 
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "exp").glob("*.yaml"))
 PLACEMENTS = sorted(path.stem for path in (CONFIG_DIR / "on").glob("*.yaml"))
@@ -86,13 +89,23 @@ def test_placements_choose_the_critic_and_who_needs_a_warm_up(recipe, placement)
         assert config.cluster.kv_cache_gib * 46_592 >= config.rollout.max_concurrent * 1024
 
 
-@pytest.mark.skipif(
-    not (CONFIG_DIR.parent / ".venv" / ".rlver_dist_setup").exists(), reason="local.sh would set up first"
-)
-def test_the_first_command_is_ppo_that_thinks_first_on_this_machines_cpu():
-    command = ["bash", "launch/local.sh", "check=true"]
+def test_the_first_command_is_ppo_that_thinks_first_on_this_machines_cpu(tmp_path):
+    """In a folder whose set-up is done: a `.venv` with the interpreter of these tests."""
+    root, python = CONFIG_DIR.parent, tmp_path / ".venv" / "bin" / "python"
+    for folder in (python.parent, tmp_path / "launch"):
+        folder.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(root / "launch" / "local.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "setup.sh").touch()
     done = subprocess.run(
-        command, cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=True, timeout=120
+        ["bash", "launch/local.sh", "check=true"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=hang_limit(120),
     )
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert (
@@ -196,6 +209,7 @@ def test_only_recipe_and_placement_change_places():
     ("override", "words"),
     [
         ("learner.lr=-1", "learner.lr=-1"),
+        ("learner.lr=nan", "learner.lr=nan: use a number above 0"),
         ("algorithm.group_size=1", "algorithm.group_size=1"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low=1.5"),
         ("rollout.temperature=0", "rollout.temperature=0"),

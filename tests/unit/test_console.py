@@ -11,41 +11,18 @@ from functools import partial
 
 import pytest
 
-from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Dialogue
 from rlver_dist.tracking import console as console_module
 from rlver_dist.tracking import progress
 from rlver_dist.tracking.console import Console
 from rlver_dist.tracking.curve import draw_curve
 from rlver_dist.tracking.progress import Stage, duration, reported
+from tests.unit import builders
 
 
 def make_dialogue(reply: str, thinking: str = "") -> Dialogue:
-    turn = Turn(
-        index=0,
-        prompt_ids=[1],
-        reply_ids=[2],
-        logprobs=[-0.5],
-        reply=reply,
-        thinking=thinking,
-        well_formed=True,
-        truncated=False,
-        emotion_before=30.0,
-        emotion_after=34.4,
-        appraisal=None,
-        user_message="it was Monday",
-        policy_version=(1, 1),
-    )
-    return Dialogue(
-        id="d",
-        persona_id="p7",
-        group_id="g",
-        seed=0,
-        opening="I lost my job",
-        start_emotion=30.0,
-        turns=[turn],
-        end_reason=EndReason.MAX_TURNS,
-        final_emotion=34.4,
-    )
+    turn = builders.turn(reply=reply, thinking=thinking, emotion_after=34.4, user_message="it was Monday")
+    return builders.dialogue([turn], persona_id="p7", opening="I lost my job", final_emotion=34.4)
 
 
 def plain(encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:

@@ -2,8 +2,7 @@
 
 import math
 import pickle
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,15 +14,16 @@ from rlver_dist.config.algorithm import AlgorithmConfig, EndRewardConfig
 from rlver_dist.config.enums import EndReward, RewardPlacement
 from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.experience.credit import (
-    compared_parts,
     dialogue_advantages,
     grpo_credit,
     ppo_credit,
     samples_of,
+    segment_lengths,
     token_rewards,
 )
 from rlver_dist.experience.rewards import dialogue_reward, select_trainable
 from rlver_dist.experience.samples import TurnSample
+from tests.unit import builders
 
 
 def make_dialogue(
@@ -42,34 +42,9 @@ def make_dialogue(
         history = turns[-1].prompt_ids + turns[-1].reply_ids if turns else []
         prompt = [100 + index] * user + history if edited else history + [100 + index] * user
         turns.append(
-            Turn(
-                index=index,
-                prompt_ids=prompt,
-                reply_ids=[200 + index] * length,
-                logprobs=[-1.0] * length,
-                reply="hm",
-                thinking="",
-                truncated=False,
-                emotion_before=30.0,
-                emotion_after=35.0,
-                appraisal=None,
-                user_message=None,
-                policy_version=(0, 0),
-                well_formed=True,
-            )
+            builders.turn(index, prompt_ids=prompt, reply_ids=[200 + index] * length, emotion_after=35.0)
         )
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id=group,
-        seed=1,
-        opening="hi",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=end,
-        final_emotion=45.0,
-        error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
-    )
+    return builders.dialogue(turns, id=name, group_id=group, end_reason=end, final_emotion=45.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,10 +96,10 @@ def whole(
     samples: list[PaidSample], config: AlgorithmConfig, kl_tokens: list[Tensor] | None, kl_coef: float
 ) -> list[Tensor]:
     """GRPO of whole dialogues, paid at the end."""
-    parts = {sample.dialogue_id: [0] for sample in samples}
+    segments = {sample.dialogue_id: [0] for sample in samples}
     for sample in samples:
-        parts[sample.dialogue_id][0] += sample.num_trained
-    return grpo_credit(samples, config, at_the_end(samples), parts, kl_tokens, kl_coef)
+        segments[sample.dialogue_id][0] += sample.num_trained
+    return grpo_credit(samples, config, at_the_end(samples), segments, kl_tokens, kl_coef)
 
 
 def ppo(gamma: float = 1.0, gae_lambda: float = 1.0, whiten: bool = False) -> AlgorithmConfig:
@@ -229,10 +204,11 @@ def test_ppo_carries_across_the_turns_of_a_dialogue():
 
 def moved(dialogue: Dialogue, *emotions: float) -> Dialogue:
     """The dialogue with these emotions after its turns, from 30 on."""
-    for turn, before, after in zip(dialogue.turns, (30.0, *emotions), emotions, strict=False):
-        turn.emotion_before, turn.emotion_after = before, after
-    dialogue.final_emotion = emotions[-1]
-    return dialogue
+    turns = [
+        replace(turn, emotion_before=before, emotion_after=after)
+        for turn, before, after in zip(dialogue.turns, (30.0, *emotions), emotions, strict=False)
+    ]
+    return replace(dialogue, turns=turns, final_emotion=emotions[-1])
 
 
 def test_a_reward_is_paid_at_the_end_or_as_the_emotion_moves():
@@ -273,8 +249,9 @@ def credited(
     placement: RewardPlacement = RewardPlacement.turns,
 ) -> list[Tensor]:
     samples = samples_of(dialogues)
-    paid, parts = token_rewards(samples, dialogues, rewards, placement), compared_parts(dialogues, placement)
-    return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, parts, kl, kl_coef=0.1)
+    paid = token_rewards(samples, dialogues, rewards, placement)
+    segments = segment_lengths(dialogues, placement)
+    return grpo_credit(samples, AlgorithmConfig(normalize_by_std=scaled), paid, segments, kl, kl_coef=0.1)
 
 
 @pytest.mark.parametrize("edited", [False, True])
@@ -452,13 +429,12 @@ def test_columns_must_fit_the_samples(columns: list[Tensor], message: str):
         lambda: ppo_credit(samples, ppo(), at_the_end(samples), tensors([0.0, 0.0], [0.0]), columns, 0.1),
         lambda: whole(samples, AlgorithmConfig(), columns, 0.1),
     ):
-        with pytest.raises(ValueError, match=message.replace("values", "KL")):
+        with pytest.raises(ValueError, match=message.replace("values", "kl_tokens")):
             credit()
 
 
-def test_an_iteration_of_300_000_tokens_takes_under_a_second_and_travels_without_copies():
+def test_an_iteration_of_300_000_tokens_travels_without_copies():
     samples = [make_sample(f"d{number // 8}", number % 8, 300, 0.5) for number in range(1000)]
-    started = time.process_time()
     advantages, returns = ppo_credit(
         samples,
         ppo(gae_lambda=0.9, whiten=True),
@@ -467,5 +443,4 @@ def test_an_iteration_of_300_000_tokens_takes_under_a_second_and_travels_without
         None,
         kl_coef=0.0,
     )
-    assert time.process_time() - started < 1.0
     assert len(pickle.dumps([advantages, returns])) < 2 * 300_000 * 4 * 1.5

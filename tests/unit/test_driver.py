@@ -5,6 +5,7 @@ import asyncio
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlver_dist.bundled_models import resolve
+from rlver_dist.cluster.components import Components
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import AlgorithmName, KLPlacement, Precision
 from rlver_dist.config.evaluation import EvaluationConfig
@@ -23,6 +25,7 @@ from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
 from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.rollout.collector import Generation
 from rlver_dist.rollout.renderer import Renderer
@@ -30,12 +33,11 @@ from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import resolve_rules
 from rlver_dist.simulator.rules.user import EmbeddedSimulator
 from rlver_dist.tracking.console import Console
+from rlver_dist.tracking.forecast import Forecast
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import Metric, Reduction
 from rlver_dist.trainer.checkpoints import CheckpointStore
-from rlver_dist.trainer.components import Parts
 from rlver_dist.trainer.driver import Driver
-from rlver_dist.trainer.forecast import Forecast
 
 WORDS = (
     "So the letter came on Friday.",
@@ -80,9 +82,6 @@ class CountingPolicy:
         self.began.add("imitate")
         names = [f"warm_up/{loss}_{end}" for loss in ("format_nll", "reply_kl") for end in ("first", "last")]
         return [Metric(name, 2.0, Reduction.last) for name in names]
-
-    async def stop(self):
-        raise asyncio.CancelledError
 
     async def score_rate(self):
         return 1000.0
@@ -129,7 +128,7 @@ class CountingCritic:
 
 
 class Harness:
-    """A driver with its parts and the journal of what they did."""
+    """A driver with its components and the journal of what they did."""
 
     def __init__(
         self,
@@ -152,7 +151,10 @@ class Harness:
         self.version = -1
         self.appraised = 0
         self.sync_failures: dict[int, Exception] = {}
-        self._renderer, self._fail = renderer, fail
+        self.service_failure: Exception | None = None
+        self.cut_off_at: str | None = None
+        """The run is cancelled when a dialogue whose id starts so is asked a reply for."""
+        self._speaks, self._fail = plain_renderer or renderer, fail
         config = RunConfig(
             model=ModelConfig(path="tiny-random", dtype=Precision.float32, max_context_tokens=2048),
             algorithm=AlgorithmConfig(group_size=2),
@@ -177,26 +179,30 @@ class Harness:
                 raise BudgetError(f"{budget} appraisals are used up")
             return users.respond(request)
 
-        parts = Parts(
+        components = Components(
             generate=self.generate,
             users=respond,
             evaluation_users=respond,
             second_judge=RuleJudge(appraiser=ByLength(), rules=resolve_rules(SimulatorConfig())),
-            evaluation_rules=resolve_rules(SimulatorConfig()).emotion,
             policy=self.policy,
             critic=self.critic,
             sync=self.sync,
             service_metrics=self.service_metrics,
-            tokenizer=renderer._tokenizer,
+            tokenizer=tokenizer(),
             renderer=renderer,
             plain_renderer=plain_renderer or renderer,
             trackers=[JsonlTracker(folder / "metrics.jsonl", first_iteration=1)],
             console=Console(2, file=(folder / "console.txt").open("w")),
-            forecast=Forecast(self.config),
+            forecast=Forecast(
+                rollout=self.config.rollout,
+                algorithm=self.config.algorithm,
+                evaluation=self.config.evaluation,
+                warm_up=self.config.warm_up,
+            ),
             ranks={"policy_learner": "3"},
         )
         self.driver = Driver(
-            self.config, parts, load_split("bank", "train"), load_split("bank", "evaluation")
+            self.config, components, load_split("bank", "train"), load_split("bank", "evaluation")
         )
 
     async def go_on(self, checkpoint: Path) -> None:
@@ -205,13 +211,15 @@ class Harness:
         await self.driver.run()
 
     async def generate(self, request):
+        if self.cut_off_at is not None and request.dialogue_id.startswith(self.cut_off_at):
+            raise asyncio.CancelledError
         if self._fail and re.match(self._fail, request.dialogue_id):
             raise ConnectionError("engine gone")
         phase = request.dialogue_id.partition("-")[0]
         self.began.add(phase if "-t" not in request.dialogue_id else "thoughts")
         if phase in ("control", "before", "after"):
             self.evaluated_after.setdefault(phase, f"{len(self.journal)}: {self.journal[-1]}")
-        ids = [*self._renderer._encode_text(WORDS[request.seed % len(WORDS)]), self._renderer.end_token_id]
+        ids = self._speaks.encode_reply("", WORDS[request.seed % len(WORDS)])
         return Generation(
             token_ids=ids,
             logprobs=[-1.0] * len(ids),
@@ -227,12 +235,19 @@ class Harness:
         return []
 
     async def service_metrics(self):
+        if self.service_failure is not None:
+            raise self.service_failure
         return []
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve("tiny-random"))
 
 
 @pytest.fixture(scope="module")
 def renderer():
-    return Renderer(AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind.")
+    return Renderer(tokenizer(), "Be kind.")
 
 
 def test_an_iteration_is_collect_update_sync(tmp_path, renderer):
@@ -402,9 +417,7 @@ def test_a_used_up_budget_saves_what_was_learned(tmp_path, renderer):
 
 @pytest.fixture(scope="module")
 def thinking():
-    return Renderer(
-        AutoTokenizer.from_pretrained(resolve("tiny-random")), "Be kind. Think first.", think=True
-    )
+    return Renderer(tokenizer(), "Be kind. Think first.", think=True)
 
 
 WARMED_UP = {
@@ -438,9 +451,12 @@ def test_a_first_evaluation_of_another_policy_than_the_warmed_up_one_is_made_ane
     tmp_path, thinking, renderer
 ):
     unwarmed = Harness(tmp_path, thinking, plain_renderer=renderer, **WARMED_UP)
-    unwarmed.driver.progress.before = {"made": "before the warm-up"}
+    other = HeldOut(
+        persona_ids=[], emotion=[], second_emotion=[], distinct2=0, perplexity=1, well_formed=0, failed=0
+    )
+    unwarmed.driver.progress.before = other
     asyncio.run(unwarmed.driver.run())
-    assert unwarmed.evaluated_after["before"] == "4: sync 0" and "made" not in unwarmed.driver.progress.before
+    assert unwarmed.evaluated_after["before"] == "4: sync 0" and unwarmed.driver.progress.before != other
 
 
 def test_what_was_learned_without_an_evaluation_is_not_the_beginning_of_a_comparison(tmp_path, renderer):
@@ -460,7 +476,7 @@ def test_the_warm_up_comes_before_the_first_evaluation_and_only_once(tmp_path, t
     assert harness.journal[:4] == ["sync 0", "imitate 2", "export warm_start", "sync 0"]
     assert harness.evaluated_after == {"control": "1: sync 0", "before": "4: sync 0", "after": "6: sync 1"}
     control = harness.driver.progress.control
-    assert control["well_formed"] == 1.0
+    assert control is not None and control.well_formed == 1.0
     assert (tmp_path / "dialogues" / "control_000000.parquet").exists()
     again = Harness(tmp_path, thinking, plain_renderer=renderer, **{**changes, "num_iterations": 2})
     checkpoint = CheckpointStore(tmp_path, 2).latest()
@@ -548,11 +564,7 @@ def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learn
 
 def test_services_that_cannot_be_asked_after_a_sync_lose_nothing_that_was_learned(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, save_every=0)
-
-    async def gone():
-        raise ConnectionError("engine 1 is gone")
-
-    harness.driver._parts.service_metrics = gone
+    harness.service_failure = ConnectionError("engine 1 is gone")
     with pytest.raises(ConnectionError, match="engine 1"):
         asyncio.run(harness.driver.run())
     checkpoint = CheckpointStore(tmp_path, 2).latest()
@@ -653,7 +665,7 @@ def test_what_is_done_before_training_is_not_done_again_after_an_interrupt(
 
 
 def cut_off(harness: Harness, stage: str) -> None:
-    """Have the run cancelled in the midst of a stage before training."""
+    """Have the run cancelled in the midst of a stage before training, or when training begins."""
 
     async def cancelled(*arguments, **named):
         raise asyncio.CancelledError
@@ -663,14 +675,7 @@ def cut_off(harness: Harness, stage: str) -> None:
     elif stage == "imitation":
         harness.policy.imitate = cancelled
     else:
-        generate = harness.driver._parts.generate
-
-        async def generate_until(request):
-            if request.dialogue_id.startswith({"replies": "warm_up"}.get(stage, stage)):
-                raise asyncio.CancelledError
-            return await generate(request)
-
-        harness.driver._parts.generate = generate_until
+        harness.cut_off_at = {"replies": "warm_up", "training": "train"}.get(stage, stage)
 
 
 @pytest.mark.parametrize(
@@ -707,7 +712,7 @@ def test_a_first_evaluation_is_not_read_from_the_ledger_after_a_warm_up_that_cam
     first = Harness(
         tmp_path, thinking, plain_renderer=renderer, **{**WARMED_UP, "warm_up": WarmUpConfig(dialogues=0)}
     )
-    first.driver._train_to_the_end = first.policy.stop
+    cut_off(first, "training")
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(first.driver.run())
     assert "before" in CheckpointStore.read(latest(tmp_path)).finished_phases

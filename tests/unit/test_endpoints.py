@@ -19,7 +19,7 @@ from rlver_dist.chat_client.endpoints import (
     parse_retry_after,
     select_endpoint,
 )
-from rlver_dist.chat_client.http import share
+from rlver_dist.chat_client.http import divide_limits
 from rlver_dist.config.simulator import HttpChatConfig
 from rlver_dist.errors import BudgetError, ConfigError
 
@@ -208,12 +208,12 @@ def test_shares_add_up_to_the_whole() -> None:
         max_cost=6.0,
         price_per_million_prompt=1.0,
     )
-    part = share(whole, 3)
+    part = divide_limits(whole, 3)
     assert (part.max_concurrent, part.requests_per_minute, part.max_tokens_total, part.max_cost) == (
         3,
         30.0,
         34,
         2.0,
     )
-    assert share(whole, 20).max_concurrent == 1
-    assert share(HttpChatConfig(model="m"), 4).max_tokens_total == 0
+    assert divide_limits(whole, 20).max_concurrent == 1
+    assert divide_limits(HttpChatConfig(model="m"), 4).max_tokens_total == 0

@@ -1,14 +1,17 @@
 """How long a run is said to take, by hand."""
 
+import re
+
 import pytest
 
+from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.evaluation import EvaluationConfig
 from rlver_dist.config.learner import WarmUpConfig
 from rlver_dist.config.rollout import RolloutConfig
-from rlver_dist.config.run import RunConfig
 from rlver_dist.dialogue import Turn
-from rlver_dist.trainer import forecast as forecast_module
-from rlver_dist.trainer.forecast import TRAINED, Forecast
+from rlver_dist.tracking import forecast as forecast_module
+from rlver_dist.tracking.forecast import TRAINED, Forecast
+from tests.unit import builders
 
 
 class Clock:
@@ -26,25 +29,12 @@ def clock(monkeypatch):
 
 
 def reply(index: int, prompt: int, tokens: int) -> Turn:
-    return Turn(
-        index=index,
-        prompt_ids=[0] * prompt,
-        reply_ids=[0] * tokens,
-        logprobs=[0.0] * tokens,
-        reply="",
-        thinking="",
-        well_formed=True,
-        truncated=False,
-        emotion_before=0.0,
-        emotion_after=0.0,
-        appraisal=None,
-        user_message=None,
-        policy_version=(0, 0),
-    )
+    return builders.turn(index, prompt_ids=[0] * prompt, reply_ids=[0] * tokens)
 
 
-def config(think: bool) -> RunConfig:
-    return RunConfig(
+def unheard(think: bool) -> Forecast:
+    return Forecast(
+        algorithm=AlgorithmConfig(),
         rollout=RolloutConfig(
             dialogues_per_iteration=8, max_turns=2, max_reply_tokens=64, max_thinking_tokens=20, think=think
         ),
@@ -56,7 +46,7 @@ def config(think: bool) -> RunConfig:
 def heard(think: bool, clock: Clock) -> Forecast:
     """30 replies of 40 tokens in 60 s, so 20 tokens a second; prompts begin with 100 tokens and grow by 70 a
     turn."""
-    forecast = Forecast(config(think))
+    forecast = unheard(think)
     forecast.score_rate = 200.0
     with forecast.sampling():
         for _ in range(15):
@@ -66,8 +56,17 @@ def heard(think: bool, clock: Clock) -> Forecast:
     return forecast
 
 
+def stage_seconds(forecast: Forecast, monkeypatch, *, warms_up: bool = False) -> dict[str, float]:
+    """Unrounded seconds of one stage of each kind that the text names."""
+    with monkeypatch.context() as patch:
+        patch.setattr(forecast_module, "duration", lambda seconds: f"<{seconds!r}>")
+        text = forecast.text(warms_up=warms_up, evaluations=1, iterations=1)
+    told = re.findall(r"(evaluation|warm-up|iterations) (?:1 x )?<([^>]+)>", text)
+    return {stage: float(seconds) for stage, seconds in told}
+
+
 def test_it_is_given_after_a_minute_of_sampling_and_not_before(clock):
-    forecast = Forecast(config(think=False))
+    forecast = unheard(think=False)
     forecast.score_rate = 200.0
     assert not forecast.ready
     with forecast.sampling():
@@ -81,8 +80,8 @@ def test_it_is_given_after_a_minute_of_sampling_and_not_before(clock):
         assert forecast.ready
 
 
-def test_dialogues_that_are_held_at_once_count_their_seconds_once(clock):
-    forecast = Forecast(config(think=False))
+def test_dialogues_that_are_held_at_once_count_their_seconds_once(clock, monkeypatch):
+    forecast = unheard(think=False)
     forecast.score_rate = 200.0
     forecast.hear(reply(0, 100, 40))
     with forecast.sampling():
@@ -93,7 +92,10 @@ def test_dialogues_that_are_held_at_once_count_their_seconds_once(clock):
         assert not forecast.ready
         clock.now += 1
         assert forecast.ready
-    assert forecast._sampling_s == 60
+    clock.now += 100
+    # 40 tokens in 60 s; a dialogue of 4 turns has 4 x 40 tokens to sample and 100 + 4 x 80 to score.
+    seconds = stage_seconds(forecast, monkeypatch)
+    assert seconds["evaluation"] == pytest.approx(10 * (4 * 40 / (40 / 60) + 420 / 200))
 
 
 def test_without_a_measured_learner_there_is_none(clock):
@@ -102,13 +104,14 @@ def test_without_a_measured_learner_there_is_none(clock):
     assert not forecast.ready
 
 
-def test_replies_without_thinking_by_hand(clock):
+def test_replies_without_thinking_by_hand(clock, monkeypatch):
     forecast = heard(False, clock)
     # A dialogue of 4 turns: 160 tokens to sample in 8 s, 100 + 4 x 70 tokens to score in 1.9 s; ten of them.
     # One of 2 turns: 80 tokens in 4 s, TRAINED x (100 + 2 x 70) tokens in TRAINED x 1.2 s; eight of them.
     evaluation, iteration = 10 * (8 + 1.9), 8 * (4 + TRAINED * 1.2)
-    assert forecast._evaluation_s() == pytest.approx(evaluation)
-    assert forecast._iteration_s() == pytest.approx(iteration)
+    assert stage_seconds(forecast, monkeypatch) == pytest.approx(
+        {"evaluation": evaluation, "iterations": iteration}
+    )
     text = forecast.text(warms_up=False, evaluations=2, iterations=20)
     assert (
         f"takes about {(2 * evaluation + 20 * iteration) / 60:.0f} min more: evaluation 2 x 99 s, "
@@ -117,12 +120,13 @@ def test_replies_without_thinking_by_hand(clock):
     assert "num_iterations" in text and "warm-up" not in text
 
 
-def test_replies_with_thinking_by_hand(clock):
+def test_replies_with_thinking_by_hand(clock, monkeypatch):
     forecast = heard(True, clock)
     # 10 tokens of thought more to sample; each reply of 50 branches off a history that grows by 70.
-    assert forecast._iteration_s() == pytest.approx(8 * (2 * 50 / 20 + TRAINED * (100 + 2 * (70 + 50)) / 200))
+    seconds = stage_seconds(forecast, monkeypatch, warms_up=True)
+    assert seconds["iterations"] == pytest.approx(8 * (2 * 50 / 20 + TRAINED * (100 + 2 * (70 + 50)) / 200))
     # Replies of 40 and thoughts of 10 are sampled; two passes forward and backward, and the teacher's.
-    assert forecast._warm_up_s() == pytest.approx(
+    assert seconds["warm-up"] == pytest.approx(
         4 * (3 * 50 / 20 + 2 * (TRAINED + 1) * (100 + 3 * (70 + 50)) / 200)
     )
     assert "warm-up" in forecast.text(warms_up=True, evaluations=3, iterations=1)

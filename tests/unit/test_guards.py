@@ -3,8 +3,6 @@ reward."""
 
 import asyncio
 import random
-import string
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,47 +13,20 @@ from torch import Tensor
 
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.guards import GuardConfig, GuardsConfig
-from rlver_dist.config.run import RunConfig
-from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Dialogue
 from rlver_dist.errors import ConfigError
 from rlver_dist.experience.guards import grams, guard_rewards, measure, non_words, penalty, redundancy, words
 from rlver_dist.tracking.guard_metrics import guard_metrics
 from rlver_dist.tracking.metrics import reduce_metrics
 from rlver_dist.trainer.training_step import training_step
+from tests.unit import builders
 
 GUARDS = ("repetition", "loops", "redundancy", "non_words", "length")
 
 
 def dialogue(name: str, persona: str, *replies: str, emotion: float = 50.0) -> Dialogue:
-    turns = [
-        Turn(
-            index=index,
-            prompt_ids=[1],
-            reply_ids=[2],
-            logprobs=[-1.0],
-            reply=reply,
-            thinking="",
-            well_formed=True,
-            truncated=False,
-            emotion_before=30.0,
-            emotion_after=30.0,
-            appraisal=None,
-            user_message="Go on.",
-            policy_version=(0, 0),
-        )
-        for index, reply in enumerate(replies)
-    ]
-    return Dialogue(
-        id=name,
-        persona_id=persona,
-        group_id=persona,
-        seed=1,
-        opening="Hello.",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=EndReason.MAX_TURNS,
-        final_emotion=emotion,
-    )
+    turns = [builders.turn(index, reply=reply, user_message="Go on.") for index, reply in enumerate(replies)]
+    return builders.dialogue(turns, id=name, persona_id=persona, group_id=persona, final_emotion=emotion)
 
 
 def all_on(**bounds: float) -> GuardsConfig:
@@ -230,23 +201,6 @@ def test_measures_and_rewards_are_bounded_and_know_no_order(talks, penalty, limi
     assert (again.after, again.measures, again.flagged) == (guarded.after, guarded.measures, guarded.flagged)
 
 
-def test_a_thousand_dialogues_take_about_as_much_longer_as_they_are_more():
-    rng = random.Random(0)
-    vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(3000)]
-
-    def seconds(count: int) -> float:
-        talks = [
-            dialogue(f"d{i}", f"p{i // 4}", *(" ".join(rng.choices(vocabulary, k=60)) for _ in range(8)))
-            for i in range(count)
-        ]
-        started = time.process_time()
-        measure(talks)
-        return time.process_time() - started
-
-    seconds(64)
-    assert seconds(1024) < 30 * seconds(128)  # 8 times the work; quadratic would be 64 times
-
-
 @pytest.mark.parametrize(
     ("guards", "message"),
     [
@@ -293,9 +247,9 @@ def test_training_pays_what_the_guards_leave():
     talks = [dialogue("good", "a", "Tell me about the boat."), dialogue("loop", "a", loop)]
     guards = GuardsConfig(loops=GuardConfig(start=0.0, full=11 / 13, penalty=0.2))
     learner = Learner()
-    config = RunConfig(algorithm=AlgorithmConfig(guards=guards, normalize_by_std=False))
+    algorithm = AlgorithmConfig(guards=guards, normalize_by_std=False)
     learned = asyncio.run(
-        training_step(talks, config=config, policy=learner, critic=None, kl_coef=0.0, critic_only=False)
+        training_step(talks, algorithm=algorithm, policy=learner, critic=None, kl_coef=0.0, critic_only=False)
     )
     assert learned.rewards == {"good": 0.5, "loop": pytest.approx(0.3)}
     assert learner.advantages == {"good": pytest.approx(0.1), "loop": pytest.approx(-0.1)}

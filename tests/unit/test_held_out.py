@@ -5,17 +5,17 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlver_dist.bundled_models import SMOLLM2, resolve
 from rlver_dist.config.enums import Preset
-from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
-from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Dialogue, EndReason
 from rlver_dist.errors import BoundaryError, BudgetError
 from rlver_dist.evaluation.held_out import HeldOut, compare, second_emotions, summarize, visible_samples
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.llm.judges import RuleJudge
 from rlver_dist.simulator.presets import PRESETS
+from tests.unit import builders
 
 REPLIES = ("That hurts.", "What now?")
 TALK = f"""<|im_start|>system
@@ -31,44 +31,20 @@ Go on.<|im_end|>
 
 
 @pytest.fixture(scope="module")
-def plain() -> Renderer:
-    return Renderer(AutoTokenizer.from_pretrained(resolve(SMOLLM2)), "Be kind.")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve(SMOLLM2))
 
 
-def decode(renderer: Renderer, ids: list[int]) -> str:
-    return renderer._tokenizer.decode(ids)
+@pytest.fixture(scope="module")
+def plain(tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    return Renderer(tokenizer, "Be kind.")
 
 
 class ByLength:
     """A point a character."""
 
     def appraise(self, context):
-        return Appraisal(
-            content="",
-            fit="",
-            activity="",
-            feeling="",
-            change=min(len(context.messages[-1].text), context.max_change),
-        )
-
-
-def persona(name: str) -> Persona:
-    return Persona(
-        id=name,
-        name="Ada",
-        profile="",
-        scene="",
-        temperament=Temperament.PASSIVE,
-        traits=("shy", "warm", "proud"),
-        hidden_intent=HiddenIntent.BE_HEARD,
-        want="",
-        hides="",
-        language="en",
-        topic="",
-        situation_id="s",
-        opening="Hello",
-        facts=(),
-    )
+        return builders.appraisal(min(len(context.messages[-1].text), context.max_change))
 
 
 def make_dialogue(
@@ -77,51 +53,37 @@ def make_dialogue(
     """A dialogue as held by a policy that thinks where `renderer` does; with `cut` every reply hit the token
     limit."""
     prompt_ids, turns = renderer.opening_prompt("My day was bad."), []
-    appraisal = Appraisal(content="", fit="", activity="", feeling="", change=5.0)
     for index, reply in enumerate(replies):
         ids = renderer.encode_reply("secret", reply)[: -1 if cut else None] if reply else []
         last = index == len(replies) - 1
         turns.append(
-            Turn(
-                index=index,
+            builders.turn(
+                index,
                 prompt_ids=prompt_ids,
                 reply_ids=ids,
-                logprobs=[-1.0] * len(ids),
                 reply=reply,
                 thinking="secret",
                 well_formed=well_formed and bool(reply),
                 truncated=cut,
-                emotion_before=30.0,
                 emotion_after=35.0,
-                appraisal=appraisal if reply else None,
+                appraisal=builders.appraisal(5.0) if reply else None,
                 user_message=None if last else "Go on.",
-                policy_version=(0, 0),
             )
         )
         prompt_ids = renderer.next_prompt(prompt_ids, ids, reply, "Go on.")
-    return Dialogue(
-        id="d",
-        persona_id="p",
-        group_id="p",
-        seed=1,
-        opening="My day was bad.",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=EndReason.MAX_TURNS,
-        final_emotion=40.0,
-    )
+    return builders.dialogue(turns, opening="My day was bad.", final_emotion=40.0)
 
 
 @pytest.mark.parametrize("think", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 def test_scored_tokens_are_the_replies_in_the_dialogue_as_heard(
-    plain: Renderer, think: bool, cut: bool
+    tokenizer: PreTrainedTokenizerBase, plain: Renderer, think: bool, cut: bool
 ) -> None:
-    held_with = Renderer(plain._tokenizer, "Think first.", think=True) if think else plain
+    held_with = Renderer(tokenizer, "Think first.", think=True) if think else plain
     [sample] = visible_samples([make_dialogue(held_with, cut=cut)], plain)
-    assert decode(plain, sample.token_ids) == TALK + ("" if cut else "<|im_end|>")
+    assert tokenizer.decode(sample.token_ids) == TALK + ("" if cut else "<|im_end|>")
     scored = [token for token, is_scored in zip(sample.token_ids, sample.loss_mask, strict=True) if is_scored]
-    assert decode(plain, scored) == ("" if cut else "<|im_end|>").join([*REPLIES, ""])
+    assert tokenizer.decode(scored) == ("" if cut else "<|im_end|>").join([*REPLIES, ""])
 
 
 def test_without_thinking_the_scored_tokens_are_those_sampled(plain: Renderer) -> None:
@@ -131,26 +93,27 @@ def test_without_thinking_the_scored_tokens_are_those_sampled(plain: Renderer) -
     assert sum(sample.loss_mask) == sum(len(turn.reply_ids) for turn in dialogue.turns)
 
 
-def test_neither_silence_nor_failed_dialogues_are_scored(plain: Renderer) -> None:
+def test_neither_silence_nor_failed_dialogues_are_scored(
+    tokenizer: PreTrainedTokenizerBase, plain: Renderer
+) -> None:
     silent, half, failed = (
         make_dialogue(plain, replies=("",)),
         make_dialogue(plain, replies=("", REPLIES[0])),
-        make_dialogue(plain),
+        replace(make_dialogue(plain), end_reason=EndReason.INFRASTRUCTURE),
     )
-    failed.end_reason = EndReason.INFRASTRUCTURE
     [sample] = visible_samples([silent, half, failed], plain)
     said = (
         f"assistant\n<|im_end|>\n<|im_start|>user\nGo "
         f"on.<|im_end|>\n<|im_start|>assistant\n{REPLIES[0]}<|im_end|>"
     )
-    assert decode(plain, sample.token_ids).endswith(said)
+    assert tokenizer.decode(sample.token_ids).endswith(said)
     scored = [token for token, is_scored in zip(sample.token_ids, sample.loss_mask, strict=True) if is_scored]
-    assert decode(plain, scored) == f"{REPLIES[0]}<|im_end|>"
+    assert tokenizer.decode(scored) == f"{REPLIES[0]}<|im_end|>"
 
 
-def test_scoring_with_a_thinking_prompt_is_refused(plain: Renderer) -> None:
+def test_scoring_with_a_thinking_prompt_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="think=False"):
-        visible_samples([], Renderer(plain._tokenizer, "Be kind.", think=True))
+        visible_samples([], Renderer(tokenizer, "Be kind.", think=True))
 
 
 SAGE = PRESETS[Preset.sage]
@@ -159,10 +122,11 @@ SAGE = PRESETS[Preset.sage]
 def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Renderer) -> None:
     kept = make_dialogue(plain)
     broken = make_dialogue(plain, replies=REPLIES[:1], well_formed=False)
-    failed = make_dialogue(plain, well_formed=False)
-    failed.end_reason, failed.error = EndReason.INFRASTRUCTURE, "engine lost"
+    failed = replace(
+        make_dialogue(plain, well_formed=False), end_reason=EndReason.INFRASTRUCTURE, error="engine lost"
+    )
     judge = RuleJudge(appraiser=ByLength(), rules=SAGE)
-    second = asyncio.run(second_emotions([kept, broken, failed], [persona("p")], judge, SAGE.emotion))
+    second = asyncio.run(second_emotions([kept, broken, failed], [builders.persona()], judge, SAGE.emotion))
     # From 30 on. "That hurts." has 11 characters, clipped to 10 points, "What now?" has 9.
     assert second == [49.0, 40.0]
     results = summarize([kept, broken, failed], second_emotion=second, perplexity=7.0, judges=["a", "b"])
@@ -172,10 +136,12 @@ def test_results_count_the_format_over_turns_and_leave_out_failures(plain: Rende
     assert results.distinct2 == pytest.approx(2 / 3)
     # No thoughts, then "one by one by one" in each of three turns: one by, by one.
     assert results.thinking_distinct2 == 0.0
-    for turn in [*kept.turns, *broken.turns]:
-        turn.thinking = "one by one by one"
+    thoughtful = [
+        replace(dialogue, turns=[replace(turn, thinking="one by one by one") for turn in dialogue.turns])
+        for dialogue in (kept, broken)
+    ]
     assert summarize(
-        [kept, broken], second_emotion=[], perplexity=7.0, judges=["a"]
+        thoughtful, second_emotion=[], perplexity=7.0, judges=["a"]
     ).thinking_distinct2 == pytest.approx(2 / 12)
     assert summarize([], second_emotion=[], perplexity=7.0, judges=["a"]).well_formed == 0.0
 
@@ -194,7 +160,7 @@ def test_a_second_judge_that_fails_leaves_a_gap_and_a_spent_budget_stops(plain: 
 
     def judged(error: Exception) -> list[float | None]:
         judge = RuleJudge(appraiser=Fails(error), rules=SAGE)
-        return asyncio.run(second_emotions(talks, [persona("p")], judge, SAGE.emotion))
+        return asyncio.run(second_emotions(talks, [builders.persona()], judge, SAGE.emotion))
 
     assert judged(BoundaryError("gone")) == [None, 40.0]
     with pytest.raises(BudgetError, match="spent"):

@@ -14,7 +14,7 @@ from rlver_dist.config.evaluation import EvaluationConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import HttpChatConfig, LlmUserConfig, SimulatorConfig
 from rlver_dist.data.personas import load_split
-from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Message, Role, Turn
+from rlver_dist.dialogue import Appraisal, Dialogue, Message, Role
 from rlver_dist.errors import BoundaryError, BudgetError, ConfigError, DataError
 from rlver_dist.evaluation.second_judge import judge_names, second_judge
 from rlver_dist.ledger.parquet import read_dialogues, write_dialogues
@@ -26,15 +26,14 @@ from rlver_dist.simulator.rules.lexical import LexicalAppraiser
 from rlver_dist.simulator.suitability import check_second_judge
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics
 from rlver_dist.tracking.metrics import reduce_metrics
+from tests.unit import builders
 
 RULES = PRESETS[Preset.sage]
 PERSONA = load_split("bank", "train")[0]
 
 
 def appraisal(change: float, words: str = "", **features: float) -> Appraisal:
-    return Appraisal(
-        content=words, fit="", activity="", feeling="", change=change, features=features, source=words
-    )
+    return builders.appraisal(change, content=words, features=features, source=words)
 
 
 def request(reply: str = "I hear you.", emotion: float = 40.0) -> UserRequest:
@@ -71,15 +70,18 @@ class Says:
 
 
 class Model:
-    """Stands in for a chat model: gives the changes of its list in turn, and keeps what was asked."""
+    """Stands in for a chat model: gives the changes of its list in turn, after `broken` answers without a
+    field, and keeps what was asked."""
 
-    def __init__(self, name: str, *changes: int) -> None:
-        self.name, self.changes, self.asked = name, list(changes), []
+    def __init__(self, name: str, *changes: int, broken: int = 0) -> None:
+        self.name, self.changes, self.broken, self.asked = name, list(changes), broken, []
 
     async def ask(self, request):
         self.asked.append(request)
         fields = {"content": "c", "fit": "f", "activity": "a", "feeling": "l", "change": 0}
-        if request.schema_name == "appraise":
+        if len(self.asked) <= self.broken:
+            fields = {}
+        elif request.schema_name == "appraise":
             fields["change"] = self.changes.pop(0)
         else:
             fields = {
@@ -202,14 +204,12 @@ def test_all_judges_are_asked_at_once_each_under_its_own_name():
 
 
 def test_replies_are_counted_once_and_answers_by_all():
-    first, second = (
-        LlmSimulator(rules=RULES, backend=Model("m", 0), settings=LlmUserConfig()) for _ in range(2)
-    )
-    panel = JudgePanel([first, second])
+    settings = LlmUserConfig(schema_retries=2)
+    models = [Model("m", 0, broken=broken) for broken in (1, 2)]
+    panel = JudgePanel([LlmSimulator(rules=RULES, backend=model, settings=settings) for model in models])
     asyncio.run(panel.appraise(request("<b>Hm.</b>")))
-    assert panel.metrics()["replies_with_markup"] == 1.0
-    first._counts["schema_retries"], second._counts["schema_retries"] = 1, 2
-    assert panel.metrics()["schema_retries"] == 3.0
+    counts = panel.metrics()
+    assert (counts["replies_with_markup"], counts["schema_retries"]) == (1.0, 3.0)
 
 
 def test_users_with_one_model_are_judged_under_several_seeds_and_answer_by_the_median():
@@ -246,35 +246,8 @@ def test_further_models_judge_in_turn_and_the_users_own_model_speaks():
 
 
 def talk(name: str, *appraisals: Appraisal) -> Dialogue:
-    turns = [
-        Turn(
-            index=index,
-            prompt_ids=[1],
-            reply_ids=[2],
-            logprobs=[-1.0],
-            reply="Yes.",
-            thinking="",
-            well_formed=True,
-            truncated=False,
-            emotion_before=30.0,
-            emotion_after=30.0,
-            appraisal=one,
-            user_message="So.",
-            policy_version=(0, 0),
-        )
-        for index, one in enumerate(appraisals)
-    ]
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id="p",
-        seed=1,
-        opening="Hi.",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=EndReason.MAX_TURNS,
-        final_emotion=30.0,
-    )
+    turns = [builders.turn(index, appraisal=one) for index, one in enumerate(appraisals)]
+    return builders.dialogue(turns, id=name)
 
 
 def test_the_ledger_keeps_every_judges_number_and_metrics_say_how_far_they_are_apart(tmp_path):
@@ -340,11 +313,11 @@ OPENAI = HttpChatConfig(endpoints="http://127.0.0.1:9/v1", model="big", api_key_
     ],
 )
 def test_an_evaluation_names_its_judges(second, simulator, names):
-    config = RunConfig(evaluation=EvaluationConfig(second_judge=second), simulator=simulator)
-    assert judge_names(config) == names
+    evaluation = EvaluationConfig(second_judge=second)
+    assert judge_names(simulator, evaluation) == names
 
     async def build():
-        async with second_judge(config) as judge:
+        async with second_judge(simulator, evaluation) as judge:
             return None if judge is None else set(judge.metrics())
 
     counts = asyncio.run(build())

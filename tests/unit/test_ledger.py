@@ -1,6 +1,7 @@
 """The ledger gives back what was written, and ties appraisals to their inputs."""
 
 import hashlib
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from rlver_dist.ledger.parquet import (
     write_dialogues,
 )
 from rlver_dist.ledger.records import Phase, appraisal_hashes, input_hash
+from tests.unit import builders
 
 TEXT = st.text(max_size=12)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
@@ -71,45 +73,13 @@ def make_dialogue(name: str = "d") -> Dialogue:
     appraisal = Appraisal(
         content="c", fit="f", activity="a", feeling="f", change=8.0, features={"need": 0.25}
     )
-    shared = {
-        "prompt_ids": [1],
-        "reply_ids": [2],
-        "logprobs": [-0.5],
-        "thinking": "",
-        "well_formed": True,
-        "truncated": False,
-        "policy_version": (0, 1),
-    }
+    shared = {"logprobs": [-0.5], "emotion_after": 38.0, "policy_version": (0, 1)}
     turns = [
-        Turn(
-            index=0,
-            reply="one",
-            emotion_before=30.0,
-            emotion_after=38.0,
-            appraisal=appraisal,
-            user_message="and then",
-            **shared,
-        ),
-        Turn(
-            index=1,
-            reply="two",
-            emotion_before=38.0,
-            emotion_after=38.0,
-            appraisal=None,
-            user_message=None,
-            **shared,
-        ),
+        builders.turn(0, reply="one", appraisal=appraisal, user_message="and then", **shared),
+        builders.turn(1, reply="two", emotion_before=38.0, **shared),
     ]
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id="g",
-        seed=5,
-        opening="hello",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=EndReason.OVER_LONG,
-        final_emotion=38.0,
+    return builders.dialogue(
+        turns, id=name, seed=5, opening="hello", end_reason=EndReason.OVER_LONG, final_emotion=38.0
     )
 
 
@@ -162,15 +132,14 @@ def test_hash_changes_with_persona_and_every_message():
 
 def test_hash_of_a_later_turn_covers_the_whole_talk():
     dialogue = make_dialogue()
-    dialogue.turns[1].appraisal = dialogue.turns[0].appraisal
+    dialogue.turns[1] = replace(dialogue.turns[1], appraisal=dialogue.turns[0].appraisal)
     assert appraisal_hashes(dialogue)[1] == input_hash("p", dialogue.messages())
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "train_000001.parquet"
     write_dialogues(path, [make_dialogue()], iteration=1, phase="train", rewards={})
-    broken = make_dialogue()
-    broken.opening = "\ud800"
+    broken = replace(make_dialogue(), opening="\ud800")
     with pytest.raises(UnicodeEncodeError):
         write_dialogues(path, [broken], iteration=1, phase="train", rewards={})
     assert read_dialogues(path) == [make_dialogue()]

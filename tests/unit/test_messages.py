@@ -15,6 +15,7 @@ from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Message, Role
 from rlver_dist.simulator.messages import MessageContext, material, next_message
 from rlver_dist.simulator.presets import PRESETS
+from tests.unit import builders
 
 ROOT = Path(__file__).parents[2]
 THINGS = ("axe", "bin", "cat", "dog", "egg", "fan", "gate", "hen", "ink", "jar")
@@ -27,18 +28,10 @@ OPENING = "There has been some trouble with the yard."
 def persona(
     temperament: Temperament = Temperament.PASSIVE, intent: HiddenIntent = HiddenIntent.BE_HEARD
 ) -> Persona:
-    return Persona(
+    return builders.persona(
         id="p1",
-        name="Ada",
-        profile="",
-        scene="",
         temperament=temperament,
-        traits=(),
         hidden_intent=intent,
-        want="",
-        hides="",
-        language="en",
-        topic="",
         situation_id="yard",
         opening=OPENING,
         facts=FACTS,

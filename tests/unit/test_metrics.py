@@ -3,52 +3,39 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Dialogue, EndReason, Turn
 from rlver_dist.errors import DataError
 from rlver_dist.tracking.dialogue_metrics import dialogue_metrics, distinct_n
 from rlver_dist.tracking.jsonl import JsonlTracker, read_metrics
 from rlver_dist.tracking.metrics import NON_FINITE, Metric, Reduction, reduce_metrics
+from tests.unit import builders
 
 
 def make_turn(
     index: int, reply: str, num_tokens: int, before: float, after: float, *, appraised: bool = True
 ) -> Turn:
-    appraisal = Appraisal(content="c", fit="f", activity="a", feeling="f", change=after - before)
-    return Turn(
-        index=index,
+    return builders.turn(
+        index,
         prompt_ids=[1, 2],
         reply_ids=[3] * num_tokens,
-        logprobs=[-0.5] * num_tokens,
         reply=reply,
-        thinking="",
         well_formed=appraised,
         truncated=not appraised,
         emotion_before=before,
         emotion_after=after,
-        appraisal=appraisal if appraised else None,
-        user_message=None,
-        policy_version=(1, 1),
+        appraisal=builders.appraisal(after - before) if appraised else None,
     )
 
 
 def make_dialogue(name: str, turns: list[Turn], end_reason: EndReason, final_emotion: float) -> Dialogue:
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id="g",
-        seed=0,
-        opening="hello",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=end_reason,
-        final_emotion=final_emotion,
-    )
+    return builders.dialogue(turns, id=name, end_reason=end_reason, final_emotion=final_emotion)
 
 
 def test_mean_is_weighted_and_not_a_mean_of_means():
@@ -107,10 +94,10 @@ def test_mean_does_not_depend_on_the_shards(values, data):
 
 
 def test_dialogue_metrics_by_hand():
-    turns = [make_turn(0, "so it goes", 10, 30, 38), make_turn(1, "so it goes", 20, 38, 100)]
-    turns[1].thinking_tokens = 9
-    for turn, thinking in zip(turns, ("you need me", "you need you need"), strict=True):
-        turn.thinking = thinking
+    turns = [
+        replace(make_turn(0, "so it goes", 10, 30, 38), thinking="you need me"),
+        replace(make_turn(1, "so it goes", 20, 38, 100), thinking="you need you need", thinking_tokens=9),
+    ]
     left_content = make_dialogue("a", turns, EndReason.EMOTION_HIGH, 100)
     broken = make_dialogue("b", [make_turn(0, "", 6, 30, 30, appraised=False)], EndReason.MALFORMED, 8)
     failed = make_dialogue("c", [make_turn(0, "lost words", 99, 30, 90)], EndReason.INFRASTRUCTURE, 90)

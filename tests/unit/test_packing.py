@@ -9,6 +9,7 @@ from rlver_dist.experience.balance import plan_micro_batches, split_updates
 from rlver_dist.experience.packing import Span, column, pack
 from rlver_dist.experience.prefixes import Unit, make_units
 from rlver_dist.experience.samples import TurnSample
+from tests.unit import builders
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 DRAWN_SAMPLE = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6)
@@ -18,14 +19,7 @@ def make_sample(token_ids: list[int], loss_mask: list[bool]) -> TurnSample:
     rollout_logprobs = [
         -token / 8 if trained else 0.0 for token, trained in zip(token_ids, loss_mask, strict=True)
     ]
-    return TurnSample(
-        token_ids=token_ids,
-        loss_mask=loss_mask,
-        rollout_logprobs=rollout_logprobs,
-        dialogue_id="d",
-        group_id="g",
-        turn_index=0,
-    )
+    return builders.sample(token_ids, loss_mask, rollout_logprobs=rollout_logprobs)
 
 
 def test_plan_by_hand():
@@ -148,7 +142,7 @@ def test_planned_and_packed_rows_split_back_into_the_samples(
         )
         for rows in drawn
     ]
-    units = make_units(samples, range(len(samples)), share=False, max_tokens=max_tokens)
+    units = make_units(samples, range(len(samples)), share_prefixes=False, max_tokens=max_tokens)
     values = [index + torch.arange(sample.num_trained) / 8 for index, sample in enumerate(samples)]
     seen = []
     for micro_batches in plan_micro_batches([unit.num_tokens for unit in units], num_ranks, max_tokens):

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlver_dist.simulator.rules.penalties import WEIGHTS, measure
-from tests.timing import grows_in_proportion
 
 HONEST = (
     "You sat eight hours in that corridor with his trainers on your knees, and he couldn't manage one text. "
@@ -118,8 +117,3 @@ def test_signs_that_nobody_sees_and_markup_that_nobody_hears_count():
     assert of("I hear you, \ue000\ue001\ue002and the key.")["symbols"] > 0.5
     assert of("<think>x</think>I hear you, and the key.")["listing"] > 0.5
     assert of("**I** hear you, and *\u200b*the** key.")["listing"] > 0.9
-
-
-@pytest.mark.parametrize("unit", ["\n", " \n", "- \n", "a\n \n", "mood ", "\u0301\u0316"])
-def test_time_grows_with_the_text_and_not_with_its_square(unit):
-    assert grows_in_proportion(lambda size: strengths("a" + unit * size + "b"), 500)

@@ -15,7 +15,11 @@ from rlver_dist.data.personas import dump_personas, leak_notice, load_personas, 
 from rlver_dist.data.rlver import split_marker
 from rlver_dist.errors import DataError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "rlver_profiles_sample.jsonl"
+OWN_PROFILES = Path(__file__).parents[1] / "data" / "rlver_profiles.jsonl"
+"""Written for these tests, with what makes RLVER's rows hard to read."""
+RELEASED_PROFILES = Path(__file__).parents[3] / "shared" / "data" / "rlver_profiles_sample.jsonl"
+"""Rows of RLVER's own file, which the project does not ship."""
+PROFILES = [path for path in (OWN_PROFILES, RELEASED_PROFILES) if path == OWN_PROFILES or path.is_file()]
 OWN = {
     "id": "p1",
     "name": "Dana Kowal",
@@ -224,12 +228,19 @@ def test_a_run_says_at_load_that_training_people_are_evaluated(tmp_path, capsys)
     )
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason="the sample of RLVER's profiles is not on this machine")
-def test_the_released_profiles_are_imported():
-    personas = load_personas(SHARED)
-    assert len(personas) == 24
-    assert {p.hidden_intent for p in personas} == set(HiddenIntent)
-    assert [sum(p.temperament is kind for p in personas) for kind in Temperament] == [8, 8, 8]
-    for p in personas:
-        assert p.want not in p.scene and p.name in p.scene and len(p.traits) == 3 and 2 <= len(p.name) <= 4
-        assert len(p.scene) > 900 and not p.scene.endswith(("*", "#", ":"))
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_in_rlvers_format_are_imported(path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    personas = load_personas(path)
+    assert [persona.id for persona in personas] == [row["id"] for row in rows]
+    assert len({persona.hidden_intent for persona in personas}) == min(len(rows), len(HiddenIntent))
+    for kind in Temperament:
+        assert sum(persona.temperament is kind for persona in personas) == len(rows) / len(Temperament)
+    for row, persona in zip(rows, personas, strict=True):
+        assert persona.want == row["task"] and persona.want not in persona.scene
+        assert persona.name in persona.scene and 2 <= len(persona.name) <= 4 and len(persona.traits) == 3
+        # Nothing but the marker section goes, whatever the scene says of hidden themes before it.
+        assert row["scene"].strip().startswith(persona.scene) and not persona.scene.endswith(("*", "#", ":"))
+        assert len(row["scene"].strip()) - len(persona.scene) <= len("\n####隐藏主题:\n***") + len(
+            row["task"]
+        )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rlver_dist.experience.packing import PackedRow, pack
 from rlver_dist.experience.prefixes import Unit, make_units
 from rlver_dist.experience.samples import TurnSample
+from tests.unit import builders
 
 UNLIMITED = 10**6
 
@@ -16,18 +17,11 @@ def make_sample(context: list[int], trained: list[int], *, dialogue: str = "d", 
     """A sample that ends with `after` tokens of context behind the trained ones."""
     token_ids = context + trained + [7] * after
     mask = [False] * len(context) + [True] * len(trained) + [False] * after
-    return TurnSample(
-        token_ids=token_ids,
-        loss_mask=mask,
-        rollout_logprobs=[-1.0 if trained else 0.0 for trained in mask],
-        dialogue_id=dialogue,
-        group_id="g",
-        turn_index=0,
-    )
+    return builders.sample(token_ids, mask, dialogue_id=dialogue)
 
 
 def units_of(samples: list[TurnSample], *, share: bool = True, max_tokens: int = UNLIMITED) -> list[Unit]:
-    return make_units(samples, range(len(samples)), share=share, max_tokens=max_tokens)
+    return make_units(samples, range(len(samples)), share_prefixes=share, max_tokens=max_tokens)
 
 
 def visible(row: PackedRow) -> list[list[int]]:

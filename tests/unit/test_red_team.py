@@ -3,8 +3,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from benchmarks.prompt_structure import keeps_structure, load_templates, skeleton
 from benchmarks.red_team import (
     DATA,
@@ -18,12 +16,10 @@ from benchmarks.red_team import (
     run,
     table,
 )
-from rlver_dist.bundled_models import SMOLLM2, bundled_folder
 from rlver_dist.data.personas import load_split
 from rlver_dist.simulator.llm.prompts import UserPrompts
 
 EVERY = 11
-needs_tokenizer = pytest.mark.skipif(not bundled_folder(SMOLLM2).is_dir(), reason="SmolLM2 is not prepared")
 
 
 def test_the_suite_is_large():
@@ -33,7 +29,6 @@ def test_the_suite_is_large():
     assert not any("@" in reply for replies in families.values() for reply in replies)
 
 
-@needs_tokenizer
 def test_no_reply_steers_and_raw_ones_would():
     reports = run(every=EVERY)
     assert {
@@ -45,7 +40,6 @@ def test_no_reply_steers_and_raw_ones_would():
     assert len(table(reports).splitlines()) == len(reports) + 2
 
 
-@needs_tokenizer
 def test_a_switch_in_the_talk_is_seen():
     kind = next(
         kind for kind in load_templates(DATA / "chat_templates.yaml") if kind.name == "nemotron_nano_v2"
@@ -61,7 +55,6 @@ def test_a_switch_in_the_talk_is_seen():
         assert keeps_structure(skeleton(kind, prompts_with(prompts, persona, switch)["newest"]), harmless)
 
 
-@needs_tokenizer
 def test_every_templates_tokens_are_single_ids():
     for kind in load_templates(DATA / "chat_templates.yaml"):
         for index in kind.special:

@@ -6,14 +6,14 @@ from safetensors.torch import save_file
 
 from rlver_dist.bundled_models import TINY, resolve
 from rlver_dist.config.algorithm import AlgorithmConfig
-from rlver_dist.config.cluster import ClusterConfig
+from rlver_dist.config.cluster import GIB, ClusterConfig
 from rlver_dist.config.enums import AlgorithmName, CriticTrunk, Precision, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig, LearnerConfig
 from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.errors import ConfigError, ResourceError
-from rlver_dist.preflight.requirements import GIB, check_layers, check_memory
+from rlver_dist.preflight.requirements import check_layers, check_memory
 
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 CPU = ClusterConfig(engines=1, learner_ranks=1, kv_cache_gib=2)
@@ -64,10 +64,10 @@ def test_memory_of_all_engines_and_learners_is_added_up(folders, changes, engine
     )
     need = 2 * GIB + 2 * 3 * GIB + int((engine + learners + 2 * 3 * 2) * MILLION)
     check_memory(config, *folders, have=need)
-    parts = "engines 2.0, learners 0.0, users' engines 6.0"
+    needs = "engines 2.0, learners 0.0, users' engines 6.0"
     with pytest.raises(
         ResourceError,
-        match=rf"^simulator.engine.model=.* need 8.0 GiB of memory \({parts}\) and this machine",
+        match=rf"^simulator.engine.model=.* need 8.0 GiB of memory \({needs}\) and this machine",
     ):
         check_memory(config, *folders, have=need - 1)
 
@@ -81,23 +81,14 @@ def test_models_of_unknown_size_count_as_their_caches(folders):
 
 
 def test_layers_that_the_model_lacks_are_named():
-    check_layers(RunConfig(algorithm=PPO, critic=CriticConfig(num_layers=2)), resolve(TINY))
+    check_layers(resolve(TINY), LoraConfig(), CriticConfig(num_layers=2))
     with pytest.raises(ConfigError, match=r"critic.num_layers=3: the model has 2 layers; use at most that"):
-        check_layers(RunConfig(algorithm=PPO, critic=CriticConfig(num_layers=3)), resolve(TINY))
-    check_layers(RunConfig(critic=CriticConfig(num_layers=3)), resolve(TINY))
-    check_layers(
-        RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj, up_proj"))), resolve(TINY)
-    )
+        check_layers(resolve(TINY), LoraConfig(), CriticConfig(num_layers=3))
+    check_layers(resolve(TINY), LoraConfig(rank=4, target_modules="q_proj, up_proj"), None)
     with pytest.raises(
         ConfigError,
         match=r"no linear layer 'query' below its head; use all-linear or names among "
         r"down_proj,gate_proj,k_proj,o_proj,q_proj",
     ):
-        check_layers(
-            RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="q_proj,query"))),
-            resolve(TINY),
-        )
-    check_layers(
-        RunConfig(model=ModelConfig(lora=LoraConfig(rank=4, target_modules="query"))),
-        "Qwen/Qwen2.5-7B-Instruct",
-    )
+        check_layers(resolve(TINY), LoraConfig(rank=4, target_modules="q_proj,query"), None)
+    check_layers("Qwen/Qwen2.5-7B-Instruct", LoraConfig(rank=4, target_modules="query"), None)

@@ -220,7 +220,8 @@ def test_encoded_reply_is_read_back(
     assert tokenizer.decode(said[:-1]) == f"\n{reply}" and said[-1] == renderer.end_token_id
     assert thought[: len(encode(tokenizer, OPEN_TAG))] == encode(tokenizer, OPEN_TAG)
     plain = Renderer(tokenizer, SYSTEM)
-    assert plain.encode_reply(thinking, reply) == [*renderer._encode_text(reply), plain.end_token_id]
+    said_alone = tokenizer.encode(reply, add_special_tokens=False, split_special_tokens=True)
+    assert plain.encode_reply(thinking, reply) == [*said_alone, plain.end_token_id]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 import json
 
-from benchmarks.report_run import write_page
-from rlver_dist.dialogue import EndReason
 from rlver_dist.ledger.parquet import dialogues_path, write_dialogues
 from rlver_dist.ledger.records import Phase
-from tests.unit.test_metrics import make_dialogue, make_turn
+from scripts.report_run import write_page
+from tests.unit import builders
 
 SUMMARY = {
     "iterations": 4,
@@ -41,7 +40,8 @@ def test_a_run_that_went_on_shows_its_last_replies_and_what_the_warm_up_changed(
         (Phase.after, 2, "half way"),
         (Phase.after, 4, "at last"),
     ):
-        dialogue = make_dialogue("d", [make_turn(0, reply, 3, 30, 38)], EndReason.MAX_TURNS, 38)
+        turn = builders.turn(reply=reply, emotion_after=38.0, appraisal=builders.appraisal(8.0))
+        dialogue = builders.dialogue([turn], final_emotion=38.0)
         path = dialogues_path(run, phase=phase, iteration=iteration)
         write_dialogues(path, [dialogue], iteration=iteration, phase=phase, rewards={})
     (run / "summary.json").write_text(json.dumps(SUMMARY))

@@ -1,55 +1,29 @@
 """Dialogues to rows of tokens."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Turn
 from rlver_dist.experience.samples import to_samples
+from tests.unit import builders
 
 
 def make_turn(
     index: int, prompt_ids: list[int], reply_ids: list[int], logprobs: list[float] | None = None
 ) -> Turn:
-    return Turn(
-        index=index,
+    return builders.turn(
+        index,
         prompt_ids=prompt_ids,
         reply_ids=reply_ids,
-        reply="hm",
-        thinking="",
-        well_formed=True,
-        truncated=False,
-        emotion_before=30.0,
-        emotion_after=35.0,
-        appraisal=None,
-        user_message=None,
-        policy_version=(0, 0),
         logprobs=[-float(token) for token in reply_ids] if logprobs is None else logprobs,
     )
 
 
-def make_dialogue(
-    turns: Sequence[Turn], end: EndReason = EndReason.MAX_TURNS, name: str = "d", group: str = "g"
-) -> Dialogue:
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id=group,
-        seed=1,
-        opening="hi",
-        start_emotion=30.0,
-        turns=list(turns),
-        end_reason=end,
-        final_emotion=45.0,
-        error="engine lost" if end is EndReason.INFRASTRUCTURE else None,
-    )
-
-
 def test_turns_that_extend_the_history_merge_into_one_row():
-    dialogue = make_dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 3, 4, 5], [6])])
+    dialogue = builders.dialogue([make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 3, 4, 5], [6])])
     (sample,) = to_samples(dialogue)
     assert sample.token_ids == [1, 2, 3, 4, 5, 6]
     assert sample.loss_mask == [False, False, True, True, False, True]
@@ -61,7 +35,7 @@ def test_turns_that_extend_the_history_merge_into_one_row():
 
 def test_an_edited_history_opens_a_new_row():
     # Turn 1's prompt leaves out token 3 (say, thinking); turn 2 extends turn 1.
-    dialogue = make_dialogue(
+    dialogue = builders.dialogue(
         [make_turn(0, [1, 2], [3, 4]), make_turn(1, [1, 2, 4, 5], [6]), make_turn(2, [1, 2, 4, 5, 6, 7], [8])]
     )
     first, second = to_samples(dialogue)
@@ -75,13 +49,13 @@ def test_an_edited_history_opens_a_new_row():
 
 
 def test_a_prompt_shorter_than_the_history_opens_a_new_row():
-    samples = to_samples(make_dialogue([make_turn(0, [1, 2], [3]), make_turn(1, [1, 2], [4])]))
+    samples = to_samples(builders.dialogue([make_turn(0, [1, 2], [3]), make_turn(1, [1, 2], [4])]))
     assert [sample.token_ids for sample in samples] == [[1, 2, 3], [1, 2, 4]]
 
 
 def test_an_empty_reply_trains_nothing_and_breaks_nothing():
-    assert to_samples(make_dialogue([make_turn(0, [1, 2], [])])) == []
-    (sample,) = to_samples(make_dialogue([make_turn(0, [1, 2], []), make_turn(1, [1, 2, 3], [4])]))
+    assert to_samples(builders.dialogue([make_turn(0, [1, 2], [])])) == []
+    (sample,) = to_samples(builders.dialogue([make_turn(0, [1, 2], []), make_turn(1, [1, 2, 3], [4])]))
     assert (sample.token_ids, sample.loss_mask) == ([1, 2, 3, 4], [False, False, False, True])
 
 
@@ -108,7 +82,7 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(
         history = prompt + reply
     before = [(list(turn.prompt_ids), list(turn.reply_ids)) for turn in turns]
     trained = []
-    for sample in to_samples(make_dialogue(turns)):
+    for sample in to_samples(builders.dialogue(turns)):
         assert len(sample.token_ids) == len(sample.loss_mask) == len(sample.rollout_logprobs)
         for position, is_trained in enumerate(sample.loss_mask):
             if is_trained:
@@ -140,4 +114,4 @@ def test_every_sampled_token_is_trained_exactly_once_after_its_own_prompt(
 )
 def test_a_broken_turn_is_refused(turn: Turn, message: str):
     with pytest.raises(ValueError, match=message):
-        to_samples(make_dialogue([turn]))
+        to_samples(builders.dialogue([turn]))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rlver_dist.config.algorithm import AlgorithmConfig
 from rlver_dist.config.enums import AlgorithmName, KLPlacement, RewardPlacement
-from rlver_dist.config.run import RunConfig
-from rlver_dist.dialogue import Dialogue, EndReason, Turn
+from rlver_dist.dialogue import Dialogue, Turn
 from rlver_dist.trainer.training_step import StepResult, training_step
+from tests.unit import builders
 
 
 def dialogue(name: str, *emotions: float) -> Dialogue:
@@ -20,33 +20,15 @@ def dialogue(name: str, *emotions: float) -> Dialogue:
     for index, (before, after) in enumerate(zip((30.0, *emotions), emotions, strict=False)):
         history = turns[-1].prompt_ids + turns[-1].reply_ids if turns else []
         turns.append(
-            Turn(
-                index=index,
+            builders.turn(
+                index,
                 prompt_ids=[*history, 9],
                 reply_ids=[1, 2],
-                logprobs=[-1.0, -1.0],
-                reply="hm",
-                thinking="",
-                well_formed=True,
-                truncated=False,
                 emotion_before=before,
                 emotion_after=after,
-                appraisal=None,
-                user_message=None,
-                policy_version=(0, 0),
             )
         )
-    return Dialogue(
-        id=name,
-        persona_id="p",
-        group_id="g",
-        seed=1,
-        opening="hi",
-        start_emotion=30.0,
-        turns=turns,
-        end_reason=EndReason.MAX_TURNS,
-        final_emotion=emotions[-1],
-    )
+    return builders.dialogue(turns, id=name, final_emotion=emotions[-1])
 
 
 class Policy:
@@ -125,11 +107,10 @@ def train(
     policy: Policy, critic: Critic | None = None, *, critic_only: bool = False, **options
 ) -> StepResult:
     algorithm = AlgorithmConfig(**options)
-    config = RunConfig(algorithm=algorithm)
     return asyncio.run(
         training_step(
             TALKS,
-            config=config,
+            algorithm=algorithm,
             policy=policy,
             critic=critic,
             kl_coef=algorithm.kl_coef,
@@ -187,10 +168,10 @@ async def update_both(policy_options: dict, critic_options: dict) -> tuple[Paire
     """Both learners after a step, and what it raised."""
     begun = asyncio.Event(), asyncio.Event()
     policy, critic = Paired(*begun, **policy_options), Paired(*reversed(begun), **critic_options)
-    config = RunConfig(
-        algorithm=AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward)
+    algorithm = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1, kl_placement=KLPlacement.reward)
+    step = training_step(
+        TALKS, algorithm=algorithm, policy=policy, critic=critic, kl_coef=0.1, critic_only=False
     )
-    step = training_step(TALKS, config=config, policy=policy, critic=critic, kl_coef=0.1, critic_only=False)
     try:
         await asyncio.wait_for(step, 5)
     except ConnectionError as error:

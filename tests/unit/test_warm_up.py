@@ -101,12 +101,19 @@ def make(
         return await collect(tasks, generate=model, respond=users, renderer=renderer, limits=limits)
 
     async def both() -> list[ImitationSample]:
-        common = dict(config=config, tokenizer=tokenizer, personas=PERSONAS, limits=limits, collect=hold)
         plain = Renderer(tokenizer, system_prompt(config.model, think=False))
-        dialogues = await hold(
-            "warm-up: replies", reply_tasks(config, PERSONAS), respond, reply_limits(config, limits), plain
+        tasks = reply_tasks(PERSONAS, config.warm_up.dialogues, config.seed)
+        limited = reply_limits(limits, config.warm_up, config.rollout)
+        return await warm_up_samples(
+            await hold("warm-up: replies", tasks, respond, limited, plain),
+            tasks=tasks,
+            warm_up=config.warm_up,
+            tokenizer=tokenizer,
+            plain=plain,
+            thinking=Renderer(tokenizer, system_prompt(config.model, think=True), think=True),
+            limits=limits,
+            collect=hold,
         )
-        return await warm_up_samples(dialogues, **common)
 
     return asyncio.run(both())
 

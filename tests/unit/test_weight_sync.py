@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from rlver_dist.cluster import weight_sync
-from rlver_dist.cluster.actors import PolicyLearnerActor
-from rlver_dist.config.run import RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.enums import Device
+from rlver_dist.config.learner import LearnerConfig
+from rlver_dist.config.model import ModelConfig
 from rlver_dist.errors import ResourceError
+from rlver_dist.learner.policy import PolicyLearner
+from rlver_dist.learner.policy_models import PolicySettings
+from rlver_dist.learner.rank import RankPlace
 
 GIB = 2**30
 
@@ -54,8 +59,27 @@ def test_weights_without_room_are_refused_with_what_is_free(rooms):
     assert "\n" not in said
 
 
-def test_weights_are_measured_by_their_shapes():
-    actor = PolicyLearnerActor(RunConfig(), 0, 1, "cpu", 1)
+@pytest.fixture
+def learner():
+    """One that has not been started."""
+    settings = PolicySettings(
+        model=ModelConfig(),
+        algorithm=AlgorithmConfig(),
+        learner=LearnerConfig(),
+        temperature=1.0,
+        seed=0,
+    )
+    return PolicyLearner(settings, RankPlace(rank=0, world_size=1, device=Device.cpu, num_threads=1))
+
+
+def test_weights_are_measured_by_their_shapes(learner, monkeypatch):
     shapes = [("a", torch.bfloat16, (3, 5)), ("b", torch.float32, (7,))]
-    actor._learner = SimpleNamespace(metadata=lambda: shapes)
-    assert actor.weight_bytes() == 2 * 15 + 4 * 7
+    monkeypatch.setattr(learner, "metadata", lambda: shapes)
+    assert learner.weight_bytes() == 2 * 15 + 4 * 7
+
+
+def test_a_learner_that_has_not_started_reports_no_progress_and_closes(learner):
+    assert learner.progress() == (0, 0)
+    learner.close()
+    with pytest.raises(RuntimeError, match="PolicyLearner is used before start"):
+        learner.save("there")

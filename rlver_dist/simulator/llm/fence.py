@@ -1,10 +1,10 @@
-"""The policy's words as data: what an LLM user's prompt may hold of a text that nobody vouches for.
+"""The policy's words as data: how untrusted text enters the prompt of a chat user.
 
 Nothing here is a list of attacks. A text is reduced to characters that no chat template, JSON or placeholder
 syntax is made of, and is then written as a JSON string on one line:
 
-1. What nobody sees or hears goes (`reading.py`), and a compatibility form becomes the ASCII text that it
-   stands for, so that nothing can hide from the next steps.
+1. Invisible characters and thinking go (`reading.py`), and a compatibility form becomes the ASCII text that
+   it stands for, so that nothing can hide from the next steps.
 2. What marks structure (brackets, bars, slashes, quotes, colons, ...) becomes a like-looking character that
    marks nothing: a tag such as `<|im_start|>`, `[INST]` or `{persona}` and a switch such as `/no_think` stay
    readable and are none any more.
@@ -17,19 +17,18 @@ import json
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
 
 from rlver_dist.simulator.reading import SIGNS, hear
 
 _FENCE_MAP = str.maketrans(SIGNS, "\u2039\u203a()()\u00a6\u2215'\u266f'\u2236\u2215\u2039\u203a\u2039\u203a")
-# A sheet has headings, quotations and colons.
+# A persona sheet needs its headings, quotations and colons.
 _TIDY_MAP = {code: plain for code, plain in _FENCE_MAP.items() if chr(code) not in '#":'}
-# Anybody writes these, and they are no trick.
+# Quotes, colons and slashes are replaced too, but ordinary prose has them, so they do not count as markup.
 _MARKUP = frozenset(SIGNS) - frozenset('":/')
 STRUCTURAL = frozenset(SIGNS)
 """Characters that no fenced text holds."""
 CHARS_PER_BYTE = 8
-"""Characters that are looked at, as a multiple of the bytes that stay: room for what is taken out."""
+"""Characters that are read, as a multiple of the bytes that stay: room for what is taken out."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -38,8 +37,8 @@ class Fenced:
 
     Attributes:
         text: without `STRUCTURAL`, invisible or control characters; the only white space is single spaces.
-            Empty where there is nothing but what sits on nothing.
-        hidden: characters that were taken out because nobody sees them.
+            Empty where nothing that shows is left.
+        hidden: invisible characters that were taken out.
         markup: brackets, bars and the like that were replaced.
         thought: characters that were taken out as thinking.
         cut: UTF-8 bytes beyond the limit, with those that were too far behind it to be looked at.
@@ -52,20 +51,20 @@ class Fenced:
     cut: int
 
 
-def fence(text: str, *, max_bytes: int, looked_at: int | None = None, own: bool = False) -> Fenced:
+def fence(text: str, *, max_bytes: int, max_chars: int | None = None, own: bool = False) -> Fenced:
     """Make an untrusted text harmless; see the module's docstring.
 
     Args:
         text: any string, lone surrogates included.
         max_bytes: UTF-8 bytes that stay, in NFC and in NFKC. A token of a byte-level vocabulary is one byte
             or more, so this bounds the tokens too, whichever of these the tokenizer turns its text into.
-        looked_at: characters that are looked at; what is behind them is cut. None: `CHARS_PER_BYTE` times
+        max_chars: characters that are read at all; what is behind them is cut. None: `CHARS_PER_BYTE` times
             `max_bytes`.
         own: the user's own words, in which nothing counts as thinking.
     """
-    # A reply may be as long as it likes, and time is not.
-    look = CHARS_PER_BYTE * max_bytes if looked_at is None else looked_at
-    heard = hear(text[:look], own=own)
+    # Without this bound, the time that a reply takes would grow with its length, which the policy chooses.
+    num_read = CHARS_PER_BYTE * max_bytes if max_chars is None else max_chars
+    heard = hear(text[:num_read], own=own)
     # On one line it cannot look like the lines and the task around it.
     plain = " ".join(heard.text.translate(_FENCE_MAP).split())
     kept = _cut(plain, max_bytes)
@@ -74,17 +73,19 @@ def fence(text: str, *, max_bytes: int, looked_at: int | None = None, own: bool 
         hidden=heard.hidden,
         markup=sum(heard.text.count(sign) for sign in _MARKUP),
         thought=heard.thought,
-        cut=len(plain[len(kept) :].encode("utf-8")) + len(text[look:].encode("utf-8", "replace")),
+        # Lone surrogates have no bytes of their own; "replace" counts one for each.
+        cut=len(plain[len(kept) :].encode("utf-8")) + len(text[num_read:].encode("utf-8", "replace")),
     )
 
 
 def tidy(text: str) -> str:
     """A text of the operator's own files, such as a persona sheet: layout and punctuation stay, tags and
     invisible characters go."""
+    # `own`: an operator's text marks no thinking, and nothing of it may vanish.
     return hear(text, own=True).text.translate(_TIDY_MAP).strip()
 
 
-def json_line(**fields: Any) -> str:
+def json_line(**fields: object) -> str:
     """The fields as one line of JSON; texts keep their script, and none of them can end its string or the
     line."""
     return json.dumps(fields, ensure_ascii=False)
@@ -93,6 +94,8 @@ def json_line(**fields: Any) -> str:
 def _cut(text: str, max_bytes: int) -> str:
     """The longest beginning of `text` (in NFC) that has at most `max_bytes` bytes as it is and in NFKC."""
 
+    # NFKC can write one character as many (U+FDFA as 18), and some tokenizers normalise to it: counted in one
+    # form alone, a text could have far more tokens than bytes.
     def size(length: int) -> int:
         begin = text[:length]
         return max(len(begin.encode("utf-8")), len(unicodedata.normalize("NFKC", begin).encode("utf-8")))

@@ -22,8 +22,7 @@ from rlver_dist.chat_client.protocol import ChatBackend
 from rlver_dist.concurrency import all_or_none
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.simulator.appraiser import AppraisalContext, Appraiser
-from rlver_dist.simulator.emotion import clip_change
+from rlver_dist.simulator.appraiser import Appraiser, appraise_request
 from rlver_dist.simulator.llm.user import LlmSimulator
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import Judge, UserRequest
@@ -39,11 +38,11 @@ class RuleJudge:
     def __init__(self, *, appraiser: Appraiser, rules: DifficultyRules) -> None:
         self._appraiser = appraiser
         self._rules = rules
-        # Of threads, not of tasks: a thread goes on where its task has been cancelled.
+        # A lock of threads, not of tasks: a thread goes on where its task has been cancelled.
         self._lock = threading.Lock()
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """See `Judge`."""
+        """Appraise the last message of `request` in a thread, so that the event loop stays free."""
         return await asyncio.to_thread(self._appraise, request)
 
     def metrics(self) -> dict[str, float]:
@@ -51,18 +50,8 @@ class RuleJudge:
         return {}
 
     def _appraise(self, request: UserRequest) -> Appraisal:
-        max_change = self._rules.emotion.max_change
-        context = AppraisalContext(
-            persona=request.persona,
-            messages=request.messages,
-            emotion=request.emotion,
-            acceptance=self._rules.acceptance,
-            max_change=max_change,
-            truncated=request.truncated,
-        )
         with self._lock:
-            appraisal = self._appraiser.appraise(context)
-        return replace(appraisal, change=clip_change(appraisal.change, max_change))
+            return appraise_request(self._appraiser, request, self._rules)
 
 
 class JudgePanel:
@@ -78,25 +67,21 @@ class JudgePanel:
         self._judges = tuple(judges)
 
     async def appraise(self, request: UserRequest) -> Appraisal:
-        """Ask all judges at once and combine what they say (`combine`); the first failure is the panel's, and
-        the others are dropped.
-
-        All judges but the first get the dialogue's id with their number behind it, since their calls differ
-        from the first one's.
-        """
+        """Ask all judges at once and combine what they say (`combine`). The first failure is the panel's
+        failure, and the calls of the other judges are cancelled."""
         asked = []
         for number, judge in enumerate(self._judges, start=1):
-            own = (
-                request
-                if number == 1
-                else replace(request, dialogue_id=f"{request.dialogue_id}/judge_{number}")
-            )
-            asked.append(judge.appraise(own))
+            own_request = request
+            if number > 1:
+                # A chat call's key is made of the dialogue's id, and equal keys promise equal content. The
+                # first judge keeps the id: it is the model that also speaks for the user.
+                own_request = replace(request, dialogue_id=f"{request.dialogue_id}/judge_{number}")
+            asked.append(judge.appraise(own_request))
         return combine(await all_or_none(asked))
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call: of replies those of the first judge, since all read the same ones; of
-        answers those of all."""
+        """Counts since the last call. Counts of replies (`replies_...`) are the first judge's, since all
+        judges read the same replies; counts of answers are added up."""
         total: Counter[str] = Counter(self._judges[0].metrics())
         for judge in self._judges[1:]:
             total.update(
@@ -115,6 +100,8 @@ def combine(appraisals: Sequence[Appraisal]) -> Appraisal:
     `source` is the JSON list of theirs.
     """
     changes = [appraisal.change for appraisal in appraisals]
+    # The median, not the mean: one judge that a reply has fooled then moves the verdict at most to the next
+    # judge's change.
     verdict = round(median(changes), 2)
     speaker = min(appraisals, key=lambda appraisal: abs(appraisal.change - verdict))
     features = {

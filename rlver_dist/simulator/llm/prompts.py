@@ -27,14 +27,17 @@ from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest
 from rlver_dist.simulator.suitability import LLM_LANGUAGES
 
-# A model takes words rather than shares: from here on a user counts as one who lets merit count, or who shows
-# feelings.
 ORDINARY_ACCEPTANCE = 0.8
 OPEN_EXPRESSIVENESS = 0.7
-# Earlier replies need not be read in full again; a fixed share keeps their lines equal from turn to turn.
-EARLIER_SHARE = 4
+"""A prompt describes a user in words, not in numbers: from these values on the wording is that of a user who
+lets merit count, and of one who shows feelings."""
+EARLIER_REPLY_DIVISOR = 4
+"""Earlier replies show so much less than the newest one, which alone is appraised. A constant, so that their
+lines stay equal from turn to turn and the engine's prefix cache still serves them."""
 MAX_OWN_BYTES = 2000
+"""UTF-8 bytes of one of the user's own messages in a prompt."""
 MAX_NOTE_BYTES = 1000
+"""UTF-8 bytes of one note of the appraisal in the prompt of the reply."""
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -79,7 +82,7 @@ class UserPrompts:
     """Builds the messages of each call.
 
     Attributes:
-        rules: see `DifficultyRules`; `acceptance` and `expressiveness` choose between two wordings each.
+        rules: of difficulty; `acceptance`, `expressiveness` and `hides_aim` choose between two wordings each.
         max_reply_bytes: UTF-8 bytes of the newest reply that a prompt shows; earlier ones show a quarter of
             that.
     """
@@ -98,7 +101,8 @@ class UserPrompts:
     def reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> tuple[Message, ...]:
         """For the user's next message, at the `emotion` after the appraisal; the user knows its state, not
         its number."""
-        texts = {name: getattr(appraisal, name) for name in ("fit", "activity", "feeling")}
+        # The notes are a model's answer to a prompt that held the policy's text, so they are fenced as well.
+        texts = {"fit": appraisal.fit, "activity": appraisal.activity, "feeling": appraisal.feeling}
         notes = {name: fence(text, max_bytes=MAX_NOTE_BYTES, own=True).text for name, text in texts.items()}
         return self._task(request, "reply", emotion, notes=json_line(**notes))
 
@@ -112,8 +116,9 @@ class UserPrompts:
 
     def _fenced(self, reply: str, *, newest: bool) -> Fenced:
         """A reply as the talk shows it; both ways it reads the same, up to the cut."""
-        limit = self.max_reply_bytes if newest else self.max_reply_bytes // EARLIER_SHARE
-        return fence(reply, max_bytes=limit, looked_at=CHARS_PER_BYTE * self.max_reply_bytes)
+        # Both read the same characters: what follows the cut decides whether a tag before it is closed.
+        limit = self.max_reply_bytes if newest else self.max_reply_bytes // EARLIER_REPLY_DIVISOR
+        return fence(reply, max_bytes=limit, max_chars=CHARS_PER_BYTE * self.max_reply_bytes)
 
     def _task(self, request: UserRequest, task: str, emotion: float, **values: str) -> tuple[Message, ...]:
         words = material(request.persona.language)
@@ -131,30 +136,31 @@ class UserPrompts:
         """The talk so far, one JSON object a line."""
         lines = []
         for number, message in enumerate(request.messages, start=1):
-            own, newest = message.role is Role.USER, number == len(request.messages)
-            fenced = (
-                fence(message.text, max_bytes=MAX_OWN_BYTES, own=True)
-                if own
-                else self._fenced(message.text, newest=newest)
-            )
-            fields: dict[str, Any] = {"line": number, "by": "you" if own else "other", "text": fenced.text}
+            own = message.role is Role.USER
+            newest = number == len(request.messages)
+            if own:
+                fenced = fence(message.text, max_bytes=MAX_OWN_BYTES, own=True)
+            else:
+                fenced = self._fenced(message.text, newest=newest)
+            fields: dict[str, object] = {"line": number, "by": "you" if own else "other", "text": fenced.text}
             if fenced.cut:
                 fields["left_out_bytes"] = fenced.cut
             if newest and request.truncated:
                 fields["broken_off"] = True
+            # One JSON object a line: a reply cannot end its string or its line, so it cannot look like a line
+            # of the user or like the task behind the talk.
             lines.append(json_line(**fields))
         return "\n".join(lines)
 
     def _system(self, persona: Persona) -> str:
-        words, rules = material(persona.language), self.rules
+        words = material(persona.language)
+        acceptance = "ordinary" if self.rules.acceptance >= ORDINARY_ACCEPTANCE else "strict"
+        disclosure = "hidden" if self.rules.hides_aim else "hints"
+        expressiveness = "open" if self.rules.expressiveness >= OPEN_EXPRESSIVENESS else "reserved"
         wording = {
-            "acceptance": words["acceptance"][
-                "ordinary" if rules.acceptance >= ORDINARY_ACCEPTANCE else "strict"
-            ],
-            "disclosure": words["disclosure"]["hidden" if rules.hides_aim else "hints"],
-            "expressiveness": words["expressiveness"][
-                "open" if rules.expressiveness >= OPEN_EXPRESSIVENESS else "reserved"
-            ],
+            "acceptance": words["acceptance"][acceptance],
+            "disclosure": words["disclosure"][disclosure],
+            "expressiveness": words["expressiveness"][expressiveness],
         }
         told = {
             "profile": persona.profile,
@@ -165,13 +171,11 @@ class UserPrompts:
             "hides": persona.hides,
             "facts": "\n".join(f"- {fact}" for fact in persona.facts),
         }
+        # An operator's file may still hold text from elsewhere, which must not open a chat template's tag.
         values = {name: tidy(text) for name, text in told.items()}
         values["temperament"] = words["temperaments"][persona.temperament.value]
         values["intent"] = words["intents"][persona.hidden_intent.value]
         sections = [(heading, fill(text, values).strip()) for heading, text in words["persona"]]
-        return "\n\n".join(
-            [
-                fill(words["system"], wording).strip(),
-                *(f"{heading}\n{text}" for heading, text in sections if text),
-            ]
-        )
+        # A heading without a text would invite the model to invent one.
+        filled = [f"{heading}\n{text}" for heading, text in sections if text]
+        return "\n\n".join([fill(words["system"], wording).strip(), *filled])

@@ -7,24 +7,23 @@ every end but a goodbye, is the rules' (`emotion.py`). What judged is recorded w
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
-from rlver_dist.chat_client.protocol import ChatBackend, ChatRequest
+from rlver_dist.chat_client.protocol import ChatBackend, ChatRequest, JsonSchema
 from rlver_dist.config.enums import LlmCalls
 from rlver_dist.config.simulator import LlmUserConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.dialogue import Appraisal, EndReason, Message, Role
 from rlver_dist.errors import BoundaryError
+from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator import narration
 from rlver_dist.simulator.emotion import clip_change, end_reason, move
 from rlver_dist.simulator.llm.fence import Fenced
 from rlver_dist.simulator.llm.prompts import UserPrompts, prompt_version
 from rlver_dist.simulator.llm.schema import (
-    Schema,
+    Fields,
     SchemaError,
     appraisal_schema,
     opening_schema,
@@ -51,7 +50,7 @@ class _Step:
     """
 
     name: str
-    schema: Schema
+    schema: JsonSchema
     max_tokens: int
 
 
@@ -59,7 +58,7 @@ class _Step:
 class _Answered:
     """The checked fields of an answer, and what gave it (JSON)."""
 
-    fields: dict[str, Any]
+    fields: Fields
     source: str
 
 
@@ -76,11 +75,11 @@ class LlmSimulator:
     ) -> None:
         """
         Args:
-            rules: see `DifficultyRules`.
+            rules: of emotion and difficulty.
             backend: speaks for the user.
-            settings: see `LlmUserConfig`.
-            judge: appraises in the user's place, apart from the reply even where `settings.calls` is `one`;
-                None: the user does.
+            settings: calls a turn, sampling, and limits of prompts and answers.
+            judge: appraises in place of the user's own model, in a call apart from the reply even where
+                `settings.calls` is `one`; None leaves it to the user's model.
         """
         self.rules = rules
         self._backend = backend
@@ -109,21 +108,24 @@ class LlmSimulator:
                 f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the "
                 f"policy's reply"
             )
-        reply: dict[str, Any] | None = None
+        reply: Fields | None = None
         if (
             self._judge is None
             and self._settings.calls is LlmCalls.one
+            # A reply without a word is appraised without a call.
             and (fenced := self._prompts.fenced_reply(request)).text
         ):
             appraisal, reply = await self._turn(request, fenced)
         else:
             appraisal = await (self._judge or self).appraise(request)
         rules = self.rules.emotion
+        # Again, since a judge that is given from outside need not know these rules.
         appraisal = replace(appraisal, change=clip_change(appraisal.change, rules.max_change))
         emotion = move(request.emotion, appraisal.change, rules)
         ending = end_reason(
             emotion, rules=rules, num_replies=request.turn_index + 1, max_turns=request.max_turns
         )
+        # A user who has left says nothing, so the call for a reply is saved.
         if ending is None and reply is None:
             reply = await self._reply(request, appraisal, emotion)
         if ending is None and reply is not None and reply["goodbye"]:
@@ -138,6 +140,7 @@ class LlmSimulator:
         A reply in which nothing is left to read gets the largest negative change, and no call.
         """
         fenced = self._prompts.fenced_reply(request)
+        # Asked about nothing, a model would make something up.
         if not fenced.text:
             return narration.silence(request.persona, self.rules.emotion.max_change)
         tokens = self._settings.max_appraisal_tokens
@@ -149,6 +152,7 @@ class LlmSimulator:
     def metrics(self) -> dict[str, float]:
         """Counts since the last call: answers that broke their schema, calls that never kept it, and replies
         with tricks in them; those of the judge that appraises in the user's place are added."""
+        # Every name, also those that did not happen: a metric that comes and goes leaves holes in a curve.
         names = (
             "schema_retries",
             "schema_failures",
@@ -162,37 +166,35 @@ class LlmSimulator:
         self._counts.clear()
         return values
 
-    async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, dict[str, Any]]:
+    async def _turn(self, request: UserRequest, fenced: Fenced) -> tuple[Appraisal, Fields]:
         """Appraisal and reply in one call."""
-        notes, message = self._settings.max_appraisal_tokens, self._settings.max_message_tokens
+        note_tokens = self._settings.max_appraisal_tokens
+        message_tokens = self._settings.max_message_tokens
         schema = turn_schema(
-            language=request.persona.language, max_appraisal_tokens=notes, max_message_tokens=message
+            language=request.persona.language,
+            max_appraisal_tokens=note_tokens,
+            max_message_tokens=message_tokens,
         )
-        step = _Step(name="turn", schema=schema, max_tokens=notes + message)
+        step = _Step(name="turn", schema=schema, max_tokens=note_tokens + message_tokens)
         answered = await self._ask(request, step, self._prompts.turn(request))
-        return self._appraisal(fenced, answered.fields["appraisal"], answered.source), answered.fields[
-            "reply"
-        ]
+        appraisal = self._appraisal(fenced, answered.fields["appraisal"], answered.source)
+        return appraisal, answered.fields["reply"]
 
-    async def _reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> dict[str, Any]:
+    async def _reply(self, request: UserRequest, appraisal: Appraisal, emotion: float) -> Fields:
         tokens = self._settings.max_message_tokens
-        step = _Step(
-            name="reply",
-            schema=reply_schema(language=request.persona.language, max_tokens=tokens),
-            max_tokens=tokens,
-        )
-        return (await self._ask(request, step, self._prompts.reply(request, appraisal, emotion))).fields
+        schema = reply_schema(language=request.persona.language, max_tokens=tokens)
+        step = _Step(name="reply", schema=schema, max_tokens=tokens)
+        answered = await self._ask(request, step, self._prompts.reply(request, appraisal, emotion))
+        return answered.fields
 
     async def _open(self, request: UserRequest) -> str:
         tokens = self._settings.max_message_tokens
-        step = _Step(
-            name="open",
-            schema=opening_schema(language=request.persona.language, max_tokens=tokens),
-            max_tokens=tokens,
-        )
-        return (await self._ask(request, step, self._prompts.opening(request.persona))).fields["message"]
+        schema = opening_schema(language=request.persona.language, max_tokens=tokens)
+        step = _Step(name="open", schema=schema, max_tokens=tokens)
+        answered = await self._ask(request, step, self._prompts.opening(request.persona))
+        return answered.fields["message"]
 
-    def _appraisal(self, fenced: Fenced, fields: dict[str, Any], source: str) -> Appraisal:
+    def _appraisal(self, fenced: Fenced, fields: Fields, source: str) -> Appraisal:
         tricks = {
             "markup": fenced.markup,
             "hidden": fenced.hidden,
@@ -207,8 +209,8 @@ class LlmSimulator:
             fit=fields["fit"],
             activity=fields["activity"],
             feeling=fields["feeling"],
-            # The policy's own thinking never comes here: who writes thinking tags into a reply hides a part
-            # of it.
+            # The rollout has already removed the policy's own thinking, so thinking tags in a reply are a
+            # trick to hide a part of it. Such a reply may cost emotion and never earns any.
             change=min(change, 0.0) if fenced.thought else change,
             features={f"fence_{name}": float(amount) for name, amount in tricks.items()},
             source=source,
@@ -217,6 +219,7 @@ class LlmSimulator:
     async def _ask(self, request: UserRequest, step: _Step, messages: tuple[Message, ...]) -> _Answered:
         """The checked answer; one that breaks its schema is asked for again with another seed,
         `schema_retries` times."""
+        # Errors name the call by this, whatever its attempt was.
         key = f"{request.dialogue_id}/{request.turn_index}/{step.name}"
         problem: SchemaError | None = None
         for attempt in range(self._settings.schema_retries + 1):
@@ -237,9 +240,10 @@ class LlmSimulator:
     def _chat_request(
         self, key: str, request: UserRequest, step: _Step, messages: tuple[Message, ...], attempt: int
     ) -> ChatRequest:
-        temperature, seed = self._settings.temperature, self._seed(request, attempt)
+        temperature = self._settings.temperature
+        seed = self._seed(request, attempt)
         return ChatRequest(
-            # Two judges, or two tries, differ in their seeds, and so do their keys.
+            # Two judges, or two attempts, differ in their seeds, and so do their keys.
             key=f"{key}/{seed}",
             messages=messages,
             schema_name=step.name,
@@ -247,19 +251,22 @@ class LlmSimulator:
             max_tokens=step.max_tokens,
             temperature=temperature if attempt == 0 else max(temperature, RETRY_TEMPERATURE),
             seed=seed,
+            # All calls of a persona share its system message, the longest part of each prompt.
             affinity=request.persona.id,
         )
 
     def _seed(self, request: UserRequest, attempt: int) -> int:
-        """31 bits from the settings', the dialogue's and the turn's; openings leave the dialogue out, for a
-        group shares one."""
-        part = (
-            f"{request.seed}/{request.turn_index}"
-            if request.turn_index >= 0
-            else f"{request.persona.id}/open"
-        )
-        digest = hashlib.sha256(f"{self._settings.seed}/{part}/{attempt}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
+        """31 bits from the settings' seed, the dialogue's seed, the turn and the attempt.
+
+        An opening takes the persona in place of the dialogue: all dialogues of a group have to begin with the
+        same message, since GRPO compares them with each other.
+        """
+        asked: tuple[object, object]
+        if request.turn_index >= 0:
+            asked = (request.seed, request.turn_index)
+        else:
+            asked = (request.persona.id, "open")
+        return derive_seed(self._settings.seed, *asked, attempt, bits=31)
 
     def _source(self, model: str, chat: ChatRequest, persona: Persona) -> str:
         """What judged, as JSON: enough to ask the same question again."""

@@ -1,4 +1,4 @@
-"""What an appraiser is, and the embedded one: rules on sentence embeddings, without a language model.
+"""The embedded appraiser: rules on sentence embeddings, without a language model.
 
 The change in emotion is made from the recorded features alone (`change_from`):
 
@@ -59,16 +59,33 @@ is."""
 PARROTED = (0.30, 0.80)
 """Share of the user's own words, persons swapped, from which a reply begins to be an echo, and at which it
 earns nothing."""
+NAMED_STRATEGY = 0.25
+"""Activation from which a strategy is named in the appraisal's words."""
+NAMED_FAULT = 1.5
+"""Points that a fault costs from which it is named in them."""
 
 
 def change_from(features: dict[str, float], acceptance: float, max_change: float) -> float:
-    """Change in points (2 decimals) that follows from the recorded features; see the module's head."""
-    share = UNGROUNDED + (1.0 - UNGROUNDED) * features["grounding"]
+    """Change of emotion, by the formula at the head of this module.
+
+    It reads the rounded features alone, so that a recorded appraisal can be checked from its record.
+
+    Args:
+        features: `Appraisal.features` of an embedded appraisal.
+        acceptance: difficulty, 0 to 1; scales the gain and never the cost.
+        max_change: points.
+
+    Returns:
+        Points, rounded to two decimals.
+    """
+    counted = UNGROUNDED + (1.0 - UNGROUNDED) * features["grounding"]
+    # A product, so that what is missing altogether (sense, novelty, sincerity) cannot be made up for by more
+    # of the rest. Costs are a sum, so that each fault shows however many there are.
     gain = (
         acceptance
         * GAIN
         * features["merit"]
-        * share
+        * counted
         * features["fluency"]
         * features["freshness"]
         * features["sincerity"]
@@ -81,12 +98,10 @@ def change_from(features: dict[str, float], acceptance: float, max_change: float
     )
     cost += sum(weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items())
     value = gain - cost
-    return round(
-        min(max_change, value)
-        if value >= 0
-        else -max_change * (1.0 - math.exp(value / (LEVELLING * max_change))),
-        2,
-    )
+    if value >= 0:
+        return round(min(max_change, value), 2)
+    # Clipped, all bad replies would cost the same, and GRPO could not tell a bad one from a worse one.
+    return round(-max_change * (1.0 - math.exp(value / (LEVELLING * max_change))), 2)
 
 
 class EmbeddedAppraiser:
@@ -100,19 +115,23 @@ class EmbeddedAppraiser:
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
         """Appraise the last message of `context`; a reply without a word gets the largest negative change."""
-        written, context = context.written, context.heard()
+        written = context.written
+        context = context.heard()
         if not sentences(context.messages[-1].text):
             return narration.silence(context.persona, context.max_change)
         features = self._features(context, written)
         change = change_from(features, context.acceptance, context.max_change)
         persona = context.persona
         used = sorted(
-            (s for s in Strategy if features[f"strategy_{s.value}"] >= 0.25),
+            (s for s in Strategy if features[f"strategy_{s.value}"] >= NAMED_STRATEGY),
             key=lambda s: -features[f"strategy_{s.value}"],
         )
         costs = {name: weight * features[f"penalty_{name}"] for name, weight in penalties.WEIGHTS.items()}
+        # Gibberish costs by the formula and not as a penalty, but it is a fault to be named like them.
         costs["gibberish"] = GIBBERISH * (1.0 - features["fluency"])
-        faults = sorted((name for name, cost in costs.items() if cost >= 1.5), key=lambda name: -costs[name])
+        faults = sorted(
+            (name for name, cost in costs.items() if cost >= NAMED_FAULT), key=lambda name: -costs[name]
+        )
         return Appraisal(
             content=narration.content(used, features["grounding"]),
             fit=narration.fit(persona.hidden_intent, features["merit"], faults),
@@ -124,29 +143,37 @@ class EmbeddedAppraiser:
 
     def _features(self, context: AppraisalContext, written: str) -> dict[str, float]:
         """Every number that the change follows from; `context` is as heard."""
-        reply, persona = context.messages[-1].text, context.persona
+        reply = context.messages[-1].text
+        persona = context.persona
         earlier = [message.text for message in context.messages[:-1] if message.role is Role.ASSISTANT]
         heard = [message.text for message in context.messages[:-1] if message.role is Role.USER]
-        encoded = [self._encoder.encode(part) for part in sentences(reply)]
+        # One sentence at a time: the strategies of a reply are those of its sentences, and a mean over all of
+        # them would show none.
+        encoded = [self._encoder.encode(sentence) for sentence in sentences(reply)]
         near = grounding.nearness(self._encoder, persona, context.messages)
         found = [
             self._on_matter(self._recognizer.activations(one), level)
             for one, level in zip(encoded, near, strict=True)
         ]
         comfort = [max(one[s] for s in COMFORT) for one in found]
+        # The strongest sentence counts, not their sum: saying a kind thing five times is no more than saying
+        # it once.
         strategy = {s: max(one[s] for one in found) for s in Strategy}
         worth = {s: fit(s, persona.hidden_intent, persona.temperament) * strategy[s] for s in Strategy}
         ground = grounding.measure(self._encoder, persona, context.messages)
         cost = penalties.measure(reply, earlier, heard, context.truncated, written=written)
+        # Two kinds of evidence for one fault; the head knows flattery by manner, the penalty by its words.
         thick = max(strategy[Strategy.FLATTERY], cost["superlatives"])
+        # Noisy-or: each strategy takes its part of what is still unmet, so several together do more than one
+        # and never more than 1.
+        unmet = math.prod(1.0 - value for value in worth.values() if value > 0)
+        unharmed = math.prod(1.0 - min(1.0, -value) for value in worth.values() if value < 0)
+        off_matter = [(1.0 - level) * (1.0 - kind) for level, kind in zip(near, comfort, strict=True)]
         features = {
-            "merit": 1.0
-            - (1.0 - WANT * ramp(ground.want, *WANTED))
-            * math.prod(1.0 - value for value in worth.values() if value > 0),
-            "harm": 1.0 - math.prod(1.0 - min(1.0, -value) for value in worth.values() if value < 0),
+            "merit": 1.0 - (1.0 - WANT * ramp(ground.want, *WANTED)) * unmet,
+            "harm": 1.0 - unharmed,
             "grounding": ground.level,
-            "stray": sum((1.0 - level) * (1.0 - kind) for level, kind in zip(near, comfort, strict=True))
-            / len(near),
+            "stray": sum(off_matter) / len(near),
             "fluency": reply_fluency(self._fluency, encoded, context.truncated),
             "freshness": self._freshness([one.vector for one in encoded], earlier),
             "sincerity": (1.0 - thick) * (1.0 - ramp(max(ground.copied, ground.parroted), *PARROTED)),
@@ -167,7 +194,8 @@ class EmbeddedAppraiser:
 
     def _freshness(self, own: list[torch.Tensor], earlier: list[str]) -> float:
         """Share of the reply's sentences that no earlier reply has said already, paraphrases included."""
-        past = self._encoder.vectors([part for text in earlier for part in sentences(text)])
+        # By meaning, not by words: a policy that learns to rephrase one good line gains nothing.
+        past = self._encoder.vectors([sentence for text in earlier for sentence in sentences(text)])
         if not len(past):
             return 1.0
         nearest = similarities(torch.stack(own), past).max(dim=1).values.tolist()

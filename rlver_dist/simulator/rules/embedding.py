@@ -19,7 +19,7 @@ from rlver_dist.errors import ResourceError
 DIM = 384
 """Width of an embedding."""
 MAX_TOKENS = 128
-"""Tokens of a sentence that count."""
+"""Tokens of a sentence that count: the length that MiniLM-L6-v2 was trained with."""
 STATE_LAYERS = (2, 4, 6)
 """Layers whose token states the fluency head reads."""
 DIGITS = 4
@@ -65,6 +65,7 @@ def load_minilm():
     from transformers import AutoModel, AutoTokenizer
 
     folder = get_model_path()
+    # Eager attention in float32: other kernels give other last digits on other machines.
     model = (
         AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         .eval()
@@ -82,14 +83,17 @@ class SentenceEncoder:
         self._cache_size = cache_size
 
     def encode(self, sentence: str) -> Encoded:
-        """Vector and token states of one sentence, never from the cache (states are large)."""
+        """Vector and token states of one sentence; never from the cache, which holds vectors alone, since
+        states are large."""
         ids = self._tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")[
             "input_ids"
         ]
         with one_thread(), torch.inference_mode():
             hidden = self._hidden_states(ids)
+            # Mean pooling over all tokens, special ones included, as the sentence model was trained.
             pooled = hidden[-1][0].mean(dim=0).double()
             vector = pooled / pooled.norm()
+            # Of several layers: what the heads ask for (word order, manner) need not last up to the top one.
             states = torch.cat([hidden[layer][0, 1:-1] for layer in STATE_LAYERS], dim=-1)
         self._remember(sentence, vector)
         return Encoded(vector=vector, states=states)
@@ -116,11 +120,9 @@ class SentenceEncoder:
 
     def vectors(self, many: Sequence[str]) -> torch.Tensor:
         """`[len(many), 384]` float64 unit vectors."""
-        return (
-            torch.stack([self.vector(one) for one in many])
-            if many
-            else torch.zeros(0, DIM, dtype=torch.float64)
-        )
+        if not many:
+            return torch.zeros(0, DIM, dtype=torch.float64)
+        return torch.stack([self.vector(one) for one in many])
 
     def _remember(self, sentence: str, vector: torch.Tensor) -> None:
         self._cache[sentence] = vector
@@ -131,4 +133,5 @@ class SentenceEncoder:
 
 def similarities(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`[R, C]` cosine similarities of unit vectors `[R, 384]` and `[C, 384]`, rounded to `DIGITS` digits."""
+    # Rounded here, before any rule: a last digit that differs must not move a threshold.
     return torch.round(rows @ columns.T, decimals=DIGITS)

@@ -19,6 +19,14 @@ def reply_fluency(head: FluencyHead, sentences: list[Encoded], truncated: bool) 
     too short to judge.
 
     The last of several sentences is not judged in a reply that was cut at the token limit.
+
+    Args:
+        head: trained to tell sentences from corrupted ones.
+        sentences: of the reply, one or more.
+        truncated: the reply was cut at the token limit.
+
+    Returns:
+        0 to 1, rounded to 4 digits.
     """
     whole = sentences[:-1] if truncated and len(sentences) > 1 else sentences
     judged = [one for one in whole if len(one.states) >= SHORT_TOKENS]
@@ -31,4 +39,5 @@ def reply_fluency(head: FluencyHead, sentences: list[Encoded], truncated: bool) 
     scores = [ramp(round(chance, 4), BROKEN, SOUND) for chance in chances]
     lengths = [len(one.states) for one in judged]
     mean = sum(score * length for score, length in zip(scores, lengths, strict=True)) / sum(lengths)
+    # The worst sentence counts as much as all others together, or gibberish could hide among good ones.
     return round(0.5 * mean + 0.5 * min(scores), 4)

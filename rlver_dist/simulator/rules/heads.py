@@ -1,7 +1,7 @@
 """The two small trained heads on MiniLM's token states: is a sentence language, and which strategy does it
 use?
 
-`benchmarks/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean
+`scripts/train_heads.py` trains them and writes `heads.safetensors`, which ships with the package. Mean
 similarity vectors of MiniLM speak of a sentence's matter; its token states also hold word order and manner,
 which both questions need.
 """
@@ -30,7 +30,17 @@ class FluencyHead(nn.Module):
         self.out = nn.Linear(2 * width, 1)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`[B]` logits from states `[B, T, STATE_DIM]` and a 0/1 mask `[B, T]`."""
+        """Judge sentences.
+
+        Args:
+            states: `[B, T, STATE_DIM]` float32 token states, padded.
+            mask: `[B, T]`, 1 for a token and 0 for padding.
+
+        Returns:
+            `[B]` logits, above 0 for what reads as a sentence.
+        """
+        # The maximum beside the mean: one place where the words do not go together breaks a sentence, and a
+        # mean over many tokens would hide it.
         hidden = nn.functional.gelu(self.token(states)) * mask[..., None]
         mean = hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         worst = hidden.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
@@ -45,7 +55,15 @@ class StrategyHead(nn.Module):
         self.out = nn.Linear(STATE_DIM, classes)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`[B, classes]` logits from states `[B, T, STATE_DIM]` and a 0/1 mask `[B, T]`."""
+        """Recognise strategies.
+
+        Args:
+            states: `[B, T, STATE_DIM]` float32 token states, padded.
+            mask: `[B, T]`, 1 for a token and 0 for padding.
+
+        Returns:
+            `[B, classes]` logits, in the order of `Strategy` with "none of them" last.
+        """
         return self.out((states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
 
 
@@ -57,6 +75,7 @@ def load_heads(classes: int) -> tuple[FluencyHead, StrategyHead]:
     heads = (FluencyHead(), StrategyHead(classes))
     for name, head in zip(("fluency", "strategy"), heads, strict=True):
         own = {
+            # Stored in half precision to keep the package small, computed in single.
             key.removeprefix(f"{name}."): value.float()
             for key, value in tensors.items()
             if key.startswith(f"{name}.")

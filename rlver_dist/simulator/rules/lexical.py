@@ -22,7 +22,8 @@ from rlver_dist.data.persona import HiddenIntent, Temperament
 from rlver_dist.dialogue import Appraisal, Role
 from rlver_dist.simulator import narration
 from rlver_dist.simulator.appraiser import AppraisalContext
-from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, plain, ramp, sentences, words
+from rlver_dist.simulator.sentences import FUNCTION_WORDS, content_words, ramp, sentences
+from rlver_dist.text import ngrams, overlap, plain, words
 
 _I = HiddenIntent
 WELCOME: dict[HiddenIntent, dict[str, float]] = {
@@ -61,8 +62,12 @@ _PRESSING = frozenset({_I.BE_HEARD, _I.DEEP_EMPATHY, _I.PRAISE, _I.NO_FAULT})
 RECOUNT = 0.7
 """Worth of the user's own story told back, to those who want feeling rather than a solution (half to the
 others)."""
-GAIN, UNMET, HARM = 12.0, 1.0, 8.0
-"""Points of full merit, of a turn in which nothing is met, and of full harm."""
+GAIN = 12.0
+"""Points of full merit."""
+UNMET = 1.0
+"""Points that a turn costs in which nothing is met."""
+HARM = 8.0
+"""Points of full harm."""
 COSTS: dict[str, float] = {
     "nonsense": 13.0,
     "squeezable": 10.0,
@@ -82,12 +87,12 @@ COSTS: dict[str, float] = {
 ORDERED = (-1.2, -0.1)
 """Order score (`WordClassModel.order_score`) up to which words count as shuffled, and from which as
 ordered."""
+# Beginnings of feeling words, so that all their forms are found.
 _EMOTIVE = re.compile(
     r"(?:pain|grie[fv]|sad|hurt|sorrow|lonel|heart|ang(?:er|ry)|fear|shame|guilt|tear|cry|love|empath|compass|understand|feel|emoti|suffer"
     r"|despair|hope|comfort|care|caring|overwhelm|frustrat|upset|depress|joy|happ|warm|gentle|tender|soul|ach(?:e|ing)|valid|support|hug|sympath)\w*"
 )
-
-
+# Unicode's categories of dashes, stops, quotes, currency signs and spaces.
 _PROSE = frozenset({"Pd", "Po", "Pi", "Pf", "Sc", "Zs"})
 
 
@@ -96,14 +101,11 @@ def _word_class(word: str) -> str:
         return word
     if word[0].isdigit():
         return "<num>"
-    return next(
-        (
-            f"<{suffix}>"
-            for suffix in ("ing", "ed", "ly", "s")
-            if word.endswith(suffix) and len(word) > len(suffix) + 2
-        ),
-        "<word>",
-    )
+    # An ending tells what a word does in a sentence; two letters or less before it make another word ("red").
+    for suffix in ("ing", "ed", "ly", "s"):
+        if word.endswith(suffix) and len(word) > len(suffix) + 2:
+            return f"<{suffix}>"
+    return "<word>"
 
 
 @cache
@@ -131,14 +133,17 @@ class WordClassModel:
     their ending."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
-        self._counts: tuple[Counter, ...] = (Counter(), Counter(), Counter())
+        # Counts of n-grams of one, two and three classes, and of what comes before their last one.
+        self._counts: tuple[Counter[tuple[str, ...]], ...] = (Counter(), Counter(), Counter())
         for text in texts:
             for sentence in sentences_of(text):
+                # Two marks before the first word, so that it has a context of two like all others.
                 classes = ["<s>", "<s>", *map(_word_class, words(sentence))]
                 for n in range(3):
-                    self._counts[n].update(tuple(classes[i - n : i + 1]) for i in range(2, len(classes)))
+                    # Each n-gram ends at a real word; the two marks before it are only its context.
+                    self._counts[n].update(ngrams(classes[2 - n :], n + 1))
                     self._counts[n][("<s>",) * (n + 1)] += 1
-        self._contexts: tuple[Counter, ...] = (Counter(), Counter(), Counter())
+        self._contexts: tuple[Counter[tuple[str, ...]], ...] = (Counter(), Counter(), Counter())
         for n in range(3):
             for gram, count in self._counts[n].items():
                 self._contexts[n][gram[:-1]] += count
@@ -152,16 +157,18 @@ class WordClassModel:
         root of the length.
         """
         classes = ["<s>", "<s>", *map(_word_class, tokens)]
-        grams = [tuple(classes[i - 2 : i + 1]) for i in range(2, len(classes))]
-        gain = math.fsum(math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams) / max(
-            1, len(grams)
-        )
+        grams = ngrams(classes, 3)
+        gains = [math.log(self._chance(gram) / self._frequency(gram[-1])) for gram in grams]
+        # `fsum` is exact, so the score does not depend on the order of the words' gains.
+        gain = math.fsum(gains) / max(1, len(grams))
         return (gain + 0.25) * math.sqrt(len(grams))
 
     def _frequency(self, word_class: str) -> float:
+        # At least one count: a class that the seeds do not hold must not divide by 0.
         return max(self._counts[0][(word_class,)], 1) / self._contexts[0][()]
 
     def _chance(self, gram: tuple[str, ...]) -> float:
+        # Never 0, since its logarithm is taken; the weights are the interpolation's, longest context most.
         chance = 1e-4
         for n, weight in enumerate((0.1, 0.4, 0.5)):
             part = gram[2 - n :]
@@ -173,6 +180,7 @@ class WordClassModel:
 def _oddness(written: str) -> float:
     """Share of characters beyond ASCII, invisible ones included, that are no punctuation of prose; as a
     fault, 0 to 1."""
+    # The reply as it was written: what hides characters is a trick even where nobody sees them.
     strange = sum(not c.isascii() and unicodedata.category(c) not in _PROSE for c in written)
     return ramp(strange / len(written), 0.01, 0.08)
 
@@ -195,16 +203,18 @@ class TfIdf:
 
     def covered(self, text: str, source: str) -> float:
         """Summed weight of the words that `text` takes from `source`."""
+        # Sorted, since the order of a set of strings differs from process to process.
         return math.fsum(self.weight(stem) for stem in sorted(content_words(text) & content_words(source)))
 
     def cosine(self, left: str, right: str) -> float:
         """Cosine of two texts' binary TF-IDF vectors."""
-        a, b = content_words(left), content_words(right)
-        norm = math.sqrt(
-            math.fsum(self.weight(s) ** 2 for s in sorted(a))
-            * math.fsum(self.weight(s) ** 2 for s in sorted(b))
-        )
-        return math.fsum(self.weight(stem) ** 2 for stem in sorted(a & b)) / norm if norm else 0.0
+        a = content_words(left)
+        b = content_words(right)
+        norm = math.sqrt(self._squares(a) * self._squares(b))
+        return self._squares(a & b) / norm if norm else 0.0
+
+    def _squares(self, stems: set[str]) -> float:
+        return math.fsum(self.weight(stem) ** 2 for stem in sorted(stems))
 
 
 class LexicalAppraiser:
@@ -212,7 +222,8 @@ class LexicalAppraiser:
 
     def __init__(self) -> None:
         texts = _seed_texts()
-        self._tfidf, self._model = TfIdf(texts), WordClassModel(texts)
+        self._tfidf = TfIdf(texts)
+        self._model = WordClassModel(texts)
         raw = yaml.safe_load(
             resources.files("rlver_dist.simulator.rules")
             .joinpath("lexical_patterns.yaml")
@@ -224,7 +235,8 @@ class LexicalAppraiser:
 
     def appraise(self, context: AppraisalContext) -> Appraisal:
         """Appraise the last message of `context`; an empty reply gets the largest negative change."""
-        written, context = context.written, context.heard()
+        written = context.written
+        context = context.heard()
         reply = plain(context.messages[-1].text)
         tokens = words(reply)
         if not tokens:
@@ -239,14 +251,18 @@ class LexicalAppraiser:
             reply, tokens, heard, earlier, context.truncated and reply[-1:] not in ".!?", ground["level"]
         )
         faults["odd_characters"] = _oddness(written)
+        # Comfort may name nothing of the matter and is meant for the user all the same.
         faults["stray"] *= 1.0 - 0.6 * support
         recount = RECOUNT * ground["level"] * ramp(sum(token.startswith("you") for token in tokens), 0, 2)
         worth = [weight * moves[move] for move, weight in WELCOME[persona.hidden_intent].items()]
         worth += [recount if persona.hidden_intent in _PRESSING else recount / 2, 0.6 * ground["want"]]
+        # Advice harms those who came for feeling rather than for a solution.
         pushy = 0.25 * moves["suggest"] if persona.hidden_intent in _PRESSING else 0.0
         harm = 1.0 - (1.0 - pushy) * math.prod(
             1.0 - weight * moves[move] for move, weight in UNWELCOME.items()
         )
+        # As in the first appraiser, but no single move earns more than three quarters: a pattern is weaker
+        # evidence than an embedding.
         merit = 1.0 - math.prod(1.0 - 0.75 * value for value in worth)
         sound = (
             (1.0 - faults["nonsense"])
@@ -255,6 +271,7 @@ class LexicalAppraiser:
             * (1.0 - faults["squeezable"])
         )
         gain = context.acceptance * GAIN * merit * (0.3 + 0.7 * ground["level"]) * sound
+        # A user who attacks takes harm harder.
         sharper = 1.2 if persona.temperament is Temperament.NEGATIVE else 1.0
         cost = UNMET + sharper * HARM * harm + sum(weight * faults[name] for name, weight in COSTS.items())
         change = round(min(context.max_change, max(-context.max_change, gain - cost)), 2)
@@ -274,14 +291,17 @@ class LexicalAppraiser:
     def _moves(self, reply: str) -> dict[str, float]:
         """Strength of every move: 0.7 for one pattern hit, 1 from two."""
         text = reply.lower()
-        hits = {
-            move: sum(len(pattern.findall(text)) for pattern in patterns)
-            for move, patterns in self._patterns.items()
-        }
-        return {move: (0.0, 0.7, 1.0)[min(2, count)] for move, count in hits.items()}
+        strengths = (0.0, 0.7, 1.0)
+        moves = {}
+        for move, patterns in self._patterns.items():
+            hits = sum(len(pattern.findall(text)) for pattern in patterns)
+            moves[move] = strengths[min(2, hits)]
+        return moves
 
     def _grounding(self, reply: str, heard: list[str], scene: str, want: str) -> dict[str, float]:
         """How far the reply's words are the user's (`level`), and those of the user's want."""
+        # What the user has said counts more than what only the scene knows: the policy has heard the one and
+        # can only guess the other.
         told = ramp(self._tfidf.covered(reply, " ".join(heard)), 1.5, 8.0)
         behind = ramp(self._tfidf.covered(reply, scene), 3.0, 14.0)
         return {"level": max(told, 0.85 * behind), "want": ramp(self._tfidf.covered(reply, want), 1.0, 9.0)}
@@ -290,11 +310,10 @@ class LexicalAppraiser:
         self, reply: str, tokens: list[str], heard: list[str], earlier: list[str], cut: bool, level: float
     ) -> dict[str, float]:
         """Strength (0 to 1) of every fault named in `COSTS` that is in the words."""
+        # zlib packs repetition of any kind, whole sentences and single letters alike, and knows no words.
         packed = len(zlib.compress(reply.lower().encode(), 9)) / max(1, len(reply.encode()))
         grammar = sum(token in FUNCTION_WORDS for token in tokens) / len(tokens)
         sorry = len(re.findall(r"\b(?:sorry|apolog\w+|forgive me)\b", reply.lower()))
-        quads = [tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)]
-        theirs = {tuple(other[i : i + 5]) for other in map(words, heard) for i in range(len(other) - 4)}
         marks = len(
             re.findall(r"(?:^|[\s:;,(])\d{1,2}[.)]\s|^[^\S\n]*[-*\u2022]\s|\*\*", reply, re.MULTILINE)
         )
@@ -310,7 +329,7 @@ class LexicalAppraiser:
             "emotive": ramp(
                 sum(bool(_EMOTIVE.fullmatch(token)) for token in tokens) / len(tokens), 0.22, 0.45
             ),
-            "parrot": ramp(sum(quad in theirs for quad in quads) / len(quads), 0.2, 0.6) if quads else 0.0,
+            "parrot": ramp(overlap(tokens, [words(one) for one in heard], 5), 0.2, 0.6),
             "list": ramp(marks, 1, 4),
             "long": ramp(len(tokens), 85, 180),
             "quiz": ramp(reply.count("?"), 2, 5),

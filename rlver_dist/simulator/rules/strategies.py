@@ -37,6 +37,7 @@ _INTENTS = (
     HiddenIntent.DEEP_EMPATHY,
     HiddenIntent.NO_FAULT,
 )
+# Worth of a strategy to each intent, by hand: 1 is what the user came for, below 0 what they came to escape.
 # fmt: off
 _ROWS: dict[Strategy, tuple[float, ...]] = {
     #                          balanced advice others self-r praise heard empathy no-fault
@@ -62,6 +63,7 @@ _ROWS: dict[Strategy, tuple[float, ...]] = {
     _S.SCORE_TALK:            (-1.00, -1.00, -1.00, -1.00, -1.00, -1.00, -1.00, -1.00),
 }
 # fmt: on
+# Factors on the worth; 1 where none is named.
 _TEMPERAMENT: dict[Temperament, dict[Strategy, float]] = {
     Temperament.NEGATIVE: {
         _S.PRESENCE: 0.8,
@@ -138,19 +140,24 @@ class StrategyRecognizer:
     def activations(self, sentence: Encoded) -> dict[Strategy, float]:
         """Activation of each strategy; similarities and probabilities are rounded before the rules."""
         with one_thread(), torch.inference_mode():
-            chances = (
-                self._head(sentence.states[None], torch.ones(1, len(sentence.states)))[0].double().softmax(-1)
-            )
+            logits = self._head(sentence.states[None], torch.ones(1, len(sentence.states)))[0]
+            chances = logits.double().softmax(-1)
+        # Not strict: the class behind the last strategy is "none of them".
         chance = {
             strategy: round(value, 4) for strategy, value in zip(Strategy, chances.tolist(), strict=False)
         }
+        # The head tells failing from helping better than one way to fail from another, so all ways to fail
+        # pass the threshold together and then share what comes of it.
         failing = sum(value for strategy, value in chance.items() if strategy not in SUPPORT)
         found = {}
         for strategy, rows in self._prototypes.items():
             alike = float(similarities(sentence.vector[None], rows).max())
+            # `told` is the head's evidence, `alike` that of the examples.
             if strategy in SUPPORT:
                 told = ramp(chance[strategy], *self.HELPING)
             else:
                 told = ramp(failing, *self.FAILING) * chance[strategy] / max(failing, 1e-4)
+            # A product, so that the head alone cannot be excited by a text far from all examples; a sentence
+            # that is nearly an example needs no head.
             found[strategy] = max(told * ramp(alike, *self.ALIKE), ramp(alike, *self.OBVIOUS))
         return found

@@ -6,11 +6,9 @@ comes from `simulator/messages.py`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rlver_dist.dialogue import EndReason, Role
-from rlver_dist.simulator.appraiser import AppraisalContext, Appraiser
-from rlver_dist.simulator.emotion import clip_change, end_reason, move
+from rlver_dist.simulator.appraiser import Appraiser, appraise_request
+from rlver_dist.simulator.emotion import end_reason, move
 from rlver_dist.simulator.messages import MessageContext, next_message
 from rlver_dist.simulator.presets import DifficultyRules
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
@@ -45,20 +43,13 @@ class EmbeddedSimulator:
                 f"dialogue {request.dialogue_id}, turn {request.turn_index}: the last message must be the "
                 f"policy's reply"
             )
-        emotion_rules = self.rules.emotion
-        context = AppraisalContext(
-            persona=request.persona,
-            messages=request.messages,
-            emotion=request.emotion,
-            acceptance=self.rules.acceptance,
-            max_change=emotion_rules.max_change,
-            truncated=request.truncated,
-        )
-        appraisal = self._appraiser.appraise(context)
-        appraisal = replace(appraisal, change=clip_change(appraisal.change, emotion_rules.max_change))
-        emotion = move(request.emotion, appraisal.change, emotion_rules)
+        appraisal = appraise_request(self._appraiser, request, self.rules)
+        emotion = move(request.emotion, appraisal.change, self.rules.emotion)
         ending = end_reason(
-            emotion, rules=emotion_rules, num_replies=request.turn_index + 1, max_turns=request.max_turns
+            emotion,
+            rules=self.rules.emotion,
+            num_replies=request.turn_index + 1,
+            max_turns=request.max_turns,
         )
         if ending is not None:
             return UserResponse(appraisal=appraisal, emotion=emotion, message=None, end_reason=ending)

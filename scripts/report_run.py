@@ -1,6 +1,6 @@
 """What a finished run showed, as a Markdown page and its raw data.
 
-    python -m benchmarks.report_run runs/mine docs/results/grpo_no_think_cpu
+    python -m scripts.report_run runs/mine docs/results/grpo_no_think_cpu
 
 Copies `config.yaml`, `summary.json`, `held_out.json` and `metrics.jsonl`, and writes `README.md` with the
 figures, the mean seconds of each phase and the first replies of the first evaluation users before and after,
@@ -10,19 +10,16 @@ as they are.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from rlver_dist.dialogue import Dialogue
 from rlver_dist.ledger.parquet import dialogues_path, read_dialogues
 from rlver_dist.ledger.records import Phase
 from rlver_dist.tracking.curve import draw_curve
-from rlver_dist.tracking.jsonl import read_metrics
+from scripts.run_files import RunFiles, load_run
 
 NUM_REPLIES = 5
 PHASES = (
@@ -86,15 +83,15 @@ def figures(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def phases(metrics: list[dict[str, float]]) -> list[str]:
+def phases(run: RunFiles) -> list[str]:
     """Mean of each phase over the iterations, and the ends of some curves."""
     lines = ["| metric | mean over iterations |", "|---|---|"]
     for key in PHASES:
-        values = [line[key] for line in metrics if key in line]
+        values = run.series(key)
         lines += [f"| {key} | {sum(values) / len(values):.1f} |"] if values else []
     lines += ["", "| metric | first | last |", "|---|---|---|"]
     for key in ENDS:
-        values = [line[key] for line in metrics if key in line]
+        values = run.series(key)
         lines += [f"| {key} | {values[0]:.3g} | {values[-1]:.3g} |"] if values else []
     return lines
 
@@ -116,8 +113,8 @@ def replies(before: list[Dialogue], after: list[Dialogue]) -> list[str]:
 
 def write_page(run: Path, out: Path) -> Path:
     """Turn the finished run in `run` into a page and its raw data in `out`. Returns the page."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(run / "metrics.jsonl")
+    files = load_run(run)
+    summary = files.summary
     # A run that went on has evaluations of every length that it ended with.
     after = read_dialogues(dialogues_path(run, phase=Phase.after, iteration=summary["iterations"]))
     before = read_dialogues(dialogues_path(run, phase=Phase.before, iteration=0))
@@ -130,19 +127,19 @@ def write_page(run: Path, out: Path) -> Path:
         f"output_dir: runs/{out.name}",
         (run / "config.yaml").read_text(encoding="utf-8"),
     )
-    seed = OmegaConf.create(config).seed
     (out / "config.yaml").write_text(config, encoding="utf-8")
     length = f"{summary['wall_s'] / 60:.1f} minutes after set-up"
     page = [
         f"# {out.name}",
         "",
         f"{summary['iterations']} iterations, {summary['num_eval_personas']} held-out users, {length}; "
-        f"seed {seed}. Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by "
-        f"`benchmarks/report_run.py`.",
+        f"seed {files.config['seed']}.",
+        "Raw data: `config.yaml`, `summary.json`, `held_out.json`, `metrics.jsonl`. Made by "
+        "`scripts/report_run.py`.",
         "",
         *figures(summary),
         "",
-        *phases(metrics),
+        *phases(files),
         "",
         "## Mean final emotion of the training dialogues",
         "```",

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rlver_dist.config.run import RunConfig
+from rlver_dist.config.algorithm import AlgorithmConfig
+from rlver_dist.config.evaluation import EvaluationConfig
+from rlver_dist.config.learner import WarmUpConfig
+from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.dialogue import Turn
 from rlver_dist.tracking.progress import duration
 
@@ -42,12 +45,27 @@ class _Mean:
 class Forecast:
     """Hears each reply as it is sampled; after a minute of that it can say how long the rest takes."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(
+        self,
+        *,
+        rollout: RolloutConfig,
+        algorithm: AlgorithmConfig,
+        evaluation: EvaluationConfig,
+        warm_up: WarmUpConfig,
+    ) -> None:
+        self._rollout = rollout
+        self._algorithm = algorithm
+        self._evaluation = evaluation
+        self._warm_up = warm_up
         self._sampling = 0
         self._sampling_since = 0.0
         self._sampled_s = 0.0
-        self._opening, self._growth, self._reply, self._thought = _Mean(), _Mean(), _Mean(), _Mean()
+        # Tokens: of a first prompt, by which a prompt grows a turn, of a reply without its thought, of a
+        # thought.
+        self._opening = _Mean()
+        self._growth = _Mean()
+        self._reply = _Mean()
+        self._thought = _Mean()
         self.score_rate = 0.0
         """Tokens a second of the learner's forward pass; 0 where it was not measured, and then no estimate is
         given."""
@@ -58,6 +76,7 @@ class Forecast:
     def sampling(self) -> Iterator[None]:
         """Dialogues are held inside the block; blocks may overlap, and seconds that several share count
         once."""
+        # A count and no flag: control and warm-up replies may be sampled at once.
         if self._sampling == 0:
             self._sampling_since = time.monotonic()
         self._sampling += 1
@@ -76,6 +95,7 @@ class Forecast:
         if turn.index == 0:
             self._opening.add(len(turn.prompt_ids))
         else:
+            # The first prompt of this very dialogue is not known here; the mean stands for it.
             self._growth.add((len(turn.prompt_ids) - self._opening.value(0.0)) / turn.index)
 
     @property
@@ -103,6 +123,7 @@ class Forecast:
             "iterations": f"{iterations} x {duration(self._iteration_s())}",
         }
         told = ", ".join(f"{name} {each[name]}" for name, value in seconds.items() if value)
+        # Options of the other stages would shorten little.
         longest = max(seconds, key=lambda name: seconds[name])
         whole = duration(sum(seconds.values()))
         return (
@@ -126,32 +147,36 @@ class Forecast:
 
     def _sampled(self, think: bool) -> float:
         """Tokens of a reply, its thought included."""
+        # Before the first thought is sampled, the longest that the warm-up teaches stands for it.
         thought = self._thought.value(
-            min(self._config.warm_up.max_thought_tokens, self._config.rollout.max_thinking_tokens)
+            min(self._warm_up.max_thought_tokens, self._rollout.max_thinking_tokens)
         )
         return self._reply.value(0.0) + (thought if think else 0.0)
 
     def _tokens(self, turns: int, think: bool) -> float:
         """Tokens of one dialogue as a learner computes them: the history once, and with thinking each reply
         beside it once more."""
+        # A turn adds a reply and a user's message; before one was measured, both are taken for equally long.
         growth = self._growth.value(2 * self._reply.value(0.0))
         return self._opening.value(0.0) + turns * (growth + (self._sampled(think) if think else 0.0))
 
     def _evaluation_s(self) -> float:
-        evaluation = self._config.evaluation
-        sampled = evaluation.max_turns * self._sampled(self._config.rollout.think)
+        evaluation = self._evaluation
+        sampled = evaluation.max_turns * self._sampled(self._rollout.think)
+        # The controls score what the user heard, which holds no thoughts.
         scored = self._tokens(evaluation.max_turns, think=False)
         return evaluation.num_personas * (sampled / self._token_rate + scored / self.score_rate)
 
     def _warm_up_s(self) -> float:
-        warm_up = self._config.warm_up
+        warm_up = self._warm_up
         sampled = warm_up.max_turns * (self._sampled(think=False) + warm_up.max_thought_tokens)
         # The teacher reads each dialogue once a pass, too.
         learned = warm_up.epochs * (TRAINED + 1) * self._tokens(warm_up.max_turns, think=True)
         return warm_up.dialogues * (sampled / self._token_rate + learned / self.score_rate)
 
     def _iteration_s(self) -> float:
-        rollout, algorithm = self._config.rollout, self._config.algorithm
+        rollout = self._rollout
+        algorithm = self._algorithm
         sampled = rollout.max_turns * self._sampled(rollout.think)
         # Forward passes beside the training one: old log-probs of all steps but the first, and the
         # reference's.

@@ -1,8 +1,8 @@
 """Train the fluency and the strategy head of the embedded appraiser and write the package's
 `heads.safetensors`.
 
-    python -m benchmarks.sample_replies --out samples.jsonl
-    python -m benchmarks.train_heads --samples samples.jsonl
+    python -m scripts.sample_replies --out samples.jsonl
+    python -m scripts.train_heads --samples samples.jsonl
 
 Fluency: sentences of the seed situations, of `strategy_templates.yaml` and of cold samples of the small chat
 model, against corruptions of them (shuffled, dropped, doubled and foreign words, spliced halves, repeated
@@ -25,12 +25,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.sample_replies import seed_situations
 from rlver_dist.simulator.rules import heads, penalties
 from rlver_dist.simulator.rules.embedding import SentenceEncoder
 from rlver_dist.simulator.rules.strategies import load_prototypes
 from rlver_dist.simulator.sentences import sentences
 from rlver_dist.simulator.strategy import Strategy
+from scripts.sample_replies import seed_situations
 
 HERE = Path(__file__).parent
 NONE = len(Strategy)

@@ -1,7 +1,7 @@
 """Sample replies of the small chat model at several temperatures: raw material for the fluency head
 (`train_heads.py`).
 
-    python -m benchmarks.sample_replies --out samples.jsonl
+    python -m scripts.sample_replies --out samples.jsonl
 
 Each line is `{"temperature": float, "text": str}`. Prompts are the openings and facts of the seed situations.
 Cold samples serve as fluent text, hot ones as gibberish. Sampling is seeded; 1,200 replies of 40 tokens take

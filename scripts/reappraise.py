@@ -1,6 +1,6 @@
 """Held-out dialogues of a finished run, appraised again by the rules of now.
 
-    python -m benchmarks.reappraise runs/mine --personas 16
+    python -m scripts.reappraise runs/mine --personas 16
 
 Prints the mean final emotion before and after training, as recorded and as the embedded appraiser of this
 checkout has it; what was said stays as it was.
