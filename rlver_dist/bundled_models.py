@@ -11,7 +11,6 @@ ordinary Hugging Face folders in a cache.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -67,23 +66,13 @@ def resolve(path: str, key: str = "model.path") -> str:
             )
         return str(folder)
     # A hub id never begins so. Without this check a mistyped folder would be looked up on the hub.
-    if path.startswith((".", "/", "~")):
-        local = Path(path).expanduser()
+    # Absolute, since actors have a working folder of their own.
+    if path.startswith((".", "/", "~")) or Path(path).is_dir():
+        local = Path(path).expanduser().absolute()
         if not (local / "config.json").is_file():
             raise DataError(f"{key}={path}: no config.json in that folder; name a Hugging Face model folder")
         return str(local)
     return path
-
-
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shape of every tensor in a local model's safetensors files, by name; reads their headers alone."""
-    shapes: dict[str, list[int]] = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            # The format: 8 bytes little-endian length of the header, the header as JSON, the tensors.
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def _tokenizer_from_gguf(gguf_folder: Path, gguf_name: str) -> PreTrainedTokenizerBase:

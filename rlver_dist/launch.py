@@ -113,10 +113,11 @@ def run(config: RunConfig) -> int:
             f"data.evaluation={config.data.evaluation} has {len(evaluation)}; "
             "use at most that many"
         )
+    for line in check_requirements(config, train, fetch=not config.check):
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     if config.check:
         print(describe(config, train, evaluation))
         return 0
-    check_requirements(config)
     # Only now: it imports Ray, torch and vLLM, which takes seconds that a refused run need not wait for.
     from rlver_dist.trainer.run import run_on_cluster
 

@@ -76,7 +76,10 @@ class _Actors:
         calls: list[asyncio.Future[object]] = [
             asyncio.wrap_future(actor.close.remote().future()) for actor in closing
         ]
-        await asyncio.wait(calls, timeout=20)
+        done, _ = await asyncio.wait(calls, timeout=20)
+        for call in done:
+            # asyncio prints every error that nobody has looked at, after the last line of the run.
+            call.exception()
         for actor in [*closing, *self.replicas]:
             ray.kill(actor)
         if self.group is not None:

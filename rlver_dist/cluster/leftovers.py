@@ -2,8 +2,8 @@
 
 Killed with SIGKILL, a run takes nothing down: Ray's processes and agents go on, and shared memory keeps its
 segments. So each run notes its processes and the shared memory that they have mapped, in a file of its own.
-The next start ends and removes what the notes of dead runs name, and nothing else: names alone would not do,
-since every Python program's segments are called `psm_<something>`.
+The next start ends and removes what the notes of dead runs name, and the folders that carry such a run's pid
+and start time in their names. Nothing else: every Python program's segments are called `psm_<something>`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +33,11 @@ def notes_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"rlver_dist_{os.getuid()}" / "runs"
 
 
+def folder_prefix(run: Process) -> str:
+    """How the names of a run's own folders in shared memory begin."""
+    return f"rlver_dist_{run.pid}-{run.start_time}_"
+
+
 class Notes:
     """What this run has made on this machine so far."""
 
@@ -43,8 +47,8 @@ class Notes:
         self._processes: set[Process] = set()
         self._shared: set[str] = set()
 
-    def write(self, folders: Iterable[Path] = ()) -> None:
-        """Add the processes below this one, what they have mapped of shared memory, and `folders`.
+    def write(self) -> None:
+        """Add the processes below this one and what they have mapped of shared memory.
 
         What was noted stays: a process whose parent has died is not found below this one any more.
         """
@@ -52,7 +56,6 @@ class Notes:
         self._processes |= set(below)
         for each in below:
             self._shared |= {str(SHARED_MEMORY / name) for name in mapped_shared_memory(each.pid)}
-        self._shared |= {str(folder) for folder in folders}
         content = {
             "run": asdict(self._own),
             "processes": [asdict(each) for each in sorted(self._processes)],
@@ -81,7 +84,7 @@ def remove_leftovers() -> list[str]:
         if run.alive:
             continue
         ended = _end(processes)
-        freed = _remove(shared)
+        freed = _remove([*shared, *_own_folders(run)])
         path.unlink(missing_ok=True)
         if ended or freed:
             lines.append(
@@ -89,6 +92,11 @@ def remove_leftovers() -> list[str]:
                 f"shared memory"
             )
     return lines
+
+
+def _own_folders(run: Process) -> list[Path]:
+    places = (SHARED_MEMORY, Path(tempfile.gettempdir()))
+    return [folder for place in places for folder in place.glob(f"{folder_prefix(run)}*")]
 
 
 def _end(processes: list[Process]) -> int:

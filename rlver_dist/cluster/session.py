@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlver_dist.cluster.layout import Layout
+from rlver_dist.cluster.machine import available_cores
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import Device
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
@@ -81,6 +82,7 @@ def _start_ray(cluster: ClusterConfig) -> str | None:
     # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
     os.environ.setdefault("RAY_worker_niceness", "0")
     context = ray.init(
+        num_cpus=available_cores(),  # Ray by itself takes the machine's, whatever this process may use
         address="local",  # never join a cluster that somebody else's run happens to have left its address of
         include_dashboard=cluster.dashboard,
         dashboard_host="127.0.0.1",

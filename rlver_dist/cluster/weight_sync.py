@@ -12,14 +12,15 @@ import ray
 from ray.actor import ActorHandle
 
 from rlver_dist.cluster.learners import PolicyGroup
+from rlver_dist.cluster.leftovers import folder_prefix
 from rlver_dist.cluster.pools import EnginePool
+from rlver_dist.cluster.processes import SHARED_MEMORY, this_process
 from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import Precision
 from rlver_dist.errors import ResourceError
 from rlver_dist.rollout.probe import compare_logprobs
 from rlver_dist.tracking.metrics import Metric, Reduction
 
-SHARED_MEMORY = Path("/dev/shm")
 SPARE_BYTES = GIB
 """Shared memory that is left to others, Ray's object store above all, beside the weights."""
 
@@ -114,7 +115,7 @@ class WeightSync:
             await self._learner.connect_engines(engines)
         else:
             base = find_weight_dir(await self._learner.weight_bytes())
-            self._folder = Path(tempfile.mkdtemp(prefix="rlver_dist_", dir=base))
+            self._folder = Path(tempfile.mkdtemp(prefix=folder_prefix(this_process()), dir=base))
 
     def close(self) -> None:
         """Remove what `open` made."""

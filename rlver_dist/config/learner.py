@@ -24,6 +24,9 @@ class LearnerConfig:
     """AdamW's second moment decay."""
     grad_clip: float = 1.0
     """Largest global gradient norm."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be left out because their gradient is not finite; one more ends the
+    run."""
     micro_batch_tokens: int = 16384
     """Tokens of one packed row, the unit of one forward and backward pass."""
     share_prefixes: bool = True
@@ -52,6 +55,8 @@ def check_learner(config: LearnerConfig, group: str) -> None:
         raise ConfigError(f"{group}lr={config.lr}: use a number above 0")
     if not config.grad_clip > 0:
         raise ConfigError(f"{group}grad_clip={config.grad_clip}: use a number above 0")
+    if config.max_skipped_steps < 0:
+        raise ConfigError(f"{group}max_skipped_steps={config.max_skipped_steps}: use 0 or more")
     if config.warmup_steps < 0:
         raise ConfigError(f"{group}warmup_steps={config.warmup_steps}: use 0 or more")
     if not config.weight_decay >= 0:

@@ -151,21 +151,24 @@ class CriticLearner(LearnerRank):
             This rank's metrics; means are weighted by this rank's trained tokens.
 
         Raises:
-            RlverError: the gradient is not finite.
+            RlverError: too many gradients in a row, or weights, are not finite.
             ValueError: values or returns do not fit the samples.
         """
         started = time.perf_counter()
         require_columns(samples, values=values, returns=returns)
         tally = Tally()
+        skipped = 0
         batches = self._batches(samples)
         for _ in range(self._config.epochs):
             for batch in batches:
+                of_step = Tally()
                 for row, inputs in zip(batch.rows, batch.inputs, strict=True):
                     self._accumulate(
-                        inputs, column(values, row), column(returns, row), batch.num_trained, tally
+                        inputs, column(values, row), column(returns, row), batch.num_trained, of_step
                     )
-                tally.add("lr", self._engine.lr, 1)
-                tally.add("grad_norm", self._engine.step(), 1)
+                of_step.add("lr", self._engine.lr, 1)
+                skipped += not self._step(of_step, tally)
+        self._engine.require_finite_weights()
         # The next iteration has other samples; rows and features of these would only take memory.
         self._latest = ([], [])
         engine.return_freed_memory()
@@ -173,6 +176,7 @@ class CriticLearner(LearnerRank):
         return [
             *tally.metrics("critic/"),
             *_fit(values, returns),
+            Metric("critic/skipped_steps", skipped, Reduction.max),
             Metric("time/critic_update_s", elapsed, Reduction.max),
         ]
 

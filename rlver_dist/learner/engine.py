@@ -207,6 +207,8 @@ class TrainingEngine:
         self._tag = tag
         self._grad_clip = config.grad_clip
         self._plain_norm = math.nan
+        self._max_skipped_steps = config.max_skipped_steps
+        self._skipped_in_a_row = 0
         # What is frozen, such as all but the adapters under LoRA, gets no optimizer state.
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._options: dict[str, Any] = {
@@ -267,25 +269,54 @@ class TrainingEngine:
         # would hide a wrong factor, clipping and the reported norm would not.
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self) -> float:
-        """Clip, apply and clear the gradient. Returns its global norm before clipping.
+    def step(self) -> float | None:
+        """Clip, apply and clear the gradient; one that is not finite is cleared alone, and changes nothing.
+
+        Returns:
+            The gradient's global norm before clipping; None where it was not finite.
 
         Raises:
-            RlverError: the norm is not finite.
+            RlverError: more than `max_skipped_steps` in a row were not.
         """
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if self.zero_stage else self._plain_norm
-        # ZeRO reports a norm that is not finite as -1 in bfloat16.
-        if not (math.isfinite(norm) and norm >= 0):
+        # ZeRO skips such a step by itself and reports its norm as -1 or as infinite.
+        if math.isfinite(norm) and norm >= 0:
+            self._skipped_in_a_row = 0
+            return float(norm)
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._max_skipped_steps:
             raise RlverError(
-                f"{self._tag}: the gradient is not finite at optimizer step {self.num_steps}; lower its lr, "
+                f"{self._tag}: the gradient was not finite in {self._skipped_in_a_row} optimizer steps in a "
+                f"row, the last of them step {self.num_steps}; lower its lr, resume the last checkpoint"
+            )
+        return None
+
+    def require_finite_weights(self) -> None:
+        """Check every weight on every rank; collective.
+
+        Raises:
+            RlverError: some are not finite.
+        """
+        finite = torch.ones(1, device=next(self._engine.module.parameters()).device)
+        for parameter in self._engine.module.parameters():
+            # Under ZeRO-3 the parameter itself is empty between steps and each rank holds a shard.
+            held = getattr(parameter, "ds_tensor", parameter)
+            finite *= torch.isfinite(held.detach()).all()
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not finite:
+            raise RlverError(
+                f"{self._tag}: weights are not finite after optimizer step {self.num_steps}; lower its lr, "
                 f"resume the last checkpoint"
             )
-        return float(norm)
 
     def _clip(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._plain_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._grad_clip))
+        if not math.isfinite(self._plain_norm):
+            # AdamW leaves a parameter without a gradient as it is.
+            for parameter in parameters:
+                parameter.grad = None
 
     def gathered(self, parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[object]:
         """Inside the block the parameters are whole on every rank; collective under ZeRO-3."""

@@ -90,13 +90,14 @@ class PolicyLearner(LearnerRank):
             This rank's metrics; means are weighted by this rank's trained tokens.
 
         Raises:
-            RlverError: the gradient is not finite.
+            RlverError: too many gradients in a row, or weights, are not finite.
             ValueError: advantages do not fit the samples.
         """
         started = time.perf_counter()
         require_columns(samples, advantages=advantages)
         rollout = [sample.trained_logprobs() for sample in samples]
         tally = Tally()
+        skipped = 0
         group_ids = [sample.group_id for sample in samples]
         steps = split_updates(group_ids, self._algorithm.updates_per_iteration)
         rows_by_step = [self._rows(samples, indices) for indices in steps]
@@ -110,18 +111,13 @@ class PolicyLearner(LearnerRank):
             ]
             for indices, rows, old_logprobs in zip(steps, rows_by_step, old, strict=True):
                 num_trained = sum(samples[index].num_trained for index in indices)
+                of_step = Tally()
                 for row, row_old in zip(rows, old_logprobs, strict=True):
-                    self._accumulate(
-                        row,
-                        column(advantages, row),
-                        column(rollout, row),
-                        row_old,
-                        kl_coef,
-                        num_trained,
-                        tally,
-                    )
-                tally.add("lr", self._engine.lr, 1)
-                tally.add("grad_norm", self._engine.step(), 1)
+                    columns = (column(advantages, row), column(rollout, row), row_old)
+                    self._accumulate(row, *columns, kl_coef, num_trained, of_step)
+                of_step.add("lr", self._engine.lr, 1)
+                skipped += not self._step(of_step, tally)
+        self._engine.require_finite_weights()
         engine.return_freed_memory()
         elapsed = time.perf_counter() - started
         # Rows without samples only keep this rank in step with the others.
@@ -131,6 +127,7 @@ class PolicyLearner(LearnerRank):
             *tally.metrics("learner/"),
             Metric("learner/trained_tokens", trained, Reduction.sum),
             Metric("learner/optimizer_steps", len(steps), Reduction.max),
+            Metric("learner/skipped_steps", skipped, Reduction.max),
             Metric("perf/learner_tokens_per_s", num_tokens(own) / elapsed, Reduction.sum),
             Metric("time/policy_update_s", elapsed, Reduction.max),
         ]

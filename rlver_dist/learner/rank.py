@@ -15,6 +15,7 @@ from rlver_dist.experience.packing import PackedRow
 from rlver_dist.experience.samples import TurnSample
 from rlver_dist.learner.engine import TrainingEngine, start_rank
 from rlver_dist.learner.rows import rank_rows
+from rlver_dist.learner.tally import Tally
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -104,6 +105,18 @@ class LearnerRank:
         finally:
             self._done = 0
             self._todo = 0
+
+    def _step(self, of_step: Tally, tally: Tally) -> bool:
+        """Take an optimizer step and pool in `tally` what was measured for it, and the gradient's norm.
+
+        Returns whether it was taken; one that the engine left out counts nowhere.
+        """
+        norm = self._engine.step()
+        if norm is None:
+            return False
+        tally.merge(of_step)
+        tally.add("grad_norm", norm, 1)
+        return True
 
     def save(self, directory: str) -> None:
         """Write the state that `load` needs to go on: what learns, optimizer, schedule and step counter."""

@@ -17,6 +17,11 @@ class Tally:
         pooled[0] += total
         pooled[1] += count
 
+    def merge(self, other: Tally) -> None:
+        """Add what `other` holds."""
+        for name, (total, count) in other._sums.items():
+            self.add(name, total, count)
+
     def metrics(self, prefix: str) -> list[Metric]:
         """One weighted mean a name; a mean of nothing has weight 0."""
         return [

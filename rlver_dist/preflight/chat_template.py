@@ -3,33 +3,79 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlver_dist.errors import ConfigError
+from rlver_dist.rollout.think_format import OPEN_TAG
 
-OPENING, REPLY, ANSWER, SYSTEM = "an opening", "a reply", "an answer", "a system message"
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+SYSTEM, OPENING, REPLY, ANSWER = "a system message", "an opening", "a reply", "an answer"
 CLOCK = "strftime_now"
 """The function by which a template asks for the date."""
-OPEN_TAG = "<think>"
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class TemplateUse:
-    """How a template is going to be used.
+def check_template(folder: Path, where: str, *, system: bool, without_system: str = "") -> list[str]:
+    """Refuse a template that cannot say what a dialogue consists of.
 
-    Attributes:
+    Args:
+        folder: of the model.
+        where: the option and its value, for errors.
         system: a system message is sent.
-        think: the policy thinks first.
-        kwargs: further variables of the template (`model.chat_template_kwargs`).
-        without_system: the option that switches the system message off; empty where there is none.
-    """
+        without_system: what switches the system message off; empty where nothing does.
 
-    system: bool
-    think: bool
-    kwargs: Mapping[str, object]
-    without_system: str
+    Returns:
+        Warnings, such as of a template that tells the date.
+
+    Raises:
+        ConfigError: there is none, it fails, it drops a message, or it opens the thinking itself.
+    """
+    template = read_template(folder)
+    if template is None:
+        raise ConfigError(
+            f"{where}: its tokenizer has no chat template; use a chat model, or add chat_template.jinja to "
+            f"{folder}"
+        )
+    tokens = _special_tokens(folder)
+    talk = [("user", OPENING), ("assistant", REPLY), ("user", ANSWER)]
+    text = _render(template, tokens, talk, f"{where}: its chat template refuses a dialogue", "")
+    if system:
+        refused = f"{where}: its chat template refuses a system message"
+        text = _render(template, tokens, [("system", SYSTEM), *talk], refused, without_system)
+    for content in (SYSTEM, OPENING, REPLY, ANSWER) if system else (OPENING, REPLY, ANSWER):
+        if content not in text:
+            way_out = f", or {without_system}" if content == SYSTEM and without_system else ""
+            raise ConfigError(
+                f"{where}: its chat template leaves out {content}; use a model whose template has it{way_out}"
+            )
+    if OPEN_TAG in text.rpartition(ANSWER)[2]:
+        raise ConfigError(
+            f"{where}: its chat template begins each reply with {OPEN_TAG}, which the policy has to write "
+            f"itself; use a model whose template does not"
+        )
+    if CLOCK in template:
+        return [f"warning: {where}: its chat template tells the date, so prompts differ from day to day"]
+    return []
+
+
+def prompt_tokens(folder: Path, system: str, opening: str) -> int | None:
+    """Tokens of a dialogue's first prompt; None where the folder has no `tokenizer.json` to count by."""
+    template = read_template(folder)
+    if template is None or not (folder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    talk = [("system", system), ("user", opening)] if system else [("user", opening)]
+    text = _render(
+        template, _special_tokens(folder), talk, f"{folder}: its chat template refuses a prompt", ""
+    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def read_template(folder: Path) -> str | None:
@@ -37,75 +83,67 @@ def read_template(folder: Path) -> str | None:
     alone = folder / "chat_template.jinja"
     if alone.is_file():
         return alone.read_text(encoding="utf-8")
-    try:
-        held = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
+    held = _tokenizer_config(folder).get("chat_template")
     if isinstance(held, list):  # several by name
         held = {entry.get("name"): entry.get("template") for entry in held}.get("default")
     return held if isinstance(held, str) else None
 
 
-def check_template(template: str | None, where: str, use: TemplateUse) -> list[str]:
-    """Refuse a template that cannot say what a dialogue consists of; `where` names the option.
-
-    Returns:
-        Warnings, such as of a template that tells the date.
-
-    Raises:
-        ConfigError: there is none, it fails, it drops a message, or it opens the thinking itself where the
-            policy replies without.
-    """
-    if template is None:
-        raise ConfigError(
-            f"{where}: its tokenizer has no chat template; use a chat model, or add chat_template.jinja to "
-            f"its folder"
-        )
-    spoken = [("user", OPENING), ("assistant", REPLY), ("user", ANSWER)]
-    text = _render(template, spoken, where, use)
-    if use.system:
-        try:
-            text = _render(template, [("system", SYSTEM), *spoken], where, use)
-        except ConfigError as error:
-            if not use.without_system:
-                raise
-            raise ConfigError(f"{error}, or send no system message: {use.without_system}") from error
-    for content in (SYSTEM, OPENING, REPLY, ANSWER) if use.system else (OPENING, REPLY, ANSWER):
-        if content not in text:
-            raise ConfigError(
-                f"{where}: its chat template leaves out {content}; use a model whose template has it"
-                + (f", or {use.without_system}" if content == SYSTEM and use.without_system else "")
-            )
-    if OPEN_TAG in text.rpartition(ANSWER)[2] and not use.think:
-        raise ConfigError(
-            f"{where}: its chat template begins each reply with {OPEN_TAG} and rollout.think is off; use "
-            f"rollout.think=true, or where the template knows it "
-            f"+model.chat_template_kwargs.enable_thinking=false"
-        )
-    if CLOCK in template:
-        return [
-            f"warning: {where}: its chat template tells the date, so prompts differ from day to day; fix it "
-            f"with +model.chat_template_kwargs.date_string='...' where the template knows that"
-        ]
-    return []
-
-
-def _render(template: str, spoken: Sequence[tuple[str, str]], where: str, use: TemplateUse) -> str:
-    # transformers' own, which knows its extensions to Jinja; this module of it does not import torch.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    conversation = [{"role": role, "content": content} for role, content in spoken]
+def _tokenizer_config(folder: Path) -> dict[str, object]:
     try:
-        rendered, _ = render_jinja_template(
-            conversations=[conversation],
-            chat_template=template,
-            add_generation_prompt=True,
-            **use.kwargs,
-        )
-    except Exception as error:
-        what = "a system message" if spoken[0][0] == "system" else "a dialogue"
+        value = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Texts of special tokens by name, which templates may use; `bos_token` and the like."""
+    texts = {}
+    for name, token in _tokenizer_config(folder).items():
+        if name.endswith("_token"):
+            text = token.get("content") if isinstance(token, dict) else token
+            texts[name] = text if isinstance(text, str) else ""
+    return {"bos_token": "", "eos_token": ""} | texts
+
+
+def _render(
+    template: str, tokens: dict[str, str], talk: Sequence[tuple[str, str]], refused: str, way_out: str
+) -> str:
+    messages = [{"role": role, "content": content} for role, content in talk]
+    try:
+        compiled = _environment().from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=True, **tokens)
+    except Exception as error:  # a template is a program of somebody else's
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{where}: its chat template refuses {what} ({said}); use a model whose template takes it"
-        ) from error
-    return str(rendered[0])
+        other = f", or {way_out}" if way_out else ""
+        raise ConfigError(f"{refused} ({said}); use a model whose template takes it{other}") from error
+
+
+def _environment() -> Environment:
+    """Jinja as transformers sets it up for chat templates. Its own function would cost the import of
+    transformers, several seconds."""
+    from datetime import datetime
+
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`, by which some templates mark what an assistant says; its content is kept."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = json.dumps
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals[CLOCK] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -1,4 +1,4 @@
-"""Models named by a hub id: had from the cache or the hub, or refused in one line."""
+"""Models named by a hub id: found in the hub's cache, fetched, or refused in one line."""
 
 from __future__ import annotations
 
@@ -11,28 +11,33 @@ SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 TIMEOUT_S = 10.0
 
 
-def hub_folder(repo: str, key: str) -> tuple[Path, bool]:
-    """Folder of a hub model's small files in the hub's cache, and whether its weights are there, too.
+def hub_folder(repo: str, where: str, *, fetch: bool) -> Path | None:
+    """Folder of a hub model's small files in the hub's cache; None where they are not there and `fetch` is
+    False.
 
     Args:
         repo: such as `Qwen/Qwen2.5-7B-Instruct`.
-        key: the option that names it.
+        where: the option and its value, for errors.
+        fetch: ask the hub for what the cache lacks.
 
     Raises:
         DataError: it is neither in the cache nor to be had; says which, and what to do.
     """
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(repo, allow_patterns=list(SMALL_FILES), etag_timeout=TIMEOUT_S, max_workers=2)
+        folder = snapshot_download(
+            repo, allow_patterns=list(SMALL_FILES), etag_timeout=TIMEOUT_S, local_files_only=not fetch
         )
     except Exception as error:  # its errors have no common base, and a failed connection is httpx's
+        if isinstance(error, LocalEntryNotFoundError) and not fetch:
+            return None
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         said = " ".join(str(error).split()).partition(". ")[0][:160]
         raise DataError(
-            f"{key}={repo}: not in {constants.HF_HUB_CACHE} and not to be had from the hub{offline} "
-            f"({type(error).__name__}: {said}); check the id, fetch it with: hf download {repo}, or name a "
-            f"folder"
+            f"{where}: no such folder, not in {constants.HF_HUB_CACHE}, and not to be had from the hub"
+            f"{offline} ({type(error).__name__}: {said}); check the name, or fetch it with: "
+            f"hf download {repo}"
         ) from error
-    return folder, any(folder.glob("*.safetensors"))
+    return Path(folder)

@@ -2,87 +2,154 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from rlver_dist.bundled_models import resolve, weight_shapes
+from rlver_dist.bundled_models import resolve
 from rlver_dist.chat_client.endpoints import key_from_environment, parse_address
+from rlver_dist.cluster.machine import available_memory
 from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import CriticTrunk, Device, Precision, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig, check_num_layers
 from rlver_dist.config.model import LoraConfig, ModelConfig
+from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
-from rlver_dist.errors import ResourceError
+from rlver_dist.data.persona import Persona
+from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.preflight.chat_template import check_template, prompt_tokens
+from rlver_dist.preflight.folders import check_output_dir, check_resume
+from rlver_dist.preflight.hub import hub_folder
+from rlver_dist.preflight.model_folder import ModelFolder, read_folder
+from rlver_dist.rollout.renderer import system_prompt
 
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
 """Bytes a number."""
 
 
-def check_requirements(config: RunConfig) -> None:
-    """Refuse a run whose models or key are not there, or which does not fit into this machine's memory.
+def check_requirements(config: RunConfig, train: Sequence[Persona], *, fetch: bool) -> list[str]:
+    """Refuse a run whose models, key or folders are not there or not usable, or which does not fit into this
+    machine's memory.
+
+    Args:
+        config: the run's configuration.
+        train: the training users.
+        fetch: ask the hub for models that its cache lacks; without, they are left unchecked.
+
+    Returns:
+        What the user may want to know, a line each; warnings begin with "warning".
 
     Raises:
-        DataError: a model folder is not there.
-        ConfigError: the model lacks layers that options name, the environment the endpoints' key, or an
-            address is no address.
-        ResourceError: on CPUs it needs more memory than there is.
+        DataError: a model or a checkpoint is not there, or a file of it is broken.
+        ConfigError: a model cannot be trained or asked as the options say, the environment lacks the
+            endpoints' key, or an address is no address.
+        ResourceError: the output folder cannot be written, or there is too little disk or, on CPUs, memory.
     """
-    policy = resolve(config.model.path)
+    check_resume(config.resume)
+    notices: list[str] = []
     critic = config.critic if config.has_critic else None
-    check_layers(policy, config.model.lora, critic)
+    policy = _find_model(config.model.path, "model.path", notices, fetch=fetch)
+    if policy is not None:
+        notices += _check_policy(policy, config.model, config.rollout)
+        _check_room(policy, config.model, config.rollout, train)
+        check_layers(policy, config.model.lora, critic)
     simulator = config.simulator
     if config.uses_endpoints:
         key_from_environment(simulator.openai.api_key_env)
         for address in simulator.openai.addresses:
             parse_address(address)
-    users = (
-        resolve(simulator.engine.model, "simulator.engine.model")
-        if simulator.backend is SimulatorBackend.vllm
-        else None
-    )
+    users = None
+    if simulator.backend is SimulatorBackend.vllm:
+        users = _find_model(simulator.engine.model, "simulator.engine.model", notices, fetch=fetch)
+        if users is not None:
+            users.check_context("simulator.engine.max_context_tokens", simulator.engine.max_context_tokens)
+            notices += check_template(users.path, users.where, system=True)
     # A cluster's nodes have memory of their own, which nobody can see from here.
     here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     if config.cluster.device is Device.cpu and here:
-        check_memory(config, policy, users, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        check_memory(config, policy, users, available_memory())
+    kept = 0 if policy is None else _kept_bytes(policy, config.model, critic, config.keep_checkpoints)
+    check_output_dir(config.output_dir, kept, config.keep_checkpoints)
+    return notices
 
 
-def check_layers(policy: str, lora: LoraConfig, critic: CriticConfig | None) -> None:
+def _find_model(path: str, key: str, notices: list[str], *, fetch: bool) -> ModelFolder | None:
+    """The folder of a model; None, and a notice, where it would have to be fetched first."""
+    where = f"{key}={path}"
+    folder = Path(resolve(path, key))
+    if folder.is_dir():
+        return read_folder(folder, where)
+    fetched = hub_folder(path, where, fetch=fetch)
+    if fetched is None:
+        notices.append(f"{where}: not on this machine, so not looked at; a start fetches it from the hub")
+        return None
+    return read_folder(fetched, where, weights=any(fetched.glob("*.safetensors")))
+
+
+def _check_policy(policy: ModelFolder, model: ModelConfig, rollout: RolloutConfig) -> list[str]:
+    policy.check_context("model.max_context_tokens", model.max_context_tokens)
+    policy.check_trainable(model.max_context_tokens)
+    # With thinking, the base model is also asked without the instruction to think.
+    prompts = [system_prompt(model, think) for think in {rollout.think, False}]
+    without = "" if rollout.think else "send none: model.system_prompt=''"
+    return check_template(policy.path, policy.where, system=any(prompts), without_system=without)
+
+
+def _check_room(
+    policy: ModelFolder, model: ModelConfig, rollout: RolloutConfig, train: Sequence[Persona]
+) -> None:
+    """Refuse a context in which not even the shortest first prompt leaves room for a reply: every dialogue
+    would end before its first turn, and nothing would ever be trained."""
+    opening = min((persona.opening for persona in train), key=len)
+    prompt = prompt_tokens(policy.path, system_prompt(model, rollout.think), opening)
+    if prompt is not None and prompt + rollout.max_turn_tokens > model.max_context_tokens:
+        raise ConfigError(
+            f"model.max_context_tokens={model.max_context_tokens}: the system message and the shortest opening "
+            f"take {prompt} tokens and a reply up to {rollout.max_turn_tokens}, so no dialogue would have a "
+            f"turn; use {prompt + rollout.max_turn_tokens} or more"
+        )
+
+
+def check_layers(policy: ModelFolder, lora: LoraConfig, critic: CriticConfig | None) -> None:
     """Refuse options that name layers which the policy's model does not have.
 
     Args:
-        policy: folder of the policy's model; a hub id passes, since the actors that load it look again.
+        policy: the model.
         lora: adapters, and the layers that they go to.
         critic: None where the algorithm has none.
 
     Raises:
         ConfigError: names the option and what there is.
     """
-    folder = Path(policy)
-    # Files of a hub are not here before the actors have loaded them.
-    if not (folder / "config.json").is_file():
-        return
     if critic is not None:
-        layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-        check_num_layers(critic.num_layers, layers)
-    if lora.rank > 0:
+        check_num_layers(critic.num_layers, policy.num_layers)
+    if lora.rank > 0 and policy.shapes:
         # Weights of one dimension are norms.
         matrices = [
-            name
-            for name, shape in weight_shapes(folder).items()
-            if name.endswith(".weight") and len(shape) == 2
+            name for name, shape in policy.shapes.items() if name.endswith(".weight") and len(shape) == 2
         ]
         lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
-def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -> None:
+def _kept_bytes(policy: ModelFolder, model: ModelConfig, critic: CriticConfig | None, keep: int) -> int:
+    """Of `keep` checkpoints, one more that is being written, and the exported policy: for each number that
+    learns the weight, a float32 copy and two moments."""
+    size = BYTES[model.dtype]
+    learned = size + 8 + (4 if size == 2 else 0)
+    numbers = 0 if model.lora.rank > 0 else _numbers(policy)
+    if critic is not None and critic.trunk is CriticTrunk.trained:
+        numbers += _numbers(policy, critic.num_layers)
+    return (keep + 1) * learned * numbers + _numbers(policy) * size
+
+
+def check_memory(config: RunConfig, policy: ModelFolder | None, users: ModelFolder | None, have: int) -> None:
     """Refuse a run on CPUs whose weights, optimizers and caches alone are more than `have` bytes.
 
     Args:
         config: the run's configuration.
-        policy: folder of the policy's model; a hub id counts as nothing, since its size is not known here.
-        users: the same of the users' model; None without one.
+        policy: the policy's model; None counts as nothing, since its size is not known here.
+        users: the same of the users' model.
         have: the machine's memory.
 
     Raises:
@@ -100,7 +167,7 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
             has_reference=config.algorithm.kl_coef > 0,
         ),
     }
-    if users is not None:
+    if config.simulator.backend is SimulatorBackend.vllm:
         need["users' engines"] = max(engine.engines, 1) * (
             _numbers(users) * BYTES[engine.dtype] + engine.kv_cache_gib * GIB
         )
@@ -126,10 +193,10 @@ def check_memory(config: RunConfig, policy: str, users: str | None, have: int) -
         )
 
 
-def _numbers(folder: str, layers: int = 0) -> int:
-    """Numbers in a local model's weights, or in those of its first `layers` layers and without a head; 0 for
-    a hub id."""
-    shapes = weight_shapes(Path(folder))
+def _numbers(model: ModelFolder | None, layers: int = 0) -> int:
+    """Numbers in a model's weights, or in those of its first `layers` layers and without a head; 0 where they
+    are not here."""
+    shapes = {} if model is None else model.shapes
     if layers:
         # A critic has a value head of a few numbers in place of the language model's.
         left_out = [
@@ -146,7 +213,7 @@ def _layer(name: str) -> int:
 
 
 def _learner_bytes(
-    policy: str, model: ModelConfig, critic: CriticConfig | None, *, has_reference: bool
+    policy: ModelFolder | None, model: ModelConfig, critic: CriticConfig | None, *, has_reference: bool
 ) -> int:
     """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy,
     gradient and moments."""

@@ -8,6 +8,7 @@ the model's folder, or the warm-up's, makes them, so what was done until then co
     step_<n>.tmp   being written; with a manifest it is the newest checkpoint, and what a kill left undone of
                    its `commit` is done by whoever reads next
     step_<n>.old   being deleted
+    failed_step_<n>  kept for study after a sync in which engines and learner did not agree
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 from rlver_dist.errors import DataError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.files import whole_folder, write_whole
+from rlver_dist.preflight.folders import MANIFEST, check_resume
 
-MANIFEST = "manifest.json"
 WARM_START = "warm_start"
 """Folder of the policy that the warm-up made, beside `checkpoints/`; with a KL term it is the reference."""
 
@@ -86,6 +87,16 @@ class CheckpointStore:
         it."""
         write_whole(aside / MANIFEST, json.dumps(asdict(progress)))
         return self._finish(aside)
+
+    def set_aside(self, aside: Path, progress: Progress) -> Path:
+        """Keep a state that is not to be trusted as `failed_step_<n>`: it is resumed only where it is named,
+        and drops no checkpoint."""
+        kept = self._root / f"failed_{aside.with_suffix('').name}"
+        shutil.rmtree(kept, ignore_errors=True)
+        # Before the manifest: a folder aside that has one counts as a checkpoint.
+        aside.rename(kept)
+        write_whole(kept / MANIFEST, json.dumps(asdict(progress)))
+        return kept
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -243,10 +254,7 @@ def _newest_or_named(store: CheckpointStore, resume: str) -> Path | None:
                 f"resume=never: {newest} exists; use resume=auto to go on from it, or another output_dir"
             )
         return None
-    if not (Path(resume) / MANIFEST).is_file():
-        raise DataError(
-            f"resume={resume}: no {MANIFEST} there; use auto, never, or a folder checkpoints/step_<n>"
-        )
+    check_resume(resume)
     # One folder would hold two lines of training, and `auto` could not tell which one goes on.
     if newest is not None and not Path(resume).resolve().parent.samefile(newest.parent):
         raise DataError(

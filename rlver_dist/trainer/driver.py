@@ -20,6 +20,7 @@ from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
+from rlver_dist.errors import WeightSyncError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
@@ -200,9 +201,9 @@ class Driver:
             advance(1)
         return self.progress.before, after
 
-    async def save(self) -> Path:
-        """Write a checkpoint of the finished iterations; before the first one there is no state of the
-        learners to write."""
+    async def save(self, *, trusted: bool = True) -> Path:
+        """Write a checkpoint of the finished iterations, or where it is not `trusted` a folder that no start
+        takes by itself; before the first iteration there is no state of the learners to write."""
         self.progress.wall_s = self.wall_s
         if self.progress.iteration == 0:
             return self._store.commit(self._store.begin(0), self.progress)
@@ -210,8 +211,11 @@ class Driver:
             aside = self._store.begin(self.progress.iteration)
             for learner in self._components.learners:
                 await learner.save(aside)
-            final = self._store.commit(aside, self.progress)
-            self._saved = self.progress.iteration
+            if trusted:
+                final = self._store.commit(aside, self.progress)
+                self._saved = self.progress.iteration
+            else:
+                final = self._store.set_aside(aside, self.progress)
             advance(1)
         return final
 
@@ -255,8 +259,13 @@ class Driver:
             failure = cancellation if synced.failure is None else synced.failure
             if failure is not None:
                 # The iteration is counted and its learners are whole. Engines that lag behind are no loss,
-                # since a resume syncs them first.
-                await self._save_the_unsaved()
+                # since a resume syncs them first. Engines that disagree with the learner may be right: a
+                # checkpoint of such weights would be resumed, and would replace a good one.
+                if isinstance(synced.failure, WeightSyncError):
+                    kept = await self.save(trusted=False)
+                    self._components.console.note(f"kept for study, and not as a checkpoint: {kept}")
+                else:
+                    await self._save_the_unsaved()
                 raise failure
             done = self.progress.iteration
             if done == config.num_iterations or (config.save_every and done % config.save_every == 0):

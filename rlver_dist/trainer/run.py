@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rlver_dist.cluster.build import build
 from rlver_dist.cluster.layout import Layout, resolve_layout
+from rlver_dist.cluster.leftovers import Notes, remove_leftovers
 from rlver_dist.cluster.metrics import RayMetrics
 from rlver_dist.cluster.session import close_session, open_session, unwrap_ray_errors
 from rlver_dist.config.run import RunConfig
@@ -30,26 +31,42 @@ from rlver_dist.tracking.wandb import WandbTracker, start_wandb
 from rlver_dist.trainer.checkpoints import CheckpointStore, copy_warm_start, select_checkpoint
 from rlver_dist.trainer.driver import Driver
 from rlver_dist.trainer.results import shown_pairs, write_results
+from rlver_dist.trainer.run_lock import run_lock
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a run in good order: Ctrl-C, a container's end, a lost terminal, and what batch systems
+send ahead of a preemption (SLURM's `--signal=USR1`)."""
 
 
 def run_on_cluster(
     config: RunConfig, train: list[Persona], evaluation: list[Persona], on_accepted: Callable[[], None]
 ) -> int:
     """Run `config` and return the exit code; `on_accepted` is called once the cluster has been found large
-    enough."""
+    enough.
+
+    Raises:
+        ResourceError: another run has the output folder.
+    """
     started = time.monotonic()
     console = Console(config.num_iterations)
-    learners = ("policy", "critic") if config.has_critic else ("policy",)
-    store = CheckpointStore(Path(config.output_dir), config.keep_checkpoints)
-    # Before Ray starts, so that a checkpoint that does not fit is refused at once.
-    start = select_checkpoint(store, config.resume, learners, config.resume_fingerprint)
-    # Not `start`, which may be an older one, or of another run.
-    start_checkpoint = store.latest()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_lock(Path(config.output_dir)))
+        for line in remove_leftovers():
+            console.note(line)
+        learners = ("policy", "critic") if config.has_critic else ("policy",)
+        store = CheckpointStore(Path(config.output_dir), config.keep_checkpoints)
+        # Before Ray starts, so that a checkpoint that does not fit is refused at once.
+        start = select_checkpoint(store, config.resume, learners, config.resume_fingerprint)
+        # Not `start`, which may be an older one, or of another run.
+        start_checkpoint = store.latest()
+        notes = Notes()
+        stack.callback(notes.remove)
+        stack.callback(close_session)
         # In the main thread and before our own signal handlers: Ray installs some, and ours have to be the
         # last.
         with console.phase("starting Ray", 1) as advance:
             session = open_session(config.cluster)
+            notes.write()
             advance(1)
         layout = resolve_layout(
             config, num_gpus=session.num_gpus, num_cpus=session.num_cpus, num_nodes=session.num_nodes
@@ -60,10 +77,8 @@ def run_on_cluster(
         # From here on the run belongs to its folder.
         on_accepted()
         if session.dashboard:
-            console.note(
-                f"Ray dashboard: http://{session.dashboard}"
-                + (f" (token {session.token})" if session.token else "")
-            )
+            token = f" (token {session.token})" if session.token else ""
+            console.note(f"Ray dashboard: http://{session.dashboard}{token}")
         hint = functools.partial(
             resume_hint,
             store,
@@ -71,10 +86,8 @@ def run_on_cluster(
             output_dir=config.output_dir,
             save_every=config.save_every,
         )
-        running = _run(config, layout, start, train, evaluation, console, started)
+        running = _run(config, layout, start, train, evaluation, console, started, notes)
         return asyncio.run(_until_interrupted(running, console, hint))
-    finally:
-        close_session()
 
 
 async def _until_interrupted(running: Awaitable[None], console: Console, hint: Callable[[], str]) -> int:
@@ -122,6 +135,7 @@ async def _run(
     evaluation: list[Persona],
     console: Console,
     started: float,
+    notes: Notes,
 ) -> None:
     output = Path(config.output_dir)
     finished = 0 if start is None else CheckpointStore.read(start).iteration
@@ -148,6 +162,7 @@ async def _run(
                         ),
                     )
                 )
+                notes.write()
                 driver = Driver(config, components, train, evaluation, started=started)
                 if start is not None:
                     await driver.resume(start)
@@ -186,7 +201,7 @@ def _trackers(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a cancellation of this task; yields whether there was one.
+    """Turn the signals of `STOPPING` into a cancellation of this task; yields whether there was one.
 
     The first one lets an update that has begun finish and be saved; the second one does not wait for that.
     """
@@ -206,12 +221,12 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if len(received) <= 2:
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         loop.add_signal_handler(number, interrupt, number)
     try:
         yield lambda: bool(received)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             loop.remove_signal_handler(number)
 
 

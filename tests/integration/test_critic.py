@@ -44,6 +44,11 @@ CONFIG = RunConfig(
 )
 FROZEN = dict(trunk=CriticTrunk.frozen, num_layers=1, head_units=8)
 ITERATIONS = 2
+NUM_STEPS = CONFIG.algorithm.updates_per_iteration * CONFIG.critic.epochs
+DIVERGING = {f"stage{stage}": dict(zero_stage=stage) for stage in range(4)} | {
+    "bfloat16": dict(dtype=Precision.bfloat16)
+}
+"""Each has its own way of leaving a step out."""
 
 
 def make_model(folder):
@@ -115,12 +120,18 @@ def learn(learner):
     return {"metrics": metrics, "values": values, "weights": weights_of(learner)}
 
 
-def diverge(learner):
-    """The error of an update towards returns that are no numbers."""
+def diverge(build, config):
+    """The error of an update towards returns that are no numbers, and what it and one more that leaves all of
+    its steps out make of weights that have learned once."""
+    learner = build(config)
     samples, returns = make_samples()
+    iterate(learner)
+    start = weights_of(learner)
+    nowhere = [column * math.nan for column in returns]
+    metrics = learner.update(samples, learner.values(samples), nowhere)
     with pytest.raises(RlverError) as error:
-        learner.update(samples, learner.values(samples), [column * math.nan for column in returns])
-    return str(error.value)
+        learner.update(samples, learner.values(samples), nowhere)
+    return {"start": start, "weights": weights_of(learner), "metrics": metrics, "error": str(error.value)}
 
 
 def one_rank(_, port, folder):
@@ -133,10 +144,11 @@ def one_rank(_, port, folder):
     )
     jobs["resume_frozen"] = resume_job(configure(folder, zero_stage=0, **FROZEN), f"{folder}/frozen", learn)
     jobs["resume_bfloat16"] = resume_job(configure(folder, Precision.bfloat16), f"{folder}/bfloat16", learn)
+    jobs |= {
+        f"diverged_{name}": (configure(folder, max_skipped_steps=NUM_STEPS, **changes), diverge)
+        for name, changes in DIVERGING.items()
+    }
     results = {}
-    results["diverged"] = [
-        diverge(build(configure(folder, dtype))) for dtype in (Precision.float32, Precision.bfloat16)
-    ]
     nothing = build(configure(folder))
     results["nothing"] = (nothing.values([]), nothing.update([], [], []))
     results |= run_jobs(build, jobs, "critic")
@@ -359,12 +371,19 @@ def test_a_rank_without_work_keeps_step(scenario, one, two, trained_reference):
 
 def test_no_sample_is_no_update(one):
     values, metrics = one["nothing"]
-    assert values == [] and [metric.key for metric in metrics] == ["time/critic_update_s"]
+    assert values == []
+    assert [metric.key for metric in metrics] == ["critic/skipped_steps", "time/critic_update_s"]
 
 
-def test_a_gradient_that_is_not_finite_is_an_error(one):
-    for message in one["diverged"]:
-        assert message.startswith("critic: the gradient is not finite") and "lower its lr" in message
+@pytest.mark.parametrize("name", DIVERGING)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_too_many_are_an_error(name, one):
+    result = one[f"diverged_{name}"]
+    for key, tensor in result["start"].items():
+        assert torch.equal(result["weights"][key], tensor)
+    metrics = reduce_metrics(result["metrics"])
+    assert metrics["critic/skipped_steps"] == NUM_STEPS and "critic/value_loss" not in metrics
+    assert result["error"].startswith("critic: the gradient was not finite in 5 optimizer steps in a row")
+    assert "lower its lr" in result["error"]
 
 
 def test_more_layers_than_the_model_has(folder):

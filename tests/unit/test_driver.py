@@ -542,6 +542,7 @@ def test_an_adapted_kl_weight_starts_anew_where_it_was_0(tmp_path, renderer):
 def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learned(
     tmp_path, renderer, failure
 ):
+    """Weights that engines and learner do not agree on are kept, and gone on from only where that is said."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = Harness(tmp_path / "whole", renderer, save_every=0, num_iterations=3)
@@ -553,11 +554,12 @@ def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learn
     assert first.journal == ["sync 0", "update", "sync 1", "update", "sync 2"]
     lines = read_metrics(tmp_path / "cut" / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2] and all("time/sync_s" in line for line in lines)
-    checkpoint = CheckpointStore(tmp_path / "cut", 2).latest()
-    assert checkpoint is not None and checkpoint.name == "step_2"
+    disagree = isinstance(failure, WeightSyncError)
+    checkpoint = tmp_path / "cut" / "checkpoints" / ("failed_step_2" if disagree else "step_2")
+    assert latest(tmp_path / "cut").name == ("step_0" if disagree else "step_2")
     second = Harness(tmp_path / "cut", renderer, save_every=0, num_iterations=3)
     asyncio.run(second.go_on(checkpoint))
-    assert second.journal == ["load step_2", "sync 2", "update", "sync 3", "export policy"]
+    assert second.journal == [f"load {checkpoint.name}", "sync 2", "update", "sync 3", "export policy"]
     assert sorted(first.asked + second.asked) == sorted(whole.asked)
     assert replace(second.driver.progress, wall_s=0) == replace(whole.driver.progress, wall_s=0)
 
@@ -585,8 +587,17 @@ def test_a_sync_that_fails_after_an_interrupt_is_saved_too(tmp_path, renderer):
             await running
 
     asyncio.run(interrupted())
-    checkpoint = CheckpointStore(tmp_path, 2).latest()
-    assert checkpoint is not None and CheckpointStore.read(checkpoint).iteration == 2
+    kept = tmp_path / "checkpoints" / "failed_step_2"
+    assert CheckpointStore.read(kept).iteration == 2 and latest(tmp_path).name == "step_0"
+
+
+def test_a_failed_sync_drops_no_good_checkpoint(tmp_path, renderer):
+    harness = Harness(tmp_path, renderer, save_every=1, num_iterations=3, keep_checkpoints=1)
+    harness.sync_failures[2] = WeightSyncError("engine 1 differs")
+    with pytest.raises(WeightSyncError):
+        asyncio.run(harness.driver.run())
+    assert latest(tmp_path).name == "step_1"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_1", "failed_step_2"}
 
 
 @pytest.mark.parametrize("what", ["update", "save"])

@@ -6,7 +6,7 @@ import pytest
 
 from rlver_dist.bundled_models import CHAT_TEMPLATE
 from rlver_dist.errors import ConfigError
-from rlver_dist.preflight.chat_template import TemplateUse, check_template, read_template
+from rlver_dist.preflight.chat_template import check_template, read_template
 
 WHERE = "model.path=mine"
 NO_SYSTEM = (
@@ -16,53 +16,66 @@ DROPS_SYSTEM = CHAT_TEMPLATE.replace(
     "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
 )
 THINKS = CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
-SWITCH = CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
 
 
-def use(*, system=True, think=False, without="model.system_prompt=", **kwargs):
-    return TemplateUse(system=system, think=think, kwargs=kwargs, without_system=without)
+@pytest.fixture
+def check(tmp_path):
+    """`check_template` of a folder that holds the template."""
+
+    def run(template, *, system=True, without_system="model.system_prompt=''", tokens=None):
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens or {}))
+        return check_template(tmp_path, WHERE, system=system, without_system=without_system)
+
+    return run
 
 
-def test_a_plain_template_passes():
-    assert check_template(CHAT_TEMPLATE, WHERE, use()) == []
-    assert check_template(NO_SYSTEM, WHERE, use(system=False)) == []
+def test_plain_templates_pass(check):
+    assert check(CHAT_TEMPLATE) == []
+    assert check(NO_SYSTEM, system=False) == []
 
 
-def test_a_missing_or_failing_template_is_refused():
+def test_templates_find_what_transformers_gives_them(check):
+    tokens = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
+    assert check("{{ bos_token + eos_token }}" + CHAT_TEMPLATE, tokens=tokens) == []
+    assert check("{{ bos_token + '' }}" + CHAT_TEMPLATE) == []
+    marked = CHAT_TEMPLATE.replace("{{ '<|im_start|>' + m", "{% generation %}{{ '<|im_start|>' + m").replace(
+        "'\n' }}{% endfor %}", "'\n' }}{% endgeneration %}{% endfor %}"
+    )
+    assert "{% endgeneration %}" in marked and check(marked) == []
+    assert check("{% for x in [1] %}{% break %}{% endfor %}{{ [1] | tojson }}" + CHAT_TEMPLATE) == []
+
+
+def test_a_missing_or_failing_template_is_refused(check):
     with pytest.raises(
         ConfigError, match=r"^model.path=mine: its tokenizer has no chat template; use a chat"
     ):
-        check_template(None, WHERE, use())
+        check(None)
+    with pytest.raises(ConfigError, match=r"refuses a dialogue \(division by zero\); use a model"):
+        check("{{ 1 / 0 }}")
     with pytest.raises(ConfigError, match="its chat template refuses a dialogue"):
-        check_template("{{ 1 / 0 }}", WHERE, use())
-    with pytest.raises(ConfigError, match="its chat template refuses a dialogue"):
-        check_template("{% if %}", WHERE, use())
+        check("{% if %}")
 
 
-def test_a_template_without_system_messages_names_the_option():
-    with pytest.raises(ConfigError, match=r"refuses a system message \(no system\).*: model.system_prompt=$"):
-        check_template(NO_SYSTEM, WHERE, use())
-    with pytest.raises(ConfigError, match=r"leaves out a system message.*or model.system_prompt=$"):
-        check_template(DROPS_SYSTEM, WHERE, use())
+def test_a_template_without_system_messages_names_the_option(check):
+    with pytest.raises(
+        ConfigError, match=r"refuses a system message \(no system\).*, or model.system_prompt=''$"
+    ):
+        check(NO_SYSTEM)
+    with pytest.raises(ConfigError, match=r"leaves out a system message.*, or model.system_prompt=''$"):
+        check(DROPS_SYSTEM)
     with pytest.raises(ConfigError, match=r"refuses a system message .*use a model whose template takes it$"):
-        check_template(NO_SYSTEM, WHERE, use(without=""))
+        check(NO_SYSTEM, without_system="")
 
 
-def test_a_template_that_opens_the_thinking_needs_thinking():
-    assert check_template(THINKS, WHERE, use(think=True)) == []
-    with pytest.raises(ConfigError, match=r"begins each reply with <think> and rollout.think is off"):
-        check_template(THINKS, WHERE, use())
+def test_a_template_that_opens_the_thinking_is_refused(check):
+    with pytest.raises(ConfigError, match=r"begins each reply with <think>, which the policy has to write"):
+        check(THINKS)
 
 
-def test_variables_of_the_template_are_handed_over():
-    with pytest.raises(ConfigError, match="begins each reply with <think>"):
-        check_template(SWITCH, WHERE, use())
-    assert check_template(SWITCH, WHERE, use(enable_thinking=False)) == []
-
-
-def test_a_template_that_tells_the_date_is_warned_of():
-    dated = "{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE
-    [warning] = check_template(dated, WHERE, use())
+def test_a_template_that_tells_the_date_is_warned_of(check):
+    [warning] = check("{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE)
     assert warning.startswith("warning: model.path=mine: its chat template tells the date")
 
 

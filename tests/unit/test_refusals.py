@@ -1,5 +1,11 @@
 """What is looked for before anything starts."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +19,10 @@ from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.errors import ConfigError, ResourceError
+from rlver_dist.preflight.folders import check_output_dir
+from rlver_dist.preflight.model_folder import read_folder
 from rlver_dist.preflight.requirements import check_layers, check_memory
+from tests.timing import hang_limit
 
 PPO = AlgorithmConfig(name=AlgorithmName.ppo, group_size=1)
 CPU = ClusterConfig(engines=1, learner_ranks=1, kv_cache_gib=2)
@@ -40,7 +49,9 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
         for index, content in enumerate(tensors):
             save_file(content, tmp_path / name / f"model-{index}.safetensors")
-    return str(tmp_path / "policy"), str(tmp_path / "users")
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    return [read_folder(tmp_path / name, f"model.path={name}") for name in files]
 
 
 @pytest.mark.parametrize(
@@ -74,21 +85,67 @@ def test_memory_of_all_engines_and_learners_is_added_up(folders, changes, engine
 
 def test_models_of_unknown_size_count_as_their_caches(folders):
     config = RunConfig(model=ModelConfig(dtype=Precision.bfloat16), cluster=CPU, simulator=USERS)
-    check_memory(config, "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B-Instruct", have=8 * GIB)
-    check_memory(config, "Qwen/Qwen2.5-7B-Instruct", None, have=2 * GIB)
+    check_memory(config, None, None, have=8 * GIB)
+    alone = replace(config, simulator=SimulatorConfig())
+    check_memory(alone, None, None, have=2 * GIB)
     with pytest.raises(ResourceError, match=r"^model.path=.*use a smaller model or cluster.kv_cache_gib$"):
-        check_memory(config, "Qwen/Qwen2.5-7B-Instruct", None, have=2 * GIB - 1)
+        check_memory(alone, None, None, have=2 * GIB - 1)
 
 
 def test_layers_that_the_model_lacks_are_named():
-    check_layers(resolve(TINY), LoraConfig(), CriticConfig(num_layers=2))
+    tiny = read_folder(Path(resolve(TINY)), "model.path=tiny-random")
+    check_layers(tiny, LoraConfig(), CriticConfig(num_layers=2))
     with pytest.raises(ConfigError, match=r"critic.num_layers=3: the model has 2 layers; use at most that"):
-        check_layers(resolve(TINY), LoraConfig(), CriticConfig(num_layers=3))
-    check_layers(resolve(TINY), LoraConfig(rank=4, target_modules="q_proj, up_proj"), None)
+        check_layers(tiny, LoraConfig(), CriticConfig(num_layers=3))
+    check_layers(tiny, LoraConfig(rank=4, target_modules="q_proj, up_proj"), None)
     with pytest.raises(
         ConfigError,
         match=r"no linear layer 'query' below its head; use all-linear or names among "
         r"down_proj,gate_proj,k_proj,o_proj,q_proj",
     ):
-        check_layers(resolve(TINY), LoraConfig(rank=4, target_modules="q_proj,query"), None)
-    check_layers("Qwen/Qwen2.5-7B-Instruct", LoraConfig(rank=4, target_modules="query"), None)
+        check_layers(tiny, LoraConfig(rank=4, target_modules="q_proj,query"), None)
+    check_layers(replace(tiny, shapes={}), LoraConfig(rank=4, target_modules="query"), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("output_dir=/proc/x", "output_dir=/proc/x: nothing can be written in /proc"),
+        ("output_dir={file}/run", "nothing can be written in"),
+        ("resume=/nope", "resume=/nope: no manifest.json there"),
+        ("model.path=./none", "model.path=./none: no config.json in that folder"),
+        ("model.path=nowhere/none", "model.path=nowhere/none: no such folder, not in"),
+        (
+            "model.max_context_tokens=256 rollout.max_reply_tokens=200",
+            "tokens and a reply up to 200, so no dialogue would have a turn; use",
+        ),
+        (
+            "model.max_context_tokens=99999",
+            "model.max_context_tokens=99999: model.path=tiny-random has positions",
+        ),
+    ],
+)
+def test_a_start_is_refused_before_ray_in_one_line(tmp_path, override, line):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "rlver_dist.launch", "+exp=grpo_no_think", "+on=tiny"]
+    done = subprocess.run(
+        [*command, *override.format(file=tmp_path / "file").split()],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=hang_limit(60),
+        check=False,
+    )
+    refusal = done.stderr.splitlines()
+    assert done.returncode == 2 and len(refusal) == 1 and line in refusal[0], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_disk_that_cannot_hold_the_checkpoints_is_refused(tmp_path):
+    check_output_dir(str(tmp_path / "new" / "run"), 1, 2)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(
+        ResourceError, match=r"^keep_checkpoints=2: .* take 1048576.0 GiB and .* free; keep few"
+    ):
+        check_output_dir(str(tmp_path), 2**50, 2)

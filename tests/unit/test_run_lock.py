@@ -47,7 +47,13 @@ def test_a_killed_run_is_not_in_the_way(tmp_path, holder):
     assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == holder.pid
     with run_lock(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
-    assert (tmp_path / "run" / LOCK).read_text() == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_anything_in_it_stays(tmp_path):
+    with run_lock(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").write_text("x")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_a_run_of_another_host_is_taken_at_its_word(tmp_path):
@@ -76,11 +82,13 @@ def test_a_process_is_known_by_number_and_start():
 
 ORPHANS = (
     "import mmap, os, subprocess, sys, time; from pathlib import Path\n"
-    "from rlver_dist.cluster.leftovers import Notes\n"
+    "from rlver_dist.cluster.leftovers import Notes, folder_prefix\n"
+    "from rlver_dist.cluster.processes import this_process\n"
     "keep = 'import mmap, sys, time; file = open(sys.argv[1], \"r+b\"); '\n"
     "keep += 'held = mmap.mmap(file.fileno(), 0); print(1, flush=True); time.sleep(600)'\n"
     "child = subprocess.Popen([sys.executable, '-c', keep, sys.argv[1]], stdout=subprocess.PIPE)\n"
-    "child.stdout.readline(); Notes().write([Path(sys.argv[2])])\n"
+    "child.stdout.readline(); Notes().write()\n"
+    "(Path(sys.argv[2]) / f'{folder_prefix(this_process())}x').mkdir()\n"
     "print(child.pid, flush=True); time.sleep(600)\n"
 )
 
@@ -90,12 +98,12 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path, 
     monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
     segment = SHARED_MEMORY / f"psm_test_{os.getpid()}"
     stranger = SHARED_MEMORY / f"psm_stranger_{os.getpid()}"
-    folder = tmp_path / "rlver_dist_weights"
-    folder.mkdir()
+    strange_folder = tmp_path / "rlver_dist_1-2_x"
+    strange_folder.mkdir()
     for path in (segment, stranger):
         path.write_bytes(bytes(4096))
     try:
-        command = [sys.executable, "-c", ORPHANS, str(segment), str(folder)]
+        command = [sys.executable, "-c", ORPHANS, str(segment), str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
             assert run.stdout is not None
             orphan = process(int(run.stdout.readline()))
@@ -108,7 +116,8 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path, 
             if not orphan.alive:
                 break
             time.sleep(0.1)
-        assert not orphan.alive and not segment.exists() and not folder.exists() and stranger.exists()
+        assert not orphan.alive and not segment.exists() and stranger.exists()
+        assert list(tmp_path.glob("rlver_dist_*_x")) == [strange_folder]
         assert leftovers.remove_leftovers() == [] and list(leftovers.notes_dir().iterdir()) == []
     finally:
         for path in (segment, stranger):
