@@ -105,8 +105,8 @@ def _check_room(
     prompt = prompt_tokens(policy.path, system_prompt(model, rollout.think), opening)
     if prompt is not None and prompt + rollout.max_turn_tokens > model.max_context_tokens:
         raise ConfigError(
-            f"model.max_context_tokens={model.max_context_tokens}: the system message and the shortest opening "
-            f"take {prompt} tokens and a reply up to {rollout.max_turn_tokens}, so no dialogue would have a "
+            f"model.max_context_tokens={model.max_context_tokens}: the system message and the shortest "
+            f"opening take {prompt} tokens and a reply up to {rollout.max_turn_tokens}, so no dialogue would have a "
             f"turn; use {prompt + rollout.max_turn_tokens} or more"
         )
 
