@@ -77,6 +77,7 @@ def parse_personas(text: str, source: str) -> list[Persona]:
             continue
         where = f"{source}:{number}"
         row = _row(line, where)
+        _require_utf8(row, where)
         # By the first row alone: a file is of one format, and a row that is not is refused with its line.
         parse = parse or (rlver.parse_row if rlver.is_rlver_row(row) else parse_row)
         persona = parse(row, where)
@@ -90,6 +91,19 @@ def parse_personas(text: str, source: str) -> list[Persona]:
     if not personas:
         raise DataError(f"{source}: holds no persona; write one JSON object a line")
     return personas
+
+
+def _require_utf8(row: Row, where: str) -> None:
+    """Refuse half characters, such as `"\\ud83d"` alone: JSON takes them, and neither a tokenizer nor a file
+    does."""
+    for key, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {key}: holds half a character ({error.object[error.start]!a}), which UTF-8 cannot "
+                f"hold; remove it"
+            ) from error
 
 
 def parse_row(row: Row, where: str) -> Persona:
@@ -121,9 +135,14 @@ def dump_personas(personas: Iterable[Persona]) -> str:
 
 
 def shared_people(train: Iterable[Persona], evaluation: Iterable[Persona]) -> list[Persona]:
-    """The evaluation personas whose person sheet a training persona has too, in order."""
-    known = {persona.profile for persona in train}
-    return [persona for persona in evaluation if persona.profile in known]
+    """The evaluation personas whose person sheet a training persona has too, in order; compared as people
+    read them, so white space and capitals make no difference."""
+    known = {_as_read(persona.profile) for persona in train}
+    return [persona for persona in evaluation if _as_read(persona.profile) in known]
+
+
+def _as_read(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def leak_notice(train: Sequence[Persona], evaluation: Sequence[Persona]) -> str | None:
@@ -134,9 +153,9 @@ def leak_notice(train: Sequence[Persona], evaluation: Sequence[Persona]) -> str 
     shared = shared_people(train, evaluation)
     if not shared:
         return None
-    sheets = len({persona.profile for persona in shared})
-    scenes = {persona.scene for persona in train}
-    with_scene = sum(persona.scene in scenes for persona in shared)
+    sheets = len({_as_read(persona.profile) for persona in shared})
+    scenes = {_as_read(persona.scene) for persona in train}
+    with_scene = sum(_as_read(persona.scene) in scenes for persona in shared)
     seen = f", and {with_scene} of them its scene" if with_scene else ""
     return (
         f"data.evaluation: {len(shared)} of {len(evaluation)} personas reuse the person sheet of a training "

@@ -23,6 +23,8 @@ class PersonaSampler:
         if not personas:
             raise DataError("sampler: there is no persona to draw from; check data.train")
         self._personas = tuple(personas)
+        # Once: 48,000 personas take longer to hash than an iteration has time for.
+        self._fingerprint = hashlib.sha256(dump_personas(self._personas).encode()).hexdigest()
         self._seed = seed
         self._epoch = 0
         self._position = 0
@@ -46,7 +48,7 @@ class PersonaSampler:
             "seed": self._seed,
             "epoch": self._epoch,
             "position": self._position,
-            "personas": self._fingerprint(),
+            "personas": self._fingerprint,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -56,7 +58,7 @@ class PersonaSampler:
             DataError: the state was made for other personas.
         """
         # Positions in another list would name other people, and nobody would notice.
-        if state["personas"] != self._fingerprint():
+        if state["personas"] != self._fingerprint:
             raise DataError(
                 "sampler: the saved state belongs to other personas than data.train gives now; restore the "
                 "personas of the saved run, or start a new run"
@@ -71,6 +73,3 @@ class PersonaSampler:
         order = list(range(len(self._personas)))
         random.Random(f"{self._seed}:{self._epoch}").shuffle(order)
         return order
-
-    def _fingerprint(self) -> str:
-        return hashlib.sha256(dump_personas(self._personas).encode()).hexdigest()

@@ -106,8 +106,8 @@ def _check_room(
     if prompt is not None and prompt + rollout.max_turn_tokens > model.max_context_tokens:
         raise ConfigError(
             f"model.max_context_tokens={model.max_context_tokens}: the system message and the shortest "
-            f"opening take {prompt} tokens and a reply up to {rollout.max_turn_tokens}, so no dialogue would have a "
-            f"turn; use {prompt + rollout.max_turn_tokens} or more"
+            f"opening take {prompt} tokens and a reply up to {rollout.max_turn_tokens}, so no dialogue would "
+            f"have a turn; use {prompt + rollout.max_turn_tokens} or more"
         )
 
 
