@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rlver_dist.errors import DataError
 from rlver_dist.evaluation.statistics import paired_bootstrap
@@ -79,11 +80,17 @@ def draw(axes: Axes, run: RunFiles) -> None:
                 linestyle="none",
                 label=label if when == "before" else None,
             )
-        axes.plot(*zip(*ends, strict=True), color=color, linestyle=":", linewidth=1.2)
+        # Nothing was measured between the two points; the line says which ones belong together.
+        axes.plot(*zip(*ends, strict=True), color=color, linestyle=":", linewidth=1.1, alpha=0.7)
     title = f"{RECIPES[run.recipe]} (seed {run.config['seed']}, {run.summary['num_eval_personas']} users)"
     axes.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=18)
-    gains = f"{gain('gain', run.summary)}, {gain('second', run.summary['second_appraiser'])}"
-    axes.text(0, 1.025, gains, transform=axes.transAxes, fontsize=8.5, color="#404040")
+    gains = (
+        (0.0, gain("gain", run.summary), HEARD),
+        (0.5, gain("second", run.summary["second_appraiser"]), UNHEARD),
+    )
+    for place, text, color in gains:
+        axes.text(place, 1.03, text, transform=axes.transAxes, fontsize=8.5, color=color)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -108,16 +115,23 @@ def plot(runs: list[RunFiles], out: Path) -> None:
     turns = {(run.config["rollout"]["max_turns"], run.config["evaluation"]["max_turns"]) for run in runs}
     spans = " or ".join(f"{training} and {held_out}" for training, held_out in sorted(turns))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8.5)
-    figure.text(
-        0.5,
-        0.07 / rows,
-        f"Bars and brackets: 95 % bootstrap over users. Dialogues of {spans} turns (training, held-out).",
-        ha="center",
-        fontsize=8,
-        color="#404040",
+    height = figure.get_figheight()
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0.3 / height),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.4,
     )
-    figure.tight_layout(rect=(0, 0.14 / rows, 1, 1))
+    caption = (
+        "Bars and brackets: 95 % bootstrap intervals over users. Training dialogues and held-out ones have "
+        f"{spans} turns: their levels do not compare."
+    )
+    figure.text(0.5, 0.14 / height, caption, ha="center", fontsize=8.5, color="#404040")
+    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
     figure.savefig(out, dpi=120)
 
 
