@@ -1,5 +1,7 @@
-"""Each architecture that preflight lets through trains exactly: a random model of it makes one iteration, whose
-syncs compare the learner's log-probs with the engine's."""
+"""Each architecture that preflight lets through trains exactly.
+
+A random model of it makes one iteration, whose syncs compare the learner's log-probs with the engine's.
+"""
 
 import pytest
 import torch
