@@ -137,6 +137,11 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
     assert "not UTF-8" in refusal(latin)
 
 
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    path = write(tmp_path, OWN, json.dumps(OWN | {"id": "b", "opening": "Well \ud83d"}))
+    assert refusal(path).startswith(f"{path}:2: opening: holds half a character ('\\ud83d')")
+
+
 def test_an_rlver_row_is_imported(tmp_path):
     (persona,) = load_personas(write(tmp_path, RLVER))
     assert (persona.id, persona.situation_id, persona.name, persona.language) == ("r1", "r1", "林晓", "zh")
@@ -198,8 +203,9 @@ def test_people_of_both_splits_are_reported_in_one_line(tmp_path):
         ]
         return load_personas(write(tmp_path, *(RLVER | row for row in people)))
 
-    ann, bo, cy = (f"* 姓名：{name}\n* 年龄：30岁" for name in ("安", "博", "岑"))
-    train, evaluation = rows("t", ann, ann, bo), rows("e", ann, bo, ann + "\n", cy)
+    ann, bo, cy = (f"* 姓名：{name}\n* 年龄：30岁 Engineer" for name in ("安", "博", "岑"))
+    # As people read them: white space and capitals make no difference.
+    train, evaluation = rows("t", ann, ann, bo), rows("e", ann, bo.upper(), ann + " \n", cy)
     notice = leak_notice(train, evaluation)
     assert notice is not None and "\n" not in notice
     assert "3 of 4 personas reuse the person sheet of a training persona (2 sheets); " in notice
