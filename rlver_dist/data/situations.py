@@ -19,7 +19,6 @@ from rlver_dist.data.persona import HiddenIntent, Temperament
 from rlver_dist.errors import DataError
 
 SPLITS = ("train", "evaluation")
-SITUATIONS_PER_AREA = 4
 LENGTHS = {
     "ages": (2, 2),
     "occupations": (3, 4),
@@ -120,10 +119,8 @@ def _load_area(file: Traversable) -> list[Situation]:
         raise DataError(
             f"{file.name}: not YAML: {' '.join(str(error).split())}; put every text in double quotes"
         ) from error
-    if not isinstance(rows, list) or len(rows) != SITUATIONS_PER_AREA:
-        raise DataError(
-            f"{file.name}: is not a list of {SITUATIONS_PER_AREA} situations; write exactly so many"
-        )
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{file.name}: is not a list of situations; write at least one")
     return [_parse(row, file.name, position) for position, row in enumerate(rows, start=1)]
 
 

@@ -44,7 +44,7 @@ def test_sizes_and_balance(bank):
 
 
 def test_every_situation_is_used_evenly(bank):
-    for split, (situations, uses) in {"train": (44, {5, 6}), "evaluation": (20, {5})}.items():
+    for split, (situations, uses) in {"train": (156, {1, 2}), "evaluation": (20, {5})}.items():
         counts = Counter(p.situation_id for p in bank[split])
         assert len(counts) == situations and set(counts.values()) <= uses
 
