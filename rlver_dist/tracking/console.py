@@ -294,7 +294,7 @@ def _base_model_figure(summary: Summary, key: str) -> str:
     """
     came = summary.get("warm_up", {}).get(key, {}).get("before")
     return (
-        "" if came is None or key in ("well_formed", "thinking_distinct2") else f" (as it came: {came:.3g})"
+        "" if came is None or key in ("well_formed", "thinking_distinct2") else f" (base model: {came:.3g})"
     )
 
 

@@ -232,7 +232,7 @@ def test_end_of_a_run_as_plain_text(tmp_path):
     assert "  well-formed replies        0 -> 0" in lines
     assert "  distinct2                  0.712 -> 0.66" in lines
     assert "  distinct2 of thoughts      0.8 -> 0.25" in lines
-    assert "  perplexity                 12 -> 13.5 (as it came: 6)" in lines
+    assert "  perplexity                 12 -> 13.5 (base model: 6)" in lines
     first = lines.index("-- before")
     assert lines[first + 1 : first + 6] == [
         "user [30]: I lost my job",
