@@ -66,7 +66,6 @@ def resolve(path: str, key: str = "model.path") -> str:
             )
         return str(folder)
     # A hub id never begins so. Without this check a mistyped folder would be looked up on the hub.
-    # Absolute, since actors have a working folder of their own.
     if path.startswith((".", "/", "~")) or Path(path).is_dir():
         local = Path(path).expanduser().absolute()
         if not (local / "config.json").is_file():

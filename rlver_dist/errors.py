@@ -54,8 +54,12 @@ class GoneError(BoundaryError):
 
 
 class WeightSyncError(RlverError):
-    """After a weight sync an engine does not compute what the learner computes; training on would be
-    wrong."""
+    """Weights did not arrive at an engine; the learner's own are whole."""
+
+
+class WeightMismatchError(WeightSyncError):
+    """After a weight sync an engine does not compute what the learner computes; training on would be wrong,
+    and so may the learner's weights be."""
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def _own_folders(controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUPS / controllers if controllers else CGROUPS
+        # Version 1 has a link by each controller's own name, whatever the order of names in the line.
+        root = CGROUPS / controller if controllers else CGROUPS
         own = Path(path.lstrip("/"))
         for folder in (own, *own.parents):
             yield root / folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def this_process() -> Process:
     own = process(os.getpid())
     assert own is not None
     return own
+
+
+def machine_id() -> str:
+    """This machine since it was started, and the container whose process numbers are seen here: pid and start
+    time name a process only within it."""
+    try:
+        boot = (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.readlink(PROC / 'self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def descendants(root: int) -> list[Process]:

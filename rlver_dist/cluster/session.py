@@ -69,7 +69,8 @@ def open_session(cluster: ClusterConfig) -> Session:
         raise ResourceError(_not_started(address, error)) from error
     return Session(
         num_gpus=int(have.get("GPU", 0)),
-        num_cpus=int(have.get("CPU", 1)),
+        # Ray counts the machine's. Of a cluster that was joined, nobody knows what its processes may use.
+        num_cpus=int(have.get("CPU", 1)) if address else available_cores(),
         num_nodes=sum(node["Alive"] for node in nodes),
         dashboard=dashboard or "",
         token=token,
@@ -82,7 +83,6 @@ def _start_ray(cluster: ClusterConfig) -> str | None:
     # Ray makes its workers nice by 15: on a machine that does anything else, engine and learner would crawl.
     os.environ.setdefault("RAY_worker_niceness", "0")
     context = ray.init(
-        num_cpus=available_cores(),  # Ray by itself takes the machine's, whatever this process may use
         address="local",  # never join a cluster that somebody else's run happens to have left its address of
         include_dashboard=cluster.dashboard,
         dashboard_host="127.0.0.1",

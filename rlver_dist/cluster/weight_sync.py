@@ -126,7 +126,8 @@ class WeightSync:
         """Bring every engine to the learner's weights, labelled `version`.
 
         Raises:
-            WeightSyncError: an engine does not compute what the learner computes.
+            WeightSyncError: weights did not arrive.
+            WeightMismatchError: an engine does not compute what the learner computes.
         """
         if self._backend == "nccl":
             await self._broadcast(version)

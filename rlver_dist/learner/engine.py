@@ -301,8 +301,14 @@ class TrainingEngine:
         finite = torch.ones(1, device=next(self._engine.module.parameters()).device)
         for parameter in self._engine.module.parameters():
             # Under ZeRO-3 the parameter itself is empty between steps and each rank holds a shard.
-            held = getattr(parameter, "ds_tensor", parameter)
-            finite *= torch.isfinite(held.detach()).all()
+            held = getattr(parameter, "ds_tensor", None)
+            if held is None:
+                held = parameter.detach()
+            else:
+                # The last shards are filled up with whatever was in memory there.
+                before = torch.distributed.get_rank() * held.numel()
+                held = held.detach()[: max(0, parameter.ds_numel - before)]
+            finite *= torch.isfinite(held).all()
         torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not finite:
             raise RlverError(

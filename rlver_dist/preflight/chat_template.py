@@ -20,13 +20,16 @@ CLOCK = "strftime_now"
 """The function by which a template asks for the date."""
 
 
-def check_template(folder: Path, where: str, *, system: bool, without_system: str = "") -> list[str]:
+def check_template(
+    folder: Path, where: str, *, system: bool, policy: bool, without_system: str = ""
+) -> list[str]:
     """Refuse a template that cannot say what a dialogue consists of.
 
     Args:
         folder: of the model.
         where: the option and its value, for errors.
         system: a system message is sent.
+        policy: the policy speaks by it, which has to open its thinking itself.
         without_system: what switches the system message off; empty where nothing does.
 
     Returns:
@@ -47,13 +50,16 @@ def check_template(folder: Path, where: str, *, system: bool, without_system: st
     if system:
         refused = f"{where}: its chat template refuses a system message"
         text = _render(template, tokens, [("system", SYSTEM), *talk], refused, without_system)
+    rest = text
     for content in (SYSTEM, OPENING, REPLY, ANSWER) if system else (OPENING, REPLY, ANSWER):
-        if content not in text:
-            way_out = f", or {without_system}" if content == SYSTEM and without_system else ""
+        _, found, rest = rest.partition(content)
+        if not found:
+            way_out = f", or {without_system}" if system and without_system else ""
             raise ConfigError(
-                f"{where}: its chat template leaves out {content}; use a model whose template has it{way_out}"
+                f"{where}: its chat template leaves out {content}, or puts it elsewhere; use a model whose "
+                f"template has every message in its place{way_out}"
             )
-    if OPEN_TAG in text.rpartition(ANSWER)[2]:
+    if policy and OPEN_TAG in rest:
         raise ConfigError(
             f"{where}: its chat template begins each reply with {OPEN_TAG}, which the policy has to write "
             f"itself; use a model whose template does not"
@@ -63,29 +69,33 @@ def check_template(folder: Path, where: str, *, system: bool, without_system: st
     return []
 
 
-def prompt_tokens(folder: Path, system: str, opening: str) -> int | None:
-    """Tokens of a dialogue's first prompt; None where the folder has no `tokenizer.json` to count by."""
+def prompt_tokens(folder: Path, system: str, openings: Sequence[str]) -> int | None:
+    """Fewest tokens of a dialogue's first prompt; None where the folder has no `tokenizer.json` to count
+    by."""
     template = read_template(folder)
     if template is None or not (folder / "tokenizer.json").is_file():
         return None
     from tokenizers import Tokenizer
 
-    talk = [("system", system), ("user", opening)] if system else [("user", opening)]
-    text = _render(
-        template, _special_tokens(folder), talk, f"{folder}: its chat template refuses a prompt", ""
-    )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+    tokens = _special_tokens(folder)
+    lengths = []
+    for opening in openings:
+        talk = [("system", system), ("user", opening)] if system else [("user", opening)]
+        text = _render(template, tokens, talk, f"{folder}: its chat template refuses a prompt", "")
+        lengths.append(len(tokenizer.encode(text, add_special_tokens=False).ids))
+    return min(lengths)
 
 
 def read_template(folder: Path) -> str | None:
     """The chat template of a model folder, as transformers chooses it; None where there is none."""
     alone = folder / "chat_template.jinja"
     if alone.is_file():
-        return alone.read_text(encoding="utf-8")
+        return alone.read_text(encoding="utf-8", errors="replace")
     held = _tokenizer_config(folder).get("chat_template")
     if isinstance(held, list):  # several by name
-        held = {entry.get("name"): entry.get("template") for entry in held}.get("default")
+        named = [entry for entry in held if isinstance(entry, dict)]
+        held = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     return held if isinstance(held, str) else None
 
 
@@ -113,7 +123,9 @@ def _render(
     messages = [{"role": role, "content": content} for role, content in talk]
     try:
         compiled = _environment().from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, **tokens)
+        return compiled.render(
+            messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens
+        )
     except Exception as error:  # a template is a program of somebody else's
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         other = f", or {way_out}" if way_out else ""

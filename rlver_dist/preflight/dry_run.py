@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from rlver_dist.cluster.layout import Layout, resolve_layout
+from rlver_dist.cluster.machine import available_cores
 from rlver_dist.config.enums import Device, LlmCalls, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig
 from rlver_dist.config.run import RunConfig
@@ -65,7 +64,7 @@ def describe(config: RunConfig, train: list[Persona], evaluation: list[Persona])
         placement = [_derived_placement(config.has_critic, config.simulator.uses_engines)]
     else:
         # A GPU placement is printed as if its GPUs were there; launching compares it with what Ray sees.
-        cores = os.cpu_count() or 1
+        cores = available_cores()
         placement = _placement(resolve_layout(config, num_gpus=1_000_000, num_cpus=cores), cores)
     return "\n".join(lines + [f"placement             {row}" for row in placement])
 

@@ -23,24 +23,31 @@ def check_output_dir(output_dir: str, need: int, keep_checkpoints: int) -> None:
     Raises:
         ResourceError: says what is in the way.
     """
-    folder = Path(output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    output = Path(output_dir).absolute()
     try:
+        folder = output
+        while not folder.exists():
+            folder = folder.parent
         # Rights alone do not tell: file systems such as /proc take no files from anybody.
         with tempfile.TemporaryFile(dir=folder):
             pass
+        # What an earlier start of this run has written is written over.
+        free = shutil.disk_usage(folder).free + _size(output / "checkpoints") + _size(output / "policy")
     except OSError as error:
         raise ResourceError(
-            f"output_dir={output_dir}: nothing can be written in {folder} ({error.strerror}); use "
+            f"output_dir={output_dir}: nothing can be written there ({error.strerror}: {error.filename}); use "
             f"another folder"
         ) from error
-    free = shutil.disk_usage(folder).free
     if need > free:
         raise ResourceError(
             f"keep_checkpoints={keep_checkpoints}: checkpoints and the exported policy take {need / GIB:.1f} "
-            f"GiB and {folder} has {free / GIB:.1f} GiB free; keep fewer, or use another output_dir"
+            f"GiB and {output} has room for {free / GIB:.1f} GiB; keep fewer, or use another output_dir"
         )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder, which need not be there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_resume(resume: str) -> None:

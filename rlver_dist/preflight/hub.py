@@ -24,12 +24,19 @@ def hub_folder(repo: str, where: str, *, fetch: bool) -> Path | None:
         DataError: it is neither in the cache nor to be had; says which, and what to do.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            repo, allow_patterns=list(SMALL_FILES), etag_timeout=TIMEOUT_S, local_files_only=not fetch
+            repo,
+            allow_patterns=list(SMALL_FILES),
+            ignore_patterns=["*/*"],  # folders beside the model, such as `original/`
+            etag_timeout=TIMEOUT_S,
+            local_files_only=not fetch,
         )
+    except IncompleteSnapshotError as error:
+        # Whoever filled the cache had no use for some of the files, and what is used is looked at below.
+        folder = error.snapshot_path
     except Exception as error:  # its errors have no common base, and a failed connection is httpx's
         if isinstance(error, LocalEntryNotFoundError) and not fetch:
             return None

@@ -20,6 +20,8 @@ SCALED_BY_FACTOR = ("linear", "dynamic")
 """Kinds of rotary embeddings that reach further than `max_position_embeddings`, by their `factor`; the other
 kinds have it in that number already (vLLM's `_get_and_verify_max_len`)."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 MISTRAL_WINDOW = 4096
 """Window of a Mistral model whose `config.json` does not name one (transformers' `MistralConfig`)."""
@@ -145,18 +147,31 @@ def _read_json(path: Path, where: str) -> dict[str, object]:
     return value
 
 
+def has_all_weights(folder: Path) -> bool:
+    """Whether every weight file is there, as is not so in the midst of a download."""
+    names = _weight_files(folder, str(folder))
+    return bool(names) and all((folder / name).is_file() for name in names)
+
+
+def _weight_files(folder: Path, where: str) -> list[str]:
+    """Names of the files that hold the weights: those of the index, else the single one. Other files may lie
+    beside them, such as Mistral's `consolidated.safetensors`, which holds the same again."""
+    if (folder / INDEX).is_file():
+        names = _read_json(folder / INDEX, where).get("weight_map")
+        return sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    return sorted(file.name for file in folder.glob("*.safetensors"))
+
+
 def _read_shapes(folder: Path, where: str) -> dict[str, list[int]]:
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _read_json(index, where).get("weight_map")
-        named = {str(name) for name in names.values()} if isinstance(names, dict) else set()
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise DataError(
-                f"{where}: {index} names {missing[0]}, which is not in {folder} ({len(missing)} of "
-                f"{len(named)} files are missing); download the model again"
-            )
+    files = [folder / name for name in _weight_files(folder, where)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{where}: {folder / INDEX} names {missing[0]}, which is not in {folder} ({len(missing)} of "
+            f"{len(files)} files are missing); download the model again"
+        )
     if not files:
         other = sorted(file.name for file in folder.glob("*.bin"))
         found = f"weights only as {other[0]}" if other else "no weights"
@@ -171,8 +186,12 @@ def _read_shapes(folder: Path, where: str) -> dict[str, list[int]]:
 
 def _read_header(file: Path, where: str) -> dict[str, list[int]]:
     """Shapes by name from a safetensors file's head: eight bytes of length, then so many bytes of JSON."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
+    try:
+        size = file.stat().st_size
+        opened = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{where}: {file} cannot be read ({error.strerror}); restore the file") from error
+    with opened:
         first = opened.read(8)
         if LFS_POINTER.startswith(first) and first:
             raise DataError(f"{where}: {file} is a Git LFS pointer, not weights; run git lfs pull there")

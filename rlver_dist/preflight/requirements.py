@@ -21,11 +21,13 @@ from rlver_dist.errors import ConfigError, ResourceError
 from rlver_dist.preflight.chat_template import check_template, prompt_tokens
 from rlver_dist.preflight.folders import check_output_dir, check_resume
 from rlver_dist.preflight.hub import hub_folder
-from rlver_dist.preflight.model_folder import ModelFolder, read_folder
+from rlver_dist.preflight.model_folder import ModelFolder, has_all_weights, read_folder
 from rlver_dist.rollout.renderer import system_prompt
 
 BYTES = {Precision.float32: 4, Precision.bfloat16: 2}
 """Bytes a number."""
+OPENINGS_TRIED = 20
+"""Shortest openings by characters, among which the one of fewest tokens is looked for."""
 
 
 def check_requirements(config: RunConfig, train: Sequence[Persona], *, fetch: bool) -> list[str]:
@@ -64,12 +66,14 @@ def check_requirements(config: RunConfig, train: Sequence[Persona], *, fetch: bo
         users = _find_model(simulator.engine.model, "simulator.engine.model", notices, fetch=fetch)
         if users is not None:
             users.check_context("simulator.engine.max_context_tokens", simulator.engine.max_context_tokens)
-            notices += check_template(users.path, users.where, system=True)
+            notices += check_template(users.path, users.where, system=True, policy=False)
     # A cluster's nodes have memory of their own, which nobody can see from here.
     here = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     if config.cluster.device is Device.cpu and here:
         check_memory(config, policy, users, available_memory())
-    kept = 0 if policy is None else _kept_bytes(policy, config.model, critic, config.keep_checkpoints)
+    saves = math.ceil(config.num_iterations / config.save_every) if config.save_every else 1
+    checkpoints = min(config.keep_checkpoints + 1, saves)
+    kept = 0 if policy is None else _kept_bytes(policy, config.model, critic, checkpoints)
     check_output_dir(config.output_dir, kept, config.keep_checkpoints)
     return notices
 
@@ -84,7 +88,7 @@ def _find_model(path: str, key: str, notices: list[str], *, fetch: bool) -> Mode
     if fetched is None:
         notices.append(f"{where}: not on this machine, so not looked at; a start fetches it from the hub")
         return None
-    return read_folder(fetched, where, weights=any(fetched.glob("*.safetensors")))
+    return read_folder(fetched, where, weights=has_all_weights(fetched))
 
 
 def _check_policy(policy: ModelFolder, model: ModelConfig, rollout: RolloutConfig) -> list[str]:
@@ -93,7 +97,7 @@ def _check_policy(policy: ModelFolder, model: ModelConfig, rollout: RolloutConfi
     # With thinking, the base model is also asked without the instruction to think.
     prompts = [system_prompt(model, think) for think in {rollout.think, False}]
     without = "" if rollout.think else "send none: model.system_prompt=''"
-    return check_template(policy.path, policy.where, system=any(prompts), without_system=without)
+    return check_template(policy.path, policy.where, system=any(prompts), policy=True, without_system=without)
 
 
 def _check_room(
@@ -101,8 +105,8 @@ def _check_room(
 ) -> None:
     """Refuse a context in which not even the shortest first prompt leaves room for a reply: every dialogue
     would end before its first turn, and nothing would ever be trained."""
-    opening = min((persona.opening for persona in train), key=len)
-    prompt = prompt_tokens(policy.path, system_prompt(model, rollout.think), opening)
+    openings = sorted({persona.opening for persona in train}, key=len)[:OPENINGS_TRIED]
+    prompt = prompt_tokens(policy.path, system_prompt(model, rollout.think), openings)
     if prompt is not None and prompt + rollout.max_turn_tokens > model.max_context_tokens:
         raise ConfigError(
             f"model.max_context_tokens={model.max_context_tokens}: the system message and the shortest "
@@ -132,15 +136,18 @@ def check_layers(policy: ModelFolder, lora: LoraConfig, critic: CriticConfig | N
         lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
-def _kept_bytes(policy: ModelFolder, model: ModelConfig, critic: CriticConfig | None, keep: int) -> int:
-    """Of `keep` checkpoints, one more that is being written, and the exported policy: for each number that
-    learns the weight, a float32 copy and two moments."""
+def _kept_bytes(
+    policy: ModelFolder, model: ModelConfig, critic: CriticConfig | None, checkpoints: int
+) -> int:
+    """Of so many checkpoints and the exported policy: every weight, and for each number that learns a float32
+    copy and two moments."""
     size = BYTES[model.dtype]
-    learned = size + 8 + (4 if size == 2 else 0)
-    numbers = 0 if model.lora.rank > 0 else _numbers(policy)
+    learned = 8 + (4 if size == 2 else 0)
+    numbers = _numbers(policy)
+    need = numbers * size + (0 if model.lora.rank > 0 else numbers * learned)
     if critic is not None and critic.trunk is CriticTrunk.trained:
-        numbers += _numbers(policy, critic.num_layers)
-    return (keep + 1) * learned * numbers + _numbers(policy) * size
+        need += _numbers(policy, critic.num_layers) * (size + learned)
+    return checkpoints * need + numbers * size
 
 
 def check_memory(config: RunConfig, policy: ModelFolder | None, users: ModelFolder | None, have: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlver_dist.config.enums import Precision
-from rlver_dist.errors import WeightSyncError
+from rlver_dist.errors import WeightMismatchError
 
 MAX_ABS_FLOAT32 = 1e-4
 """Largest difference of one log-prob in nats; two exact float32 implementations differ by about 1e-6."""
@@ -39,12 +39,13 @@ def compare_logprobs(
         Mean and largest absolute difference.
 
     Raises:
-        WeightSyncError: they differ in length, are not finite, or differ by more than the precision allows
+        WeightMismatchError: they differ in length, are not finite, or differ by more than the precision
+            allows
             (float32: every one by at most 1e-4; bfloat16: by at most 0.1 on average).
     """
     where = f"weight sync, step {step}, engine {engine_index}"
     if len(learner) != len(engine) or not learner:
-        raise WeightSyncError(
+        raise WeightMismatchError(
             f"{where}: the learner scored {len(learner)} probe tokens, the engine {len(engine)}"
         )
     gaps = [abs(ours - theirs) for ours, theirs in zip(learner, engine, strict=True)]
@@ -61,7 +62,7 @@ def compare_logprobs(
         limit = MEAN_ABS_BFLOAT16
     # A comparison with nan is False: without the first condition an engine of nan would pass.
     if not all(math.isfinite(gap) for gap in gaps) or measured > limit:
-        raise WeightSyncError(
+        raise WeightMismatchError(
             f"{where}: log-probs of the probe differ from the learner's by {result.mean_abs:.3g} nats on "
             f"average and "
             f"{result.max_abs:.3g} at most; the {name} may be {limit:g} in {dtype.value}, so the engine "

@@ -20,7 +20,7 @@ from rlver_dist.config.run import RunConfig
 from rlver_dist.data.persona import Persona
 from rlver_dist.data.sampler import PersonaSampler
 from rlver_dist.dialogue import Dialogue
-from rlver_dist.errors import WeightSyncError
+from rlver_dist.errors import WeightMismatchError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import dialogues_path, drop_later, write_dialogues
 from rlver_dist.ledger.records import Phase
@@ -261,12 +261,15 @@ class Driver:
                 # The iteration is counted and its learners are whole. Engines that lag behind are no loss,
                 # since a resume syncs them first. Engines that disagree with the learner may be right: a
                 # checkpoint of such weights would be resumed, and would replace a good one.
-                if isinstance(synced.failure, WeightSyncError):
-                    kept = await self.save(trusted=False)
-                    self._components.console.note(f"kept for study, and not as a checkpoint: {kept}")
-                else:
-                    await self._save_the_unsaved()
-                raise failure
+                try:
+                    if isinstance(synced.failure, WeightMismatchError):
+                        kept = await self.save(trusted=False)
+                        self._components.console.note(f"kept for study, and not as a checkpoint: {kept}")
+                    else:
+                        await self._save_the_unsaved()
+                finally:
+                    # Also where saving fails, too: what came first says more.
+                    raise failure
             done = self.progress.iteration
             if done == config.num_iterations or (config.save_every and done % config.save_every == 0):
                 await self._save_to_the_end()

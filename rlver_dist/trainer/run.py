@@ -221,12 +221,14 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if len(received) <= 2:
             task.cancel()
 
-    for number in STOPPING:
+    # One that is ignored stays so: nohup means a run to go on without its terminal.
+    handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in handled:
         loop.add_signal_handler(number, interrupt, number)
     try:
         yield lambda: bool(received)
     finally:
-        for number in STOPPING:
+        for number in handled:
             loop.remove_signal_handler(number)
 
 

@@ -24,7 +24,7 @@ from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import Appraisal
-from rlver_dist.errors import BoundaryError, BudgetError, WeightSyncError
+from rlver_dist.errors import BoundaryError, BudgetError, WeightMismatchError, WeightSyncError
 from rlver_dist.evaluation.held_out import HeldOut
 from rlver_dist.ledger.parquet import read_records
 from rlver_dist.rollout.collector import Generation
@@ -537,7 +537,12 @@ def test_an_adapted_kl_weight_starts_anew_where_it_was_0(tmp_path, renderer):
 
 
 @pytest.mark.parametrize(
-    "failure", [WeightSyncError("engine 1 differs"), ConnectionError("engine 1 is gone")]
+    "failure",
+    [
+        WeightMismatchError("engine 1 differs"),
+        WeightSyncError("engine 1: cannot read"),
+        ConnectionError("engine 1 is gone"),
+    ],
 )
 def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learned(
     tmp_path, renderer, failure
@@ -554,7 +559,7 @@ def test_a_failed_sync_ends_the_run_with_everything_that_the_learners_have_learn
     assert first.journal == ["sync 0", "update", "sync 1", "update", "sync 2"]
     lines = read_metrics(tmp_path / "cut" / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2] and all("time/sync_s" in line for line in lines)
-    disagree = isinstance(failure, WeightSyncError)
+    disagree = isinstance(failure, WeightMismatchError)
     checkpoint = tmp_path / "cut" / "checkpoints" / ("failed_step_2" if disagree else "step_2")
     assert latest(tmp_path / "cut").name == ("step_0" if disagree else "step_2")
     second = Harness(tmp_path / "cut", renderer, save_every=0, num_iterations=3)
@@ -576,14 +581,14 @@ def test_services_that_cannot_be_asked_after_a_sync_lose_nothing_that_was_learne
 
 def test_a_sync_that_fails_after_an_interrupt_is_saved_too(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, save_every=0, num_iterations=50)
-    harness.sync_failures[2] = WeightSyncError("engine 1 differs")
+    harness.sync_failures[2] = WeightMismatchError("engine 1 differs")
 
     async def interrupted():
         running = asyncio.ensure_future(harness.driver.run())
         while harness.journal.count("update") < 2:
             await asyncio.sleep(0)
         running.cancel()
-        with pytest.raises(WeightSyncError):
+        with pytest.raises(WeightMismatchError):
             await running
 
     asyncio.run(interrupted())
@@ -593,8 +598,8 @@ def test_a_sync_that_fails_after_an_interrupt_is_saved_too(tmp_path, renderer):
 
 def test_a_failed_sync_drops_no_good_checkpoint(tmp_path, renderer):
     harness = Harness(tmp_path, renderer, save_every=1, num_iterations=3, keep_checkpoints=1)
-    harness.sync_failures[2] = WeightSyncError("engine 1 differs")
-    with pytest.raises(WeightSyncError):
+    harness.sync_failures[2] = WeightMismatchError("engine 1 differs")
+    with pytest.raises(WeightMismatchError):
         asyncio.run(harness.driver.run())
     assert latest(tmp_path).name == "step_1"
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_1", "failed_step_2"}

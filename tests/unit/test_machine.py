@@ -48,8 +48,8 @@ def test_version_1_limits_are_read(cgroups):
     cgroups(
         "4:memory:/box\n3:cpu,cpuacct:/box\n",
         memory__box__memory_DOT_limit_in_bytes=f"{256 * MIB}\n",
-        **{"cpu,cpuacct__box__cpu_DOT_cfs_quota_us": "20000\n"},
-        **{"cpu,cpuacct__box__cpu_DOT_cfs_period_us": "100000\n"},
+        cpu__box__cpu_DOT_cfs_quota_us="20000\n",
+        cpu__box__cpu_DOT_cfs_period_us="100000\n",
     )
     assert (machine.available_cores(), machine.available_memory()) == (1, 256 * MIB)
 

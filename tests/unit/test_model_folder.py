@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlver_dist.errors import ConfigError, DataError
-from rlver_dist.preflight.model_folder import read_folder
+from rlver_dist.preflight.model_folder import has_all_weights, read_folder
 
 CONFIG = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 2, "max_position_embeddings": 4096}
 WHERE = "model.path=mine"
@@ -96,6 +96,18 @@ def test_a_missing_shard_is_named(folder):
     read_folder(folder, WHERE)
 
 
+def test_a_second_copy_of_the_weights_does_not_count(folder):
+    save_file({"a.weight": np.zeros((9, 9), np.float32)}, folder / "consolidated.safetensors")
+    assert read_folder(folder, WHERE).shapes == {"a.weight": [2, 3]}
+
+
+def test_a_download_in_its_midst_is_told_from_a_whole_one(folder):
+    assert has_all_weights(folder)
+    index = {"weight_map": {"a.weight": "model.safetensors", "b.weight": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not has_all_weights(folder)
+
+
 def test_weights_are_left_out_where_only_small_files_were_downloaded(folder):
     (folder / "model.safetensors").unlink()
     assert read_folder(folder, WHERE, weights=False).shapes == {}
@@ -151,7 +163,7 @@ def test_a_wrapper_without_layers_of_its_own_is_refused_by_name(folder):
 
 def test_reading_a_folder_imports_no_torch(folder):
     program = (
-        "import sys; from pathlib import Path; from rlver_dist.preflight.model_folder import read_folder; "
+        "import sys; from pathlib import Path; from rlver_dist.preflight.model_folder import has_all_weights, read_folder; "
         f"read_folder(Path({str(folder)!r}), 'x'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -22,11 +22,11 @@ THINKS = CHAT_TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
 def check(tmp_path):
     """`check_template` of a folder that holds the template."""
 
-    def run(template, *, system=True, without_system="model.system_prompt=''", tokens=None):
+    def run(template, *, system=True, policy=True, without_system="model.system_prompt=''", tokens=None):
         if template is not None:
             (tmp_path / "chat_template.jinja").write_text(template)
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens or {}))
-        return check_template(tmp_path, WHERE, system=system, without_system=without_system)
+        return check_template(tmp_path, WHERE, system=system, policy=policy, without_system=without_system)
 
     return run
 
@@ -72,6 +72,17 @@ def test_a_template_without_system_messages_names_the_option(check):
 def test_a_template_that_opens_the_thinking_is_refused(check):
     with pytest.raises(ConfigError, match=r"begins each reply with <think>, which the policy has to write"):
         check(THINKS)
+    assert check(THINKS, policy=False) == []
+
+
+def test_a_template_that_moves_a_message_is_refused(check):
+    last = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ConfigError, match="leaves out an opening, or puts it elsewhere"):
+        check(last + "{{ messages[0].content }}")
+
+
+def test_templates_may_ask_for_tools(check):
+    assert check("{% if tools is not none %}{{ raise_exception('x') }}{% endif %}" + CHAT_TEMPLATE) == []
 
 
 def test_a_template_that_tells_the_date_is_warned_of(check):

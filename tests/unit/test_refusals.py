@@ -1,10 +1,12 @@
 """What is looked for before anything starts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,8 +112,8 @@ def test_layers_that_the_model_lacks_are_named():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("output_dir=/proc/x", "output_dir=/proc/x: nothing can be written in /proc"),
-        ("output_dir={file}/run", "nothing can be written in"),
+        ("output_dir=/proc/x", "output_dir=/proc/x: nothing can be written there"),
+        ("output_dir={file}/run", "nothing can be written there"),
         ("resume=/nope", "resume=/nope: no manifest.json there"),
         ("model.path=./none", "model.path=./none: no config.json in that folder"),
         ("model.path=nowhere/none", "model.path=nowhere/none: no such folder, not in"),
@@ -146,6 +148,15 @@ def test_disk_that_cannot_hold_the_checkpoints_is_refused(tmp_path):
     check_output_dir(str(tmp_path / "new" / "run"), 1, 2)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(
-        ResourceError, match=r"^keep_checkpoints=2: .* take 1048576.0 GiB and .* free; keep few"
+        ResourceError, match=r"^keep_checkpoints=2: .* take 1048576.0 GiB and .* has room for .*; keep few"
     ):
         check_output_dir(str(tmp_path), 2**50, 2)
+
+
+def test_what_a_run_has_written_is_room_for_what_it_writes_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_1" / "state").write_bytes(bytes(50))
+    check_output_dir(str(tmp_path), 150, 1)
+    with pytest.raises(ResourceError, match="keep_checkpoints=1"):
+        check_output_dir(str(tmp_path), 151, 1)

@@ -1,5 +1,7 @@
 """One run at a time in a folder, and what dead runs leave is removed; with real processes."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from rlver_dist.cluster import leftovers
-from rlver_dist.cluster.processes import SHARED_MEMORY, Process, descendants, process, this_process
+from rlver_dist.cluster.processes import (
+    SHARED_MEMORY,
+    Process,
+    descendants,
+    machine_id,
+    process,
+    this_process,
+)
 from rlver_dist.errors import ResourceError
 from rlver_dist.trainer.run_lock import LOCK, run_lock
 
@@ -57,7 +66,8 @@ def test_a_folder_with_anything_in_it_stays(tmp_path):
 
 
 def test_a_run_of_another_host_is_taken_at_its_word(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "2026-01-01"}))
+    told = {"machine": "other", "host": "elsewhere", "pid": 7, "since": "2026-01-01", "job": "12"}
+    (tmp_path / LOCK).write_text(json.dumps(told))
     with (
         pytest.raises(
             ResourceError, match=r"pid 7 on elsewhere, since 2026-01-01\).*or delete .*run.lock if"
@@ -66,6 +76,31 @@ def test_a_run_of_another_host_is_taken_at_its_word(tmp_path):
     ):
         pass
     assert "elsewhere" in (tmp_path / LOCK).read_text()
+
+
+def test_a_job_that_was_started_again_elsewhere_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    told = {"machine": "other", "host": "elsewhere", "pid": 7, "since": "2026-01-01", "job": "12"}
+    (tmp_path / LOCK).write_text(json.dumps(told))
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_without_locks_of_the_file_system_the_text_tells(tmp_path, monkeypatch, alive):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    own = this_process()
+    told = {"machine": machine_id(), "pid": own.pid, "start_time": own.start_time - (not alive)}
+    (tmp_path / LOCK).write_text(json.dumps(told))
+    if not alive:
+        with run_lock(tmp_path):
+            pass
+        return
+    with pytest.raises(ResourceError, match=f"a run began there \\(pid {own.pid} on"), run_lock(tmp_path):
+        pass
 
 
 def test_a_process_is_known_by_number_and_start():
@@ -127,6 +162,48 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path, 
 def test_notes_that_cannot_be_read_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
-    leftovers.notes_dir().mkdir(parents=True)
+    for folder in (leftovers.notes_dir().parent, leftovers.notes_dir()):
+        folder.mkdir(mode=0o700)
     (leftovers.notes_dir() / "1-2.json").write_text("{")
     assert leftovers.remove_leftovers() == [] and list(Path(leftovers.notes_dir()).iterdir()) == []
+
+
+@pytest.mark.parametrize("unsafe", ["another_machine", "writable_by_others"])
+def test_notes_of_elsewhere_or_that_others_may_write_are_left_alone(tmp_path, monkeypatch, unsafe):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
+    leftovers.Notes().write()
+    [path] = leftovers.notes_dir().iterdir()
+    dead = json.loads(path.read_text()) | {"run": {"pid": 1, "start_time": 1}}
+    if unsafe == "another_machine":
+        dead["machine"] = "other"
+    else:
+        leftovers.notes_dir().chmod(0o777)
+    path.write_text(json.dumps(dead))
+    folder = tmp_path / f"{leftovers.folder_prefix(Process(pid=1, start_time=1))}x"
+    folder.mkdir()
+    assert leftovers.remove_leftovers() == [] and folder.exists() and path.exists()
+    leftovers.notes_dir().chmod(0o700)
+    path.write_text(json.dumps(dead | {"machine": machine_id()}))
+    assert len(leftovers.remove_leftovers()) == 1 and not folder.exists()
+
+
+def test_what_the_user_keeps_in_shared_memory_is_never_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
+    kept = SHARED_MEMORY / f"model_{os.getpid()}.safetensors"
+    kept.write_bytes(bytes(4096))
+    program = (
+        "import mmap, sys, time; file = open(sys.argv[1], 'r+b'); held = mmap.mmap(file.fileno(), 0); "
+        "print(1, flush=True); time.sleep(600)"
+    )
+    try:
+        with subprocess.Popen([sys.executable, "-c", program, str(kept)], stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            leftovers.Notes().write()
+            child.kill()
+        [path] = leftovers.notes_dir().iterdir()
+        assert json.loads(path.read_text())["segments"] == []
+    finally:
+        kept.unlink()
