@@ -35,8 +35,8 @@ def check_output_dir(output_dir: str, need: int, keep_checkpoints: int) -> None:
         free = shutil.disk_usage(folder).free + _size(output / "checkpoints") + _size(output / "policy")
     except OSError as error:
         raise ResourceError(
-            f"output_dir={output_dir}: nothing can be written there ({error.strerror}: {error.filename}); use "
-            f"another folder"
+            f"output_dir={output_dir}: nothing can be written there ({error.strerror}: {error.filename}); "
+            f"use another folder"
         ) from error
     if need > free:
         raise ResourceError(
