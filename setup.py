@@ -21,7 +21,7 @@ setup(
     package_dir={"rlver_dist.conf": "conf"},
     package_data={
         "rlver_dist.conf": ["*.yaml", "*/*.yaml"],
-        "rlver_dist.data": ["seeds/*.yaml", "bank/*.jsonl", "*.yaml"],
+        "rlver_dist.data": ["seeds/*.yaml", "bank/*.jsonl", "replies/*.jsonl", "*.yaml"],
         "rlver_dist.persona_synthesis": ["*.yaml"],
         "rlver_dist.simulator": ["*.yaml"],
         "rlver_dist.simulator.llm": ["*.yaml"],
