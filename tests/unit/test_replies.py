@@ -44,6 +44,7 @@ def test_rows_are_whole(corpus, split):
         assert len(set(kinds[2:])) == NUM_POOR[split] == len(kinds[2:])
         for reply in row["replies"]:
             assert reply["grade"] in ((3, 4) if reply["kind"] == "good" else (0, 1, 2))
+            assert reply["second_grade"] in (0, 1, 2, 3, 4, None)
             assert 8 <= len(reply["text"].split()) <= 50
         assert 8 <= len(row["thought"].split()) <= 45
 
