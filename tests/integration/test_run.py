@@ -379,7 +379,8 @@ def serving():
 
 
 def test_too_few_gpus_stop_before_anything_is_built(tmp_path):
-    arguments = ["+exp=grpo_no_think", f"output_dir={tmp_path / 'none'}"]
+    model = ("model.path=tiny-random", "model.max_context_tokens=4096")
+    arguments = ["+exp=grpo_no_think", *model, f"output_dir={tmp_path / 'none'}"]
     done = subprocess.run(
         [sys.executable, "-m", "rlver_dist.launch", *arguments],
         capture_output=True,
