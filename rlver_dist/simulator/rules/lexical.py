@@ -108,9 +108,14 @@ def _word_class(word: str) -> str:
     return "<word>"
 
 
+SITUATIONS_READ = 4
+"""First situations of each area of life that the statistics below are made of. The thresholds here were set
+with these, so that further situations must not move what a reply is worth."""
+
+
 @cache
 def _seed_texts() -> tuple[str, ...]:
-    """All prose of each seed situation as one text."""
+    """All prose of each of these situations as one text."""
 
     def prose(value: object) -> list[str]:
         if isinstance(value, dict):
@@ -125,7 +130,9 @@ def _seed_texts() -> tuple[str, ...]:
         yaml.load(folder.joinpath(name).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
         for name in names
     ]
-    return tuple("\n".join(prose(situation)) for situations in files for situation in situations)
+    return tuple(
+        "\n".join(prose(situation)) for situations in files for situation in situations[:SITUATIONS_READ]
+    )
 
 
 class WordClassModel:
