@@ -16,9 +16,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from rlver_dist.cluster.layout import Layout
-from rlver_dist.cluster.machine import available_cores
 from rlver_dist.config.cluster import ClusterConfig
 from rlver_dist.config.enums import Device
+from rlver_dist.config.machine import available_cores
 from rlver_dist.errors import BoundaryError, ResourceError, RlverError
 
 PLACEMENT_TIMEOUT_S = 600
@@ -99,7 +99,7 @@ def _not_started(address: str | None, error: Exception) -> str:
             f"cluster.address={address}: no Ray cluster can be joined there ({said}); start it, or unset "
             f"cluster.address and RAY_ADDRESS"
         )
-    busy = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    busy = f"load {os.getloadavg()[0]:.1f} on {available_cores()} cores"
     return (
         f"Ray did not start ({busy}): {said}; end what else runs on this machine and start again (Ray's "
         f"logs: {LOGS})"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from rlver_dist.chat_client.http import HttpChat
 from rlver_dist.chat_client.protocol import ChatAnswer, ChatBackend, ChatRequest
 from rlver_dist.config.enums import Device, SimulatorBackend
+from rlver_dist.config.machine import available_cores
 from rlver_dist.config.simulator import SimulatorConfig, UserEngineConfig
 from rlver_dist.rollout.chat_engine import ChatEngine
 from rlver_dist.rollout.engine import EngineSettings
@@ -69,5 +69,5 @@ def _engine_settings(engine: UserEngineConfig, *, seed: int, concurrency: int) -
         device=device,
         seed=seed,
         max_concurrent=concurrency,
-        cpu_threads=os.cpu_count() or 1,
+        cpu_threads=available_cores(),
     )

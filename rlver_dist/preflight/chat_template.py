@@ -78,13 +78,14 @@ def prompt_tokens(folder: Path, system: str, openings: Sequence[str]) -> int | N
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokens = _special_tokens(folder)
-    lengths = []
-    for opening in openings:
-        talk = [("system", system), ("user", opening)] if system else [("user", opening)]
-        text = _render(template, tokens, talk, f"{folder}: its chat template refuses a prompt", "")
-        lengths.append(len(tokenizer.encode(text, add_special_tokens=False).ids))
-    return min(lengths)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    user = [("user", min(openings, key=count))]
+    refused = f"{folder}: its chat template refuses a prompt"
+    talk = [("system", system), *user] if system else user
+    return count(_render(template, _special_tokens(folder), talk, refused, ""))
 
 
 def read_template(folder: Path) -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rlver_dist.cluster.layout import Layout, resolve_layout
-from rlver_dist.cluster.machine import available_cores
 from rlver_dist.config.enums import Device, LlmCalls, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig
+from rlver_dist.config.machine import available_cores
 from rlver_dist.config.run import RunConfig
 from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.persona import Persona

@@ -51,8 +51,18 @@ class ModelFolder:
 
     @property
     def num_layers(self) -> int:
-        """Transformer layers."""
-        return self._count("num_hidden_layers")
+        """Transformer layers.
+
+        Raises:
+            DataError: the configuration does not say how many.
+        """
+        value = self.config.get("num_hidden_layers")
+        if not isinstance(value, int) or value < 1:
+            raise DataError(
+                f"{self.where}: num_hidden_layers={value!r} in {self.path / 'config.json'} is no number of "
+                f"layers; use a folder that save_pretrained wrote"
+            )
+        return value
 
     @property
     def longest_context(self) -> float:
@@ -106,15 +116,6 @@ class ModelFolder:
                 f"{self.where}: its layers see {window} tokens only, and the learner trains without such a "
                 f"window; use model.max_context_tokens={window} or less, or another model"
             )
-
-    def _count(self, name: str) -> int:
-        value = self.config.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise DataError(
-                f"{self.where}: {name}={value!r} in {self.path / 'config.json'} is no number of layers; "
-                f"use a folder that save_pretrained wrote"
-            )
-        return value
 
 
 def read_folder(path: Path, where: str, *, weights: bool = True) -> ModelFolder:

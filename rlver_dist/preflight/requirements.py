@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rlver_dist.bundled_models import resolve
 from rlver_dist.chat_client.endpoints import key_from_environment, parse_address
-from rlver_dist.cluster.machine import available_memory
 from rlver_dist.config.cluster import GIB
 from rlver_dist.config.enums import CriticTrunk, Device, Precision, SimulatorBackend
 from rlver_dist.config.learner import CriticConfig, check_num_layers
+from rlver_dist.config.machine import available_memory
 from rlver_dist.config.model import LoraConfig, ModelConfig
 from rlver_dist.config.rollout import RolloutConfig
 from rlver_dist.config.run import RunConfig
@@ -136,13 +136,18 @@ def check_layers(policy: ModelFolder, lora: LoraConfig, critic: CriticConfig | N
         lora.targets({name.split(".")[-2] for name in matrices if ".layers." in name})
 
 
+def _optimizer_bytes(dtype: Precision) -> int:
+    """Of each number that learns: two float32 moments, and a float32 copy unless the model is one."""
+    return 8 if dtype is Precision.float32 else 12
+
+
 def _kept_bytes(
     policy: ModelFolder, model: ModelConfig, critic: CriticConfig | None, checkpoints: int
 ) -> int:
     """Of so many checkpoints and the exported policy: every weight, and for each number that learns a float32
     copy and two moments."""
     size = BYTES[model.dtype]
-    learned = 8 + (4 if size == 2 else 0)
+    learned = _optimizer_bytes(model.dtype)
     numbers = _numbers(policy)
     need = numbers * size + (0 if model.lora.rank > 0 else numbers * learned)
     if critic is not None and critic.trunk is CriticTrunk.trained:
@@ -225,8 +230,7 @@ def _learner_bytes(
     """Of one copy of what each learner holds: weights, and for each number that learns its float32 copy,
     gradient and moments."""
     size = BYTES[model.dtype]
-    # Gradient and two moments, 4 bytes each; and a float32 copy, which a float32 model is itself.
-    learned = 12 if size == 4 else 16
+    learned = 4 + _optimizer_bytes(model.dtype)  # 4 for the gradient
     numbers = _numbers(policy)
     # Adapters are too small to count.
     need = (1 + has_reference) * numbers * size + (learned * numbers if model.lora.rank == 0 else 0)

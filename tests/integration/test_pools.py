@@ -30,11 +30,12 @@ from rlver_dist.config.simulator import SimulatorConfig
 from rlver_dist.data.personas import load_split
 from rlver_dist.dialogue import EndReason, Message, Role
 from rlver_dist.errors import BoundaryError, BudgetError, GoneError, WeightSyncError
-from rlver_dist.rollout.collector import CollectLimits, DialogueTask, GenerateRequest, Generation, collect
+from rlver_dist.rollout.collector import DialogueTask, GenerateRequest, Generation, collect
 from rlver_dist.rollout.renderer import Renderer
 from rlver_dist.simulator.protocol import UserRequest
 from tests.integration import faulty_server
 from tests.timing import hang_limit
+from tests.unit import builders
 
 # Ray's workers cannot import these files, so what is in them has to travel with its code.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -260,15 +261,8 @@ REPLIES = (
     "I see.",
     "That was four years of work.",
 )
-LIMITS = CollectLimits(
-    max_turns=4,
-    max_reply_tokens=30,
-    max_context_tokens=4000,
-    end_on_truncation=False,
-    strict_format=True,
-    temperature=1.0,
-    max_concurrent=12,
-    request_timeout_s=60.0,
+LIMITS = builders.limits(
+    max_turns=4, max_reply_tokens=30, max_context_tokens=4000, max_concurrent=12, request_timeout_s=60.0
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rlver_dist.data.persona import HiddenIntent, Persona, Temperament
 from rlver_dist.dialogue import Appraisal, Dialogue, EndReason, Turn
 from rlver_dist.experience.samples import TurnSample
+from rlver_dist.rollout.collector import CollectLimits
 
 
 def appraisal(change: float = 0.0, **fields: Any) -> Appraisal:
@@ -85,3 +86,18 @@ def sample(token_ids: list[int], loss_mask: list[bool], **fields: Any) -> TurnSa
         **fields,
     }
     return TurnSample(token_ids=token_ids, loss_mask=loss_mask, **values)
+
+
+def limits(**fields: Any) -> CollectLimits:
+    """Limits under which nothing but a reply without the format ends a dialogue early."""
+    values = {
+        "max_turns": 3,
+        "max_reply_tokens": 8,
+        "max_context_tokens": 1000,
+        "end_on_truncation": False,
+        "strict_format": True,
+        "temperature": 1.0,
+        "max_concurrent": 4,
+        "request_timeout_s": 5.0,
+    }
+    return CollectLimits(**values | fields)

@@ -25,16 +25,7 @@ from rlver_dist.seeding import derive_seed
 from rlver_dist.simulator.protocol import UserRequest, UserResponse
 from tests.unit import builders
 
-LIMITS = CollectLimits(
-    max_turns=3,
-    max_reply_tokens=8,
-    max_context_tokens=1000,
-    end_on_truncation=False,
-    strict_format=True,
-    temperature=1.0,
-    max_concurrent=4,
-    request_timeout_s=5.0,
-)
+LIMITS = builders.limits()
 
 
 @cache

@@ -374,17 +374,20 @@ def test_a_warning_given_while_the_run_goes_on_is_seen(tmp_path):
     assert done.stderr == "W&B log failed\n"
 
 
+BARE_PERSONA = {
+    "id": "p1",
+    "name": "A",
+    "profile": "x",
+    "scene": "y",
+    "temperament": "passive",
+    "hidden_intent": "praise",
+    "want": "z",
+}
+"""Without what rules need to speak for it: opening and facts."""
+
+
 def test_personas_that_the_users_cannot_speak_for_are_refused_at_once(tmp_path):
-    row = {
-        "id": "p1",
-        "name": "A",
-        "profile": "x",
-        "scene": "y",
-        "temperament": "passive",
-        "hidden_intent": "praise",
-        "want": "z",
-    }
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(BARE_PERSONA) + "\n")
     done = launch("+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: persona p1: opening is empty") and "data.train=bank" in done.stderr
@@ -424,18 +427,9 @@ def test_what_the_users_cannot_do_without_is_missed_before_anything_starts(tmp_p
 
 
 def test_chat_models_speak_for_personas_that_rules_cannot(tmp_path):
-    row = {
-        "id": "p1",
-        "name": "A",
-        "profile": "x",
-        "scene": "y",
-        "temperament": "passive",
-        "hidden_intent": "praise",
-        "want": "z",
-    }
-    (tmp_path / "mine.jsonl").write_text(json.dumps({**row, "language": "zh"}) + "\n")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**BARE_PERSONA, "language": "zh"}) + "\n")
     arguments = ["+exp=grpo_no_think", "+on=cpu", "data.train=mine.jsonl", "simulator=vllm", "check=true"]
     assert launch(*arguments, cwd=tmp_path).returncode == 0
-    (tmp_path / "mine.jsonl").write_text(json.dumps({**row, "language": "fr"}) + "\n")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**BARE_PERSONA, "language": "fr"}) + "\n")
     done = launch(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and "persona p1: language=fr: use personas in en or zh" in done.stderr

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rlver_dist.cluster import machine
+from rlver_dist.config import machine
 
 HAVE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 CORES = len(os.sched_getaffinity(0))

@@ -29,22 +29,14 @@ from rlver_dist.trainer.warm_up import (
     reply_tasks,
     warm_up_samples,
 )
+from tests.unit import builders
 
 CONFIG = RunConfig(
     model=ModelConfig(path=SMOLLM2),
     rollout=RolloutConfig(think=True, max_reply_tokens=24, max_thinking_tokens=24),
     warm_up=WarmUpConfig(dialogues=3, max_turns=2, max_thought_tokens=16, batch_size=4),
 )
-LIMITS = CollectLimits(
-    max_turns=8,
-    max_reply_tokens=48,
-    max_context_tokens=1000,
-    end_on_truncation=False,
-    strict_format=True,
-    temperature=0.9,
-    max_concurrent=2,
-    request_timeout_s=5.0,
-)
+LIMITS = builders.limits(max_turns=8, max_reply_tokens=48, temperature=0.9, max_concurrent=2)
 PERSONAS = load_split("bank", "train")[:5]
 
 
